@@ -1,0 +1,75 @@
+"""distlib: trains PyTorch models on many processes. `import distlib` registers the c10d backend "distlib".
+
+The public names below are imported on first use, so that `import distlib` costs little over `import torch`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from typing import TYPE_CHECKING
+
+from distlib import _clash
+
+__version__ = "0.1.0"
+__distribution__ = _clash.DISTRIBUTION  # how distlib_autoload tells this package from its namesake
+
+if TYPE_CHECKING:
+    from distlib.comm.group import Group
+    from distlib.comm.ledger import Ledger, ledger
+    from distlib.comm.memory import registered_empty
+    from distlib.data_parallel import DataParallel
+    from distlib.topology import Topology
+    from distlib.world import World, init, shutdown
+
+__all__ = [
+    "DataParallel",
+    "Group",
+    "Ledger",
+    "Topology",
+    "World",
+    "__version__",
+    "init",
+    "ledger",
+    "registered_empty",
+    "shutdown",
+]
+
+_HOME = {
+    "DataParallel": "distlib.data_parallel",
+    "Group": "distlib.comm.group",
+    "Ledger": "distlib.comm.ledger",
+    "Topology": "distlib.topology",
+    "World": "distlib.world",
+    "init": "distlib.world",
+    "ledger": "distlib.comm.ledger",
+    "registered_empty": "distlib.comm.memory",
+    "shutdown": "distlib.world",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'distlib' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _register_backend() -> None:
+    """Makes `init_process_group("distlib")` known to torch; nothing where torch has no c10d."""
+    import torch.distributed
+
+    if torch.distributed.is_available() and importlib.util.find_spec("distlib.comm.backend"):
+        from distlib.comm.backend import register
+
+        register()
+
+
+_clash.check(os.path.dirname(os.path.abspath(__file__)))
+_register_backend()

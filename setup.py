@@ -1,0 +1,215 @@
+"""Compiles the C++ core, and CUDA where nvcc is, at install time. Without a compiler it still installs.
+
+What was built, or why not, is written to distlib/_build_info.py, which `distlib doctor` reads. Environment:
+
+DISTLIB_NATIVE  0: leave the C++ core out; 1: fail if it cannot be built; auto (default): build it if possible
+DISTLIB_CUDA    the same for csrc/cuda
+CXX, NVCC       the compilers to use
+
+Neither part includes a torch header: one build serves every torch version, and building needs no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pprint
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+OBJECTS = ROOT / "build" / f"objects-{sys.implementation.cache_tag}"  # kept for the next build
+NATIVE_SOURCES = ("csrc/core/*.cpp", "csrc/cpu/*.cpp")
+CUDA_SOURCES = ("csrc/cuda/*.cu",)
+CXX_FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-pthread", "-fPIC", "-DNDEBUG"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC", "-arch=all-major"]
+
+
+class CannotBuild(Exception):
+    """A part cannot be built here. The message says why, and names the fix."""
+
+
+def sources(patterns: tuple[str, ...]) -> list[str]:
+    """Source files matching the patterns, relative to this folder, sorted so that builds repeat."""
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def wish(variable: str) -> str:
+    """What the environment asks of a part: "0", "1" or "auto"."""
+    value = os.environ.get(variable, "").strip().lower() or "auto"
+    if value not in ("0", "1", "auto"):
+        raise SystemExit(f"{variable}={value!r}: use 0 (leave out), 1 (must build) or auto (if possible)")
+    return value
+
+
+def run(command: list[str]) -> None:
+    """Runs a compiler; CannotBuild with the command and its errors if it fails."""
+    print(shlex.join(command), flush=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace")
+    output = done.stdout + done.stderr
+    if output:
+        print(output, flush=True)
+    if done.returncode:
+        errors = [line for line in output.splitlines() if "error" in line] or output.splitlines()
+        raise CannotBuild(f"{command[0]} failed (exit {done.returncode}): " + "\n".join(errors[:10]))
+
+
+def find_cxx() -> list[str]:
+    """The C++ compiler as a command: $CXX, else the first of c++, g++, clang++ on PATH."""
+    asked = shlex.split(os.environ.get("CXX", ""))
+    if asked and not shutil.which(asked[0]):
+        raise CannotBuild(f"CXX={os.environ['CXX']!r} is not on PATH; unset CXX or install that compiler")
+    for command in [asked] if asked else [["c++"], ["g++"], ["clang++"]]:
+        if shutil.which(command[0]):
+            return command
+    raise CannotBuild("no C++ compiler: none of c++, g++, clang++ is on PATH; `apt install g++`, say")
+
+
+def find_nvcc() -> list[str]:
+    """nvcc as a command: $NVCC, or $CUDA_HOME/bin/nvcc, or the one on PATH, or in /usr/local/cuda/bin."""
+    named = os.environ.get("NVCC") or os.environ.get("CUDA_HOME") and f"{os.environ['CUDA_HOME']}/bin/nvcc"
+    for candidate in [named] if named else ["nvcc", "/usr/local/cuda/bin/nvcc"]:
+        if shutil.which(candidate):
+            return [candidate]
+    where = f"at {named}" if named else "on PATH or in /usr/local/cuda/bin"
+    raise CannotBuild(f"no nvcc {where}; install the CUDA toolkit, or set CUDA_HOME or NVCC to where it is")
+
+
+def version_of(command: list[str], line: int) -> str:
+    """The line of `command --version` that tells the version (compilers differ in which)."""
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, errors="replace")
+    lines = [text.strip() for text in done.stdout.splitlines() if re.search(r"\d+\.\d+", text)]
+    if done.returncode or not lines:
+        raise CannotBuild(f"{command[0]} --version failed (exit {done.returncode}): {done.stderr[-500:]}")
+    return lines[line]
+
+
+def is_fresh(target: Path, key: str) -> bool:
+    """Whether `target` was made by the same command (`key`) and is newer than all that it was made from.
+
+    What it was made from is the compiler's own list (-MMD), so a changed header rebuilds only its users.
+    """
+    listed, stamp = target.with_suffix(".d"), target.with_suffix(".key")
+    if not (target.exists() and listed.exists() and stamp.exists()) or stamp.read_text() != key:
+        return False
+    names = listed.read_text().replace("\\\n", " ").split(":", 1)[1].split()
+    return all((ROOT / n).exists() and (ROOT / n).stat().st_mtime < target.stat().st_mtime for n in names)
+
+
+def compile_all(files: list[str], command: list[str], includes: list[str], versions: str) -> list[str]:
+    """Object files of `files`, compiled in parallel; those that are fresh are kept."""
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source: str) -> str:
+        target = OBJECTS / (source.replace("/", "_") + ".o")
+        key = hashlib.sha256(repr((command, source, versions)).encode()).hexdigest()
+        if not is_fresh(target, key):
+            unfinished = target.with_suffix(f".{os.getpid()}.o")
+            listing = ["-MMD", "-MF", str(target.with_suffix(".d")), "-MT", target.name]
+            run([*command, *includes, *listing, "-c", source, "-o", str(unfinished)])
+            os.replace(unfinished, target)
+            target.with_suffix(".key").write_text(key)
+        return str(target)
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(cores) as pool:
+        return list(pool.map(compile_one, files))
+
+
+def link(command: list[str], target: Path) -> None:
+    """Links beside `target`, then renames: a process that has the old library mapped keeps the old one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}")
+    run([*command, "-o", str(unfinished)])
+    os.replace(unfinished, target)
+
+
+def build_native(files: list[str], target: Path) -> dict[str, str]:
+    """distlib/_native*.so from csrc/core and csrc/cpu. Returns what built it."""
+    if not sys.platform.startswith("linux"):
+        raise CannotBuild(f"the shared-memory core needs Linux (memfd, futex); this is {sys.platform}")
+    if not files:
+        raise CannotBuild("no sources: csrc/core and csrc/cpu hold no .cpp file")
+    cxx = find_cxx()
+    try:
+        import pybind11
+    except ImportError:
+        raise CannotBuild("pybind11 is missing: `pip install pybind11`, or use build isolation") from None
+    # -isystem: no warnings from these, and not in the dependency lists (isolated builds move them every time)
+    includes = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+    version = version_of(cxx, 0)
+    versions = f"{version}, pybind11 {pybind11.__version__}, Python {sys.version}"
+    objects = compile_all(files, [*cxx, *CXX_FLAGS, "-Icsrc"], includes, versions)
+    link([*cxx, "-shared", "-pthread", *objects], target)
+    return {"compiler": version, "flags": " ".join(CXX_FLAGS)}
+
+
+def build_cuda(files: list[str], target: Path) -> dict[str, str]:
+    """distlib/_cuda.so from csrc/cuda: a plain C interface, opened with ctypes. Returns what built it."""
+    if not files:
+        raise CannotBuild("this version has no CUDA sources: csrc/cuda holds no .cu file")
+    nvcc = find_nvcc()
+    version = version_of(nvcc, -1)
+    objects = compile_all(files, [*nvcc, *NVCC_FLAGS, "-Icsrc"], [], version)
+    link([*nvcc, "-shared", *objects], target)
+    return {"compiler": version, "flags": " ".join(NVCC_FLAGS)}
+
+
+def build_part(
+    variable: str, build: Callable[[list[str], Path], dict[str, str]], files: list[str], target: Path
+) -> dict[str, object]:
+    """Builds one part if `variable` allows. Returns its record; a part that is left out leaves no file."""
+    asked = wish(variable)
+    try:
+        if asked == "0":
+            raise CannotBuild(f"{variable}=0 was set when distlib was installed")
+        return {"built": True, "why_not": "", **build(files, target), "sources": files}
+    except CannotBuild as error:
+        target.unlink(missing_ok=True)
+        if asked == "1":
+            raise SystemExit(f"{variable}=1, but it cannot be built: {error}") from None
+        print(f"distlib: going on without {target.name}: {error}", file=sys.stderr, flush=True)
+        return {"built": False, "why_not": str(error)}
+
+
+class Build(build_ext):
+    """build_ext with our own compiler calls: parallel, incremental, and with a recorded reason on failure."""
+
+    def build_extensions(self) -> None:
+        """Leaves _native*.so, _cuda.so and _build_info.py in the package folder of the build."""
+        extension = Path(self.get_ext_fullpath("distlib._native")).resolve()
+        folder = extension.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        native = build_part("DISTLIB_NATIVE", build_native, sources(NATIVE_SOURCES), extension)
+        cuda = build_part("DISTLIB_CUDA", build_cuda, sources(CUDA_SOURCES), folder / "_cuda.so")
+        lines = ['"""Written by setup.py: what was compiled, with what, or why not."""', ""]
+        lines += [f"{name} = {pprint.pformat(part)}" for name, part in (("NATIVE", native), ("CUDA", cuda))]
+        (folder / "_build_info.py").write_text("\n".join(lines) + "\n")
+
+    def copy_extensions_to_source(self) -> None:
+        """Editable and in-place builds: all three go beside the sources; what was not built goes away."""
+        extension = Path(self.get_ext_fullpath("distlib._native")).resolve()
+        for name in (extension.name, "_cuda.so", "_build_info.py"):
+            built, home = extension.with_name(name), ROOT / "distlib" / name
+            if not built.exists():
+                home.unlink(missing_ok=True)
+            elif built != home:
+                unfinished = home.with_name(f"{name}.{os.getpid()}")
+                shutil.copy2(built, unfinished)
+                os.replace(unfinished, home)
+
+
+setup(
+    ext_modules=[Extension("distlib._native", sources=sources(NATIVE_SOURCES), optional=True)],
+    cmdclass={"build_ext": Build},
+)
