@@ -193,20 +193,21 @@ class Build(build_ext):
         native = build_part("DISTLIB_NATIVE", build_native, sources(NATIVE_SOURCES), extension)
         cuda = build_part("DISTLIB_CUDA", build_cuda, sources(CUDA_SOURCES), folder / "_cuda.so")
         lines = ['"""Written by setup.py: what was compiled, with what, or why not."""', ""]
-        lines += [f"{name} = {pprint.pformat(part)}" for name, part in (("NATIVE", native), ("CUDA", cuda))]
+        for name, record in (("NATIVE", native), ("CUDA", cuda)):
+            lines.append(f"{name} = {pprint.pformat(record, width=110, sort_dicts=False)}")
         (folder / "_build_info.py").write_text("\n".join(lines) + "\n")
 
     def copy_extensions_to_source(self) -> None:
         """Editable and in-place builds: all three go beside the sources; what was not built goes away."""
-        extension = Path(self.get_ext_fullpath("distlib._native")).resolve()
-        for name in (extension.name, "_cuda.so", "_build_info.py"):
-            built, home = extension.with_name(name), ROOT / "distlib" / name
-            if not built.exists():
-                home.unlink(missing_ok=True)
-            elif built != home:
+        native = Path(self.get_ext_filename("distlib._native")).name
+        for name in (native, "_cuda.so", "_build_info.py"):
+            built, home = Path(self.build_lib).resolve() / "distlib" / name, ROOT / "distlib" / name
+            if built.exists():
                 unfinished = home.with_name(f"{name}.{os.getpid()}")
                 shutil.copy2(built, unfinished)
                 os.replace(unfinished, home)
+            else:
+                home.unlink(missing_ok=True)
 
 
 setup(
