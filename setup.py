@@ -52,13 +52,13 @@ def wish(variable: str) -> str:
     return value
 
 
-def run(command: list[str]) -> None:
-    """Runs a compiler; CannotBuild with the command and its errors if it fails."""
-    print(shlex.join(command), flush=True)
+def run(command: list[str], what: str) -> None:
+    """Runs a compiler; CannotBuild with its errors if it fails. `what`: what it makes, for the log."""
+    print(f"{command[0]}: {what}", flush=True)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace")
     output = done.stdout + done.stderr
     if output:
-        print(output, flush=True)
+        print(f"{shlex.join(command)}\n{output}", flush=True)
     if done.returncode:
         errors = [line for line in output.splitlines() if "error" in line] or output.splitlines()
         raise CannotBuild(f"{command[0]} failed (exit {done.returncode}): " + "\n".join(errors[:10]))
@@ -116,7 +116,7 @@ def compile_all(files: list[str], command: list[str], includes: list[str], versi
         if not is_fresh(target, key):
             unfinished = target.with_suffix(f".{os.getpid()}.o")
             listing = ["-MMD", "-MF", str(target.with_suffix(".d")), "-MT", target.name]
-            run([*command, *includes, *listing, "-c", source, "-o", str(unfinished)])
+            run([*command, *includes, *listing, "-c", source, "-o", str(unfinished)], source)
             os.replace(unfinished, target)
             target.with_suffix(".key").write_text(key)
         return str(target)
@@ -130,7 +130,7 @@ def link(command: list[str], target: Path) -> None:
     """Links beside `target`, then renames: a process that has the old library mapped keeps the old one."""
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f"{target.name}.{os.getpid()}")
-    run([*command, "-o", str(unfinished)])
+    run([*command, "-o", str(unfinished)], target.name)
     os.replace(unfinished, target)
 
 
