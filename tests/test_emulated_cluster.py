@@ -28,7 +28,7 @@ needs_cluster = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 SEND = """
 import os, socket, sys, time
 print(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} on {socket.gethostname()}")
-print(f"interfaces {sorted(os.listdir('/sys/class/net'))}, {len(os.listdir('/sys/fs/cgroup'))} cgroup entries")
+print(f"interfaces {sorted(os.listdir('/sys/class/net'))}, {len(os.listdir('/sys/fs/cgroup'))} cgroups")
 if os.environ["RANK"] == "0":
     server = socket.create_server(("host0", 5000))
     peer, _ = server.accept()
@@ -100,7 +100,7 @@ def test_hosts_are_separate_and_links_have_the_rate(tmp_path: Path) -> None:
         assert f"rank {host} of 2 on host{host}" in result.output[host]
         assert f"[host{host}] rank {host} of 2" in echo.getvalue()
         cgroups = len(os.listdir("/sys/fs/cgroup"))
-        assert f"interfaces ['eth0', 'lo'], {cgroups} cgroup entries" in result.output[host]
+        assert f"interfaces ['eth0', 'lo'], {cgroups} cgroups" in result.output[host]
     megabits = float(result.output[0].split("megabits")[1].split()[0])
     assert 30 < megabits < 115, "shaped to 100, on a machine that may be busy"
     assert 16_000_000 < result.tx_bytes[1] < 17_500_000, "payload, headers and the rendezvous"
@@ -170,7 +170,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 30.0) -> None:
 
 
 def assert_nothing_left(pid: int, folder: Path) -> None:
-    """No namespace of that driver, so no link or bridge either, no file, and no process of a script in `folder`."""
+    """No namespace of that driver (so no link or bridge), no file, no process with a script in `folder`."""
     assert not list(namespaces.NETNS.glob(f"distlib-*-{pid}-*"))
     assert not list(namespaces.NETNS.parent.glob(f"distlib-*-{pid}-*"))
     for command in Path("/proc").glob("[0-9]*/cmdline"):

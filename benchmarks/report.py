@@ -1,0 +1,210 @@
+"""A benchmark's results: ratios of medians beside their bars, as table, PNG, JSON and section of RESULTS.md.
+
+A `Row` is one thing measured in several variants, interleaved in one run; a `Bar` compares two of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import matplotlib
+from rich.console import Console
+from rich.table import Table
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "RESULTS.md"
+HEADINGS = ("what", "ranks", "compared", "medians", "measured", "bar", "")
+
+
+@dataclass(frozen=True)
+class Bar:
+    """`first` compared with `second`: the ratio of their medians, or in seconds their difference."""
+
+    first: str
+    second: str
+    at_least: float | None = None
+    at_most: float | None = None
+    difference: bool = False
+
+    @property
+    def limit(self) -> float | None:
+        return self.at_least if self.at_least is not None else self.at_most
+
+    @property
+    def text(self) -> str:
+        sign = ">=" if self.at_least is not None else "<="
+        return f"{sign} {self.show(self.limit)}" if self.limit is not None else "report"
+
+    def show(self, value: float) -> str:
+        return f"{value:+.3f} s" if self.difference else f"{value:.2f}x"
+
+    def met(self, value: float) -> bool | None:
+        """None where there is no limit, only a number to report."""
+        if self.at_least is not None:
+            return value >= self.at_least
+        return value <= self.at_most if self.at_most is not None else None
+
+
+@dataclass(frozen=True)
+class Row:
+    """Seconds of each variant, one per round; all variants ran in every round."""
+
+    what: str
+    ranks: int
+    samples: dict[str, list[float]]
+    bars: list[Bar]
+
+    def median(self, variant: str) -> float:
+        return statistics.median(self.samples[variant])
+
+    def spread(self, variant: str) -> float:
+        """Half the range between the quartiles, in seconds."""
+        quartiles = statistics.quantiles(self.samples[variant], n=4)
+        return (quartiles[2] - quartiles[0]) / 2
+
+    def value(self, bar: Bar) -> float:
+        first, second = self.median(bar.first), self.median(bar.second)
+        return first - second if bar.difference else first / second
+
+
+@dataclass(frozen=True)
+class Report:
+    """All rows of one benchmark. `name` is that of its files."""
+
+    name: str
+    title: str
+    rows: list[Row]
+    notes: list[str] = field(default_factory=list)
+
+    def comparisons(self) -> Iterator[tuple[Row, Bar]]:
+        for row in self.rows:
+            for bar in row.bars:
+                yield row, bar
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """The table as text, a line per comparison, under HEADINGS."""
+        lines = []
+        for row, bar in self.comparisons():
+            medians = " / ".join(
+                _time(row.median(name), row.spread(name)) for name in (bar.first, bar.second)
+            )
+            value = row.value(bar)
+            verdict = {True: "met", False: "NOT met", None: ""}[bar.met(value)]
+            operator = "-" if bar.difference else "/"
+            compared = f"{bar.first} {operator} {bar.second}"
+            lines.append((row.what, str(row.ranks), compared, medians, bar.show(value), bar.text, verdict))
+        return lines
+
+    def missed(self) -> int:
+        return sum(bar.met(row.value(bar)) is False for row, bar in self.comparisons())
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Options that every benchmark has."""
+    result = argparse.ArgumentParser(description=description)
+    result.add_argument("--out", type=Path, default=HERE / "results", help="folder for the JSON and the PNG")
+    result.add_argument("--record", action="store_true", help="append the table to RESULTS.md")
+    return result
+
+
+def publish(report: Report, options: argparse.Namespace) -> None:
+    """Print the table, write `<out>/<name>.json` and `.png`, and append to RESULTS.md where asked to."""
+    table = Table(*HEADINGS, title=report.title)
+    for line in report.cells():
+        table.add_row(*line, style="red" if line[-1] == "NOT met" else None)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140  # a log has no edge to wrap at
+    console.print(table, *report.notes, sep="\n")
+    options.out.mkdir(parents=True, exist_ok=True)
+    around = surroundings()
+    document = {"surroundings": around, **asdict(report)}
+    (options.out / f"{report.name}.json").write_text(json.dumps(document, indent=1) + "\n")
+    _draw(report, options.out / f"{report.name}.png")
+    if options.record:
+        _append(report, around)
+
+
+def surroundings() -> dict[str, str]:
+    """Machine, versions and commit, in words; nothing that names the machine itself."""
+    info = Path("/proc/cpuinfo")
+    models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    versions = [f"python {platform.python_version()}"]
+    for package in ("torch", "numpy", "distlib-train"):
+        try:
+            versions.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            versions.append(f"{package} not installed")
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": f"{len(os.sched_getaffinity(0))} cores of {models[0] if models else platform.machine()}, "
+        f"{memory:.0f} GiB, Linux {platform.release()}, load {os.getloadavg()[0]:.1f}",
+        "versions": ", ".join(versions),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(HERE), *arguments], capture_output=True, text=True
+        ).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!RESULTS.md", ":!results")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + (" with changes" if changed else "")
+
+
+def _append(report: Report, around: dict[str, str]) -> None:
+    lines = [f"## {report.title}", ""]
+    lines += [f"{around['date']}, commit {around['commit']}; {around['machine']}; {around['versions']}.", ""]
+    lines += [f"| {' | '.join(HEADINGS)} |", f"|{'---|' * len(HEADINGS)}"]
+    lines += [f"| {' | '.join(cells)} |" for cells in report.cells()]
+    for note in report.notes:
+        lines += ["", note]
+    lines += ["", f"![{report.title}](results/{report.name}.png)", ""]
+    if not RESULTS.exists():
+        RESULTS.write_text("# Results\n\nNewest last. Medians ± half the quartile range, first / second.\n\n")
+    with RESULTS.open("a") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+def _time(seconds: float, spread: float) -> str:
+    scale, unit = (1, "s") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "us")
+    digits = 0 if seconds * scale >= 100 else 1 if seconds * scale >= 10 else 2
+    return f"{seconds * scale:.{digits}f}±{spread * scale:.{digits}f} {unit}"
+
+
+def _draw(report: Report, path: Path) -> None:
+    """A bar per comparison: green where its limit (black line) is met, red where not, grey without one."""
+    pairs = list(report.comparisons())[::-1]
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.36 * len(pairs)))
+    for height, (row, bar) in enumerate(pairs):
+        value = row.value(bar)
+        colour = {True: "#4a9a5b", False: "#c0504d", None: "#8c8c8c"}[bar.met(value)]
+        axes.barh(height, value, color=colour)
+        axes.annotate(f" {bar.show(value)}", (max(value, bar.limit or 0.0), height), va="center", fontsize=8)
+        if bar.limit is not None:
+            axes.plot([bar.limit] * 2, [height - 0.45, height + 0.45], color="black", linewidth=2)
+    labels = [
+        f"{r.what}, {r.ranks} ranks: {b.first} {'-' if b.difference else '/'} {b.second}" for r, b in pairs
+    ]
+    axes.set_yticks(range(len(pairs)), labels, fontsize=8)
+    axes.margins(x=0.12)
+    axes.set_title(f"{report.title}\nblack line: the bar", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
