@@ -10,7 +10,8 @@ from __future__ import annotations
 import sys
 import warnings
 
-_FIX = (
+DISTRIBUTION = "distlib-train"
+FIX = (
     "Fix: `pip uninstall -y distlib`, then `pip install --force-reinstall --no-deps distlib-train`. "
     "If virtualenv or another tool needs the packaging library, give it a virtual environment of its own."
 )
@@ -21,14 +22,14 @@ def register() -> None:
     try:
         import distlib
     except Exception as error:  # noqa: BLE001 - told below; raising would break `import torch`
-        _warn(f"distlib-train is installed but cannot be imported: {type(error).__name__}: {error}")
+        _warn(f"{DISTRIBUTION} is installed but cannot be imported: {type(error).__name__}: {error}")
         return
-    if getattr(distlib, "__distribution__", None) != "distlib-train":
+    if getattr(distlib, "__distribution__", None) != DISTRIBUTION:
         where = getattr(distlib, "__file__", None) or list(distlib.__path__)  # no __init__.py: a namespace
         _warn(
-            f"distlib-train is installed, but `import distlib` finds another package of that name at {where} "
-            f"(virtualenv uses a packaging library called distlib). The c10d backend `distlib` is not "
-            f"registered. {_FIX}"
+            f"{DISTRIBUTION} is installed, but `import distlib` finds another package of that name at "
+            f"{where} (virtualenv uses a packaging library called distlib). The c10d backend `distlib` is "
+            f"not registered. {FIX}"
         )
 
 
