@@ -1,4 +1,4 @@
-"""The package as installed: the build with and without compilers, its namesake, its names, its import time."""
+"""The package as installed: builds with and without compilers, the namesake, public names, import time."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def _install_namesake_over(site: Path) -> None:
 
 
 def _import_torch(site: Path, before: str = "pass") -> subprocess.CompletedProcess[str]:
-    """`import torch` where `site` holds the only package called distlib (an editable install adds this one)."""
+    """`import torch` where `site` has the only package called distlib: without an editable install."""
     program = f"{before}; import sys; sys.path.remove({str(ROOT)!r}) if {str(ROOT)!r} in sys.path else None; "
     return _python("-c", program + "import torch; print(torch.ones(2).sum().item())", path=site)
 
