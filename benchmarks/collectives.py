@@ -23,8 +23,9 @@ import torch.distributed as dist
 from timing import interleaved, is_rank, run_ranks, write_samples
 
 if TYPE_CHECKING:  # ranks draw nothing, and the process that starts them starts no world
-    from distlib.comm.group import Group
     from report import Report, Row
+
+    from distlib.comm.group import Group
 
 KIB, MIB = 2**10, 2**20
 # Newer torch has renamed these two; the old names warn.
@@ -39,9 +40,8 @@ Variants = dict[str, Callable[[], object]]
 
 def on_rank(options: argparse.Namespace) -> None:
     """Measure and let rank 0 write {what: {variant: seconds per round}}."""
-    from distlib.comm.group import Group
-
     import distlib
+    from distlib.comm.group import Group
 
     torch.set_num_threads(1)
     with distlib.init():

@@ -385,6 +385,8 @@ def main() -> int:
     except (ClusterUnavailable, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     print(f"on the links of {options.rate}, in {result.seconds:.1f} s, with headers and rendezvous:")
     for host, (sent, received) in enumerate(zip(result.tx_bytes, result.rx_bytes, strict=True)):
         print(f"  host{host}: sent {sent:,} bytes, received {received:,} bytes")

@@ -44,6 +44,10 @@ class Bar:
         return self.at_least if self.at_least is not None else self.at_most
 
     @property
+    def operation(self) -> str:
+        return f"{self.first} {'-' if self.difference else '/'} {self.second}"
+
+    @property
     def text(self) -> str:
         sign = ">=" if self.at_least is not None else "<="
         return f"{sign} {self.show(self.limit)}" if self.limit is not None else "report"
@@ -103,9 +107,9 @@ class Report:
             )
             value = row.value(bar)
             verdict = {True: "met", False: "NOT met", None: ""}[bar.met(value)]
-            operator = "-" if bar.difference else "/"
-            compared = f"{bar.first} {operator} {bar.second}"
-            lines.append((row.what, str(row.ranks), compared, medians, bar.show(value), bar.text, verdict))
+            lines.append(
+                (row.what, str(row.ranks), bar.operation, medians, bar.show(value), bar.text, verdict)
+            )
         return lines
 
     def missed(self) -> int:
@@ -196,14 +200,13 @@ def _draw(report: Report, path: Path) -> None:
         value = row.value(bar)
         colour = {True: "#4a9a5b", False: "#c0504d", None: "#8c8c8c"}[bar.met(value)]
         axes.barh(height, value, color=colour)
-        axes.annotate(f" {bar.show(value)}", (max(value, bar.limit or 0.0), height), va="center", fontsize=8)
+        text = f" {bar.show(value)}" + (f" ({bar.text})" if bar.limit is not None else "")
+        axes.annotate(text, (max(value, bar.limit or 0.0), height), va="center", fontsize=8)
         if bar.limit is not None:
             axes.plot([bar.limit] * 2, [height - 0.45, height + 0.45], color="black", linewidth=2)
-    labels = [
-        f"{r.what}, {r.ranks} ranks: {b.first} {'-' if b.difference else '/'} {b.second}" for r, b in pairs
-    ]
+    labels = [f"{r.what}, {r.ranks} rank{'s' * (r.ranks > 1)}: {b.operation}" for r, b in pairs]
     axes.set_yticks(range(len(pairs)), labels, fontsize=8)
-    axes.margins(x=0.12)
+    axes.margins(x=0.2)
     axes.set_title(f"{report.title}\nblack line: the bar", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
