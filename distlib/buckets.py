@@ -3,7 +3,7 @@
     order      d c b a                       the order in which gradients are expected
     bucket 0   |dddd|..|                     small, so that communication starts early
     bucket 1   |cccccccc|.|bbbbb|...|        filled up to the cap; every slice starts on a 64-byte line
-    bucket 2   |aaaaaaaaaaaaaaaaaaaa|tail|   a parameter above the cap has a bucket alone; the tail is the caller's
+    bucket 2   |aaaaaaaaaaaaaaaaaaaa|tail|   a parameter above the cap is alone; the tail is the caller's
 
 Elements are counted in elements of the bucket's dtype, never in bytes, unless a name says bytes.
 """
@@ -11,7 +11,7 @@ Elements are counted in elements of the bucket's dtype, never in bytes, unless a
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 MIB = 1 << 20
@@ -60,8 +60,8 @@ class Bucket:
 class Layout:
     """Which slice of which bucket holds which parameter. Made by `plan`; a value, never changed.
 
-    Buckets are numbered in the order in which they are expected to be complete, which is the order in which they
-    are communicated. `tail` elements at the end of the last bucket belong to no parameter.
+    Buckets are numbered in the order in which they are expected to be complete, which is the order in which
+    they are communicated. `tail` elements at the end of the last bucket belong to no parameter.
     """
 
     parameters: tuple[Parameter, ...]
@@ -82,8 +82,8 @@ class Layout:
 
         `order` may leave parameters out (those that never receive a gradient); it must not repeat any.
         """
-        buckets = _fill(self.parameters, order, self.cap_bytes, self.first_cap_bytes, self.align_bytes, self.tail)
-        return replace(self, buckets=buckets, order=tuple(order))
+        limits = (self.cap_bytes, self.first_cap_bytes, self.align_bytes, self.tail)
+        return replace(self, buckets=_fill(self.parameters, order, *limits), order=tuple(order))
 
 
 def plan(
@@ -97,9 +97,9 @@ def plan(
     """Lay parameters out in buckets.
 
     Args:
-        parameters: all parameters, in registration order; `order` and `Member.parameter` are indices into it.
-        order: the order in which gradients are expected; by default reverse registration order, which is about
-            the order of the backward pass.
+        parameters: all parameters, in registration order; `order` and `Member.parameter` index it.
+        order: the order in which gradients are expected; by default reverse registration order, which is
+            about the order of the backward pass.
         cap_bytes: no bucket with two members or more is larger (padding counted, tail not counted).
         first_cap_bytes: the same for the first bucket opened, if smaller than `cap_bytes`.
         align_bytes: every slice starts at a multiple of this; 1 packs without gaps.
@@ -129,30 +129,41 @@ def _fill(
     tail: int,
 ) -> tuple[Bucket, ...]:
     if len(set(order)) != len(order) or not all(0 <= i < len(parameters) for i in order):
-        raise ValueError(f"order must name each of {len(parameters)} parameters at most once, got {list(order)}")
+        raise ValueError(
+            f"order must name each of {len(parameters)} parameters at most once, got {list(order)}"
+        )
 
-    closed: list[tuple[int, DType, list[Member], int]] = []  # (position of the last member, dtype, members, end)
-    open_: dict[DType, tuple[int, list[Member], int, int]] = {}  # dtype -> (last position, members, end, cap)
+    closed: list[_Open] = []
+    filling: dict[DType, _Open] = {}
     cap = min(first_cap_bytes, cap_bytes)
     for position, index in enumerate(order):
         parameter = parameters[index]
         itemsize = parameter.dtype.itemsize
         step = max(1, align_bytes // itemsize)
         padded = -(-parameter.numel // step) * step
-        if parameter.dtype in open_:
-            last, members, end, limit = open_.pop(parameter.dtype)
-            if (end + padded) * itemsize > limit:
-                closed.append((last, parameter.dtype, members, end))
-                members, end, limit = [], 0, cap_bytes
-        else:
-            members, end, limit = [], 0, cap
+        bucket = filling.get(parameter.dtype)
+        if bucket is None or (bucket.end + padded) * itemsize > bucket.cap_bytes:
+            if bucket is not None:
+                closed.append(bucket)
+            bucket = filling[parameter.dtype] = _Open(parameter.dtype, cap)
             cap = cap_bytes
-        members.append(Member(index, end, parameter.numel))
-        open_[parameter.dtype] = (position, members, end + padded, limit)
+        bucket.members.append(Member(index, bucket.end, parameter.numel))
+        bucket.end += padded
+        bucket.complete_at = position
 
-    closed += [(last, dtype, members, end) for dtype, (last, members, end, _) in open_.items()]
-    closed.sort(key=lambda bucket: bucket[0])  # a bucket is complete when its last member has landed
-    return tuple(
-        Bucket(i, dtype, tuple(members), end + (tail if i == len(closed) - 1 else 0))
-        for i, (_, dtype, members, end) in enumerate(closed)
-    )
+    closed += filling.values()
+    closed.sort(key=lambda bucket: bucket.complete_at)
+    if closed:
+        closed[-1].end += tail
+    return tuple(Bucket(i, b.dtype, tuple(b.members), b.end) for i, b in enumerate(closed))
+
+
+@dataclass
+class _Open:
+    """A bucket being filled."""
+
+    dtype: DType
+    cap_bytes: int
+    members: list[Member] = field(default_factory=list)
+    end: int = 0
+    complete_at: int = 0  # position in the order of the last member: when it lands, the bucket is complete

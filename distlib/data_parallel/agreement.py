@@ -1,0 +1,79 @@
+"""Ranks compare notes: what must be equal everywhere, and which ranks differ."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+from distlib.comm.group import Group
+
+_SHOWN = 8  # differences listed in a message
+
+
+def exchange(group: Group, note: bytes, device: torch.device) -> list[bytes]:
+    """Every rank's note, in rank order. A collective: every rank of the group must call it."""
+    length = torch.tensor([len(note)], dtype=torch.int64, device=device)
+    lengths = torch.empty(group.size, dtype=torch.int64, device=device)
+    group.all_gather(lengths, length)
+    longest = int(lengths.max())
+    if longest == 0:
+        return [b""] * group.size
+    mine = torch.frombuffer(bytearray(note.ljust(longest, b"\0")), dtype=torch.uint8).to(device)
+    everyone = torch.empty(group.size * longest, dtype=torch.uint8, device=device)
+    group.all_gather(everyone, mine)
+    raw = everyone.cpu().numpy().tobytes()
+    return [raw[r * longest : r * longest + n] for r, n in enumerate(lengths.tolist())]
+
+
+def require_equal(group: Group, what: str, facts: Sequence[tuple[str, str]], device: torch.device) -> None:
+    """Check that all ranks hold the same facts, in the same order. Every rank of the group must call it.
+
+    Args:
+        what: how to name the whole in the message.
+        facts: (name, description) pairs, e.g. ("fc.weight", "shape (3, 4), float32").
+
+    Raises:
+        RuntimeError: on every rank, naming the facts that differ and the ranks that hold each version.
+    """
+    if group.size == 1:
+        return
+    text = "\n".join(f"{name}\t{description}" for name, description in facts)
+    digests = exchange(group, hashlib.sha256(text.encode()).digest(), device)
+    if len(set(digests)) == 1:
+        return
+    versions = [
+        dict(line.split("\t", 1) for line in note.decode().splitlines())
+        for note in exchange(group, text.encode(), device)
+    ]
+    names = list(dict.fromkeys(name for version in versions for name in version))
+    lines = []
+    for name in names:
+        held: dict[str, list[int]] = {}
+        for rank, version in enumerate(versions):
+            held.setdefault(version.get(name, "absent"), []).append(rank)
+        if len(held) > 1:
+            lines.append(f"  {name}: " + "; ".join(f"{v} on {said(r)}" for v, r in held.items()))
+    if not lines:
+        lines.append("  the same names in a different order")
+    if len(lines) > _SHOWN:
+        lines[_SHOWN:] = [f"  and {len(lines) - _SHOWN} more"]
+    raise RuntimeError(
+        f"{what} must be the same on all {group.size} ranks of group {group.name!r}, but differ:\n"
+        + "\n".join(lines)
+        + "\nBuild the same module, with the same options, on every rank."
+    )
+
+
+def said(ranks: Sequence[int]) -> str:
+    """Ranks in words: "rank 3", "ranks 0-2, 5"."""
+    ranks = sorted(ranks)
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"

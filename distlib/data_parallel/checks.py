@@ -1,0 +1,129 @@
+"""What can be wrapped, what must be equal on all ranks, and what must not change afterwards."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from distlib.data_parallel.reducer import Options
+from distlib.data_parallel.replicas import describe
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def options(chosen: Options) -> None:
+    """Options that contradict each other or make no sense: ValueError."""
+    if not (math.isfinite(chosen.bucket_mb) and chosen.bucket_mb > 0):
+        raise ValueError(f"bucket_mb must be a positive number of MiB, got {chosen.bucket_mb}")
+    if chosen.gradient_dtype is not None and chosen.gradient_dtype not in _HALF:
+        raise ValueError(f"gradient_dtype must be float16 or bfloat16, got {chosen.gradient_dtype}")
+    if chosen.gradient_dtype is not None and chosen.comm_hook is not None:
+        raise ValueError("gradient_dtype and comm_hook both say how gradients travel; choose one")
+    if chosen.find_unused_parameters and chosen.static_graph:
+        raise ValueError(
+            "find_unused_parameters allows other unused parameters in every step, static_graph the same ones "
+            "in all steps; choose one"
+        )
+    if chosen.comm_hook is not None and not callable(chosen.comm_hook):
+        raise ValueError(f"comm_hook must be callable, got {chosen.comm_hook!r}")
+
+
+def module(wrapped: nn.Module, chosen: Options) -> tuple[list[str], list[nn.Parameter]]:
+    """Names and parameters that gradients are averaged for, each once, in registration order.
+
+    Raises:
+        ValueError: a module that cannot be wrapped, naming the parameter and the fix.
+    """
+    for name, tensor in [*wrapped.named_parameters(), *wrapped.named_buffers()]:
+        if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+            raise ValueError(f"{name!r} has no shape yet: run one forward of the lazy module before wrapping")
+        if tensor.device.type == "meta":
+            raise ValueError(f"{name!r} is on the meta device: materialise the module before wrapping")
+    for prefix, part in wrapped.named_modules():
+        if getattr(part, "sparse", False) is True and isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
+            raise ValueError(
+                f"'{prefix}.weight' would have sparse gradients, which buckets cannot hold: build the "
+                "embedding with sparse=False"
+            )
+    trained = [(name, p) for name, p in wrapped.named_parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("no parameter of the module requires a gradient: there is nothing to average")
+    first_name, first = trained[0]
+    for name, tensor in [*wrapped.named_parameters(), *wrapped.named_buffers()]:
+        if tensor.device != first.device:
+            raise ValueError(
+                f"all parameters and buffers must be on one device: {first_name!r} is on {first.device}, "
+                f"{name!r} on {tensor.device}"
+            )
+    for name, parameter in trained:
+        if parameter.layout is not torch.strided:
+            raise ValueError(f"{name!r} has layout {parameter.layout}; only strided ones can be averaged")
+        if parameter.is_complex() and chosen.gradient_dtype is not None:
+            raise ValueError(f"{name!r} is complex: gradient_dtype cannot hold it")
+    return [name for name, _ in trained], [parameter for _, parameter in trained]
+
+
+def facts(wrapped: nn.Module, chosen: Options, broadcast_buffers: bool) -> list[tuple[str, str]]:
+    """What must be equal on all ranks, as (name, description)."""
+    hook = "none" if chosen.comm_hook is None else "given"
+    return [
+        *((f"parameter {name}", describe(p, with_strides=True)) for name, p in wrapped.named_parameters()),
+        *((f"buffer {name}", describe(b, with_strides=False)) for name, b in wrapped.named_buffers()),
+        ("option bucket_mb", str(chosen.bucket_mb)),
+        ("option find_unused_parameters", str(chosen.find_unused_parameters)),
+        ("option static_graph", str(chosen.static_graph)),
+        ("option broadcast_buffers", str(broadcast_buffers)),
+        ("option gradient_dtype", str(chosen.gradient_dtype)),
+        ("option comm_hook", hook),
+    ]
+
+
+class Places:
+    """Where the parameters hang in the module, to notice that they were replaced, frozen or unfrozen."""
+
+    def __init__(self, wrapped: nn.Module, freezing_allowed: bool) -> None:
+        self._freezing_allowed = freezing_allowed
+        self._places = [
+            (owner._parameters, key, parameter, parameter.requires_grad, f"{prefix}.{key}" if prefix else key)
+            for prefix, owner in wrapped.named_modules()
+            for key, parameter in owner._parameters.items()
+            if parameter is not None
+        ]
+        self._kinds = [(p.dtype, p.device, p.shape) for _, _, p, _, _ in self._places]
+
+    def check(self, rank: int) -> None:
+        """Before a forward that records a graph. Raises RuntimeError, by name."""
+        for owner, key, parameter, trained, name in self._places:
+            if owner.get(key) is not parameter or parameter.requires_grad is not trained:
+                self._explain(owner.get(key), parameter, trained, name, rank)
+
+    def _explain(
+        self, found: torch.Tensor | None, parameter: torch.Tensor, trained: bool, name: str, rank: int
+    ) -> None:
+        if found is not parameter:
+            raise RuntimeError(
+                f"rank {rank}: parameter {name!r} was replaced after wrapping, so that its gradient would "
+                "not be averaged; change it in place (under torch.no_grad()), or wrap again"
+            )
+        if not trained:
+            raise RuntimeError(
+                f"rank {rank}: parameter {name!r} was frozen when it was wrapped and requires a gradient "
+                "now, which would not be averaged; call requires_grad_(True) before wrapping"
+            )
+        if not self._freezing_allowed:
+            raise RuntimeError(
+                f"rank {rank}: parameter {name!r} was frozen (requires_grad_(False)) after wrapping; freeze "
+                "before wrapping, or wrap with find_unused_parameters=True"
+            )
+
+    def check_kinds(self, rank: int) -> None:
+        """After `.to()` and its like. Raises RuntimeError, by name."""
+        for (owner, key, parameter, _, name), kind in zip(self._places, self._kinds, strict=True):
+            found = owner.get(key)
+            if found is not parameter or (parameter.dtype, parameter.device, parameter.shape) != kind:
+                raise RuntimeError(
+                    f"rank {rank}: parameter {name!r} changed from {kind[0]} on {kind[1]} after wrapping; "
+                    "call .to() on the module before wrapping it"
+                )
