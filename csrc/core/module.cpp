@@ -222,6 +222,7 @@ PYBIND11_MODULE(_native, m) {
            "Maps the arena behind `fd` and takes ownership of both descriptors.")
       .def_property_readonly("alive", &Peer::alive)
       .def_property_readonly("pid", &Peer::pid)
+      .def("forget_socket", &Peer::forget_socket)
       .def("peek", [](const Peer& p, size_t o, size_t n) { return peek(p.base(), o + n, o, n); })
       .def("poke", [](const Peer& p, size_t o, const std::string& d) { poke(p.base(), o + d.size(), o, d); });
 
@@ -278,8 +279,8 @@ PYBIND11_MODULE(_native, m) {
            py::arg("leader"), py::arg("control_offset"), py::arg("spin_ns"), py::arg("slot_bytes"))
       .def("start",
            [](const std::shared_ptr<HostGroup>& g, int kind, int dtype, int dtype_name, int op, int root, uint64_t count,
-              int divisor, double timeout, const Spans& send, const Spans& recv,
-              bool run_here) -> std::shared_ptr<Operation> {
+              int divisor, double timeout, const Spans& send, const Spans& recv, bool run_here, uint32_t label,
+              int64_t arrived_ns) -> std::shared_ptr<Operation> {
              auto o = std::make_shared<CollectiveOperation>();
              o->group = g;
              Call& c = o->task->call;
@@ -291,6 +292,8 @@ PYBIND11_MODULE(_native, m) {
              c.count = count;
              c.divisor = divisor;
              c.timeout_ns = nanoseconds(timeout);
+             c.label = label;
+             c.arrived_ns = arrived_ns;
              c.send = spans(send);
              c.recv = spans(recv);
              size_t n = c.kind == Kind::ALL_REDUCE || c.kind == Kind::REDUCE ? 1 : size_t(g->size());
@@ -306,5 +309,6 @@ PYBIND11_MODULE(_native, m) {
            })
       .def("close", &HostGroup::close, py::call_guard<py::gil_scoped_release>())
       .def("reap", &HostGroup::reap)
+      .def_property_readonly("oneshot_to", [](const HostGroup& g) { return g.config().oneshot_to; })
       .def("lateness", &HostGroup::lateness);
 }

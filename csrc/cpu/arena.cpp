@@ -162,7 +162,12 @@ Status Peer::map(int fd, size_t bytes, int socket, int pid, std::shared_ptr<Peer
 
 Peer::~Peer() {
   munmap(base_, size_);
-  close(socket_);
+  forget_socket();
+}
+
+void Peer::forget_socket() {
+  if (socket_ >= 0) close(socket_);
+  socket_ = -1;
 }
 
 bool Peer::alive() const {

@@ -60,6 +60,7 @@ class Peer {
   Peer& operator=(const Peer&) = delete;
 
   bool alive() const;
+  void forget_socket();  // in a forked child, which must not keep the parent's connection open
   char* base() const { return base_; }
   int pid() const { return pid_; }
 

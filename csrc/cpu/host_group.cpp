@@ -48,7 +48,7 @@ struct HostGroup::Run {
 
 HostGroup::HostGroup(GroupConfig config)
     : config_(std::move(config)), n_(int(config_.peers.size())), me_(config_.rank), owner_pid_(getpid()),
-      control_(arena_of(config_.leader) + config_.control_offset, n_), lateness_(size_t(n_) + 1, 0) {
+      control_(arena_of(config_.leader) + config_.control_offset, n_) {
   config_.slot_bytes = std::max<size_t>(config_.slot_bytes, size_t(n_) * 64) & ~size_t(63);
 }
 
@@ -62,6 +62,7 @@ void HostGroup::submit(const std::shared_ptr<Task>& task, bool inline_ok) {
     task->done = true;
     return;
   }
+  if (!task->call.arrived_ns) task->call.arrived_ns = now_ns();
   std::unique_lock<std::mutex> lock(queue_mutex_);
   if (inline_ok && queue_.empty() && !busy_ && !stop_) {
     busy_ = true;
@@ -293,16 +294,17 @@ Status HostGroup::compare(Run& run) {
   return fail(Code::MISMATCH, text + ". Every rank must make the same calls in the same order");
 }
 
-void HostGroup::record_arrivals(const Run&) {
+void HostGroup::record_arrivals(const Run& run) {
   int64_t first = INT64_MAX;
   for (int r = 0; r < n_; ++r) first = std::min(first, control_.line(r).descriptor[sequence_ & 1].arrived_ns);
   std::lock_guard<std::mutex> lock(lateness_mutex_);
-  for (int r = 0; r < n_; ++r)
-    lateness_[size_t(r)] += control_.line(r).descriptor[sequence_ & 1].arrived_ns - first;
-  ++lateness_[size_t(n_)];
+  auto& late = lateness_[run.call.label];
+  late.resize(size_t(n_) + 1);
+  for (int r = 0; r < n_; ++r) late[size_t(r)] += control_.line(r).descriptor[sequence_ & 1].arrived_ns - first;
+  ++late[size_t(n_)];
 }
 
-std::vector<int64_t> HostGroup::lateness() const {
+std::map<uint32_t, std::vector<int64_t>> HostGroup::lateness() const {
   std::lock_guard<std::mutex> lock(lateness_mutex_);
   return lateness_;
 }
@@ -334,7 +336,7 @@ Outcome HostGroup::execute(const Call& call) {
   d.count = call.count;
   d.offset = STAGED;
   d.max_staged = 0;
-  d.arrived_ns = start;
+  d.arrived_ns = call.arrived_ns ? call.arrived_ns : start;
   d.root = call.root;
   d.kind = uint8_t(call.kind);
   d.dtype = call.dtype_name;
@@ -455,7 +457,7 @@ Status HostGroup::reduce_all(Run& run) {
   const size_t element = element_size(call.dtype), count = in.bytes / element;
   const bool to_all = call.kind == Kind::ALL_REDUCE;
 
-  if (to_all && (in.bytes * size_t(n_) <= config_.oneshot_to * 2)) {
+  if (to_all && (in.bytes * size_t(n_) <= config_.oneshot_to)) {
     Call whole = call;
     whole.send.assign(size_t(n_), in);
     whole.recv.assign(size_t(n_), out);

@@ -12,6 +12,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -53,6 +54,8 @@ struct Call {
   uint64_t count = 0;
   int divisor = 1;
   int64_t timeout_ns = 0;
+  int64_t arrived_ns = 0;  // when this rank was ready for it; 0: when it was submitted
+  uint32_t label = 0;      // lateness is kept by label
   std::vector<Span> send, recv;
 };
 
@@ -96,7 +99,7 @@ struct GroupConfig {
   int64_t spin_ns = 0;        // how long a wait spins before it sleeps; 0 where ranks outnumber cores
   size_t slot_bytes = size_t(1) << 20;
   size_t direct_from = size_t(128) << 10;   // bytes from which arena memory is read in place
-  size_t oneshot_to = size_t(256) << 10;    // bytes (times ranks) up to which every rank reduces everything itself
+  size_t oneshot_to = size_t(512) << 10;    // bytes (times ranks) up to which every rank reduces everything itself
 };
 
 class HostGroup {
@@ -121,8 +124,8 @@ class HostGroup {
   // still read the last operation's bytes.
   bool reap();
 
-  // Nanoseconds by which each rank arrived after the first, summed over operations, and the number of operations.
-  std::vector<int64_t> lateness() const;
+  // By label: nanoseconds by which each rank arrived after the first, summed over operations; last, their number.
+  std::map<uint32_t, std::vector<int64_t>> lateness() const;
 
   // Used by Mailbox.
   const GroupConfig& config() const { return config_; }
@@ -162,7 +165,7 @@ class HostGroup {
   std::atomic<bool> closed_{false};
 
   mutable std::mutex lateness_mutex_;
-  std::vector<int64_t> lateness_;
+  std::map<uint32_t, std::vector<int64_t>> lateness_;
 
   std::mutex queue_mutex_;
   std::condition_variable queued_;

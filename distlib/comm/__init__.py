@@ -1,0 +1,1 @@
+"""Communication: `Group` is the only place that starts a collective."""

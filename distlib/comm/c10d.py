@@ -1,0 +1,119 @@
+"""A group of another c10d backend (NCCL, say), seen as a channel: plain c10d calls, same interface."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from distlib import native
+from distlib.comm.channel import BETWEEN_HOSTS, Collective, Traffic
+from distlib.comm.gloo import expected_sent
+from distlib.comm.work import Operation
+
+_OPS = {
+    "sum": dist.ReduceOp.SUM,
+    "avg": dist.ReduceOp.AVG,
+    "min": dist.ReduceOp.MIN,
+    "max": dist.ReduceOp.MAX,
+    "product": dist.ReduceOp.PRODUCT,
+    "band": dist.ReduceOp.BAND,
+    "bor": dist.ReduceOp.BOR,
+    "bxor": dist.ReduceOp.BXOR,
+}
+
+
+class _C10dOperation:
+    """A c10d work, seen as an operation. `after` runs once on success (gloo has no average: the sum is divided here)."""
+
+    peer_bytes = sequence = waited_ns = 0
+
+    def __init__(self, work: Any, what: str, after: Any = None) -> None:
+        self._work = work
+        self._what = what
+        self._after = after
+        self.done = False
+        self.code = 0
+        self.text = ""
+        self.source = -1
+
+    def wait(self, seconds: float) -> bool:
+        if not self.done:
+            try:
+                self._work.wait(timedelta(seconds=min(seconds, 1e8)))
+                if self._after is not None:
+                    self._after()
+                self.source = self._work._source_rank() if self._what == "recv" else -1
+            except RuntimeError as error:
+                self.code, self.text = native.CODES.index("aborted"), f"{self._what}: {error}"
+            self.done = True
+        return True
+
+    def notify(self, id: int) -> bool:
+        self.wait(1e8)
+        return False
+
+
+class C10dChannel:
+    """Collectives of an existing process group. What it promises (order of sums, errors) is that backend's."""
+
+    def __init__(self, process_group: dist.ProcessGroup) -> None:
+        self._pg = process_group
+        self._averages = "gloo" not in str(dist.get_backend(process_group))
+
+    def start(self, c: Collective, timeout: float, sync: bool) -> Operation:
+        pg, averages = self._pg, self._averages or c.op != "avg"
+        op = _OPS[c.op] if averages else dist.ReduceOp.SUM
+        size = pg.size()
+        work: Any
+        if c.kind == "barrier":
+            work = pg.barrier()
+        elif c.kind == "all_reduce":
+            work = pg.allreduce(c.send, op)
+        elif c.kind == "reduce":
+            work = pg.reduce(c.send[0], c.root, op)
+        elif c.kind == "broadcast":
+            work = pg.broadcast(c.send[0], c.root)
+        elif c.kind == "all_gather":
+            work = pg.allgather([c.recv], c.send)
+        elif c.kind == "reduce_scatter":
+            options = dist.ReduceScatterOptions()
+            options.reduceOp = op
+            work = pg.reduce_scatter(c.recv, [c.send], options)
+        elif c.kind == "gather":
+            options = dist.GatherOptions()
+            options.rootRank = c.root
+            work = pg.gather([c.recv] if c.recv else [], c.send, options)
+        elif c.kind == "scatter":
+            options = dist.ScatterOptions()
+            options.rootRank = c.root
+            work = pg.scatter(c.recv, [c.send] if c.send else [], options)
+        else:
+            work = pg.alltoall(c.recv, c.send)
+        after = None if averages else lambda: [t.div_(size) for t in c.recv]
+        return _C10dOperation(work, c.kind, after)
+
+    def send(self, tensor: torch.Tensor, dst: int, tag: int, timeout: float) -> Operation:
+        return _C10dOperation(self._pg.send([tensor], dst, tag), "send")
+
+    def recv(self, tensor: torch.Tensor, src: int | None, tag: int, timeout: float) -> Operation:
+        work = self._pg.recv_anysource([tensor], tag) if src is None else self._pg.recv([tensor], src, tag)
+        return _C10dOperation(work, "recv")
+
+    def traffic(self, kind: str, root: int, sent: int, received: int, operation: Operation) -> list[Traffic]:
+        """The backend does not say what it moves: the formula stands for the count."""
+        bytes = expected_sent(kind, self._pg.size(), self._pg.rank(), root, sent, received)
+        moved = sum(n for to, n in bytes.items() if to != self._pg.rank())
+        return [Traffic(BETWEEN_HOSTS, moved, moved)]
+
+    def lateness(self) -> dict[str, tuple[list[float], int]]:
+        """Not known on other backends."""
+        return {}
+
+    def abort(self, text: str) -> None:
+        self._pg.abort()
+
+    def close(self) -> None:
+        """The process group is its maker's to destroy."""

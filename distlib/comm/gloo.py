@@ -1,0 +1,353 @@
+"""A group over gloo (TCP): between hosts, and everywhere where the core is missing.
+
+gloo only moves bytes here. What is summed is summed by ourselves, in rank order, so that all ranks hold the same bits
+whichever way a group travels. Before each collective the ranks compare what they are about to do.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from distlib import native
+from distlib.comm import interfaces
+from distlib.comm.arithmetic import reduce_in_order
+from distlib.comm.channel import BETWEEN_HOSTS, SAME_HOST, Collective, Traffic
+from distlib.comm.threads import Runner, Step
+from distlib.comm.work import CollectiveError, Operation, completions
+from distlib.topology import Topology
+
+log = logging.getLogger("distlib")
+Sent = dict[int, int]  # bytes that this rank sends, by destination
+_LOOK_SECONDS = 2.0  # how long a failed rank looks for others that failed in the same operation
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a contiguous tensor, as uint8."""
+    return tensor.view(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+
+
+def process_group(store: dist.Store, rank: int, size: int, timeout: float, master: str | None) -> Any:
+    """torch's gloo group, on the chosen interface. Every rank must call. CollectiveError if they do not meet."""
+    options = dist.ProcessGroupGloo._Options()
+    options._timeout = timedelta(seconds=timeout)
+    interface = interfaces.choose(master)
+    make = dist.ProcessGroupGloo
+    options._devices = [make.create_device(interface=interface) if interface else make.create_default_device()]
+    try:
+        return make(store, rank, size, options)
+    except RuntimeError as error:
+        raise CollectiveError(
+            f"rank {rank} of {size} cannot reach the others over interface {interface or '(gloo chose)'}: {error}. "
+            f"Set {interfaces.VARIABLE} to an interface that all hosts share, and look at the other ranks' output",
+            "timeout",
+        ) from error
+
+
+def broadcast_targets(rank: int, root: int, size: int) -> list[int]:
+    """To whom `rank` passes a broadcast on: gloo's is a binomial tree."""
+    place = (rank - root) % size
+    targets, bit = [], 1
+    while bit < size:
+        if place & (2 * bit - 1) == 0 and place + bit < size:
+            targets.append((place + bit + root) % size)
+        bit *= 2
+    return targets
+
+
+def expected_sent(kind: str, n: int, me: int, root: int, sent: int, received: int) -> Sent:
+    """Bytes that rank `me` sends to each rank, by formula; `sent` and `received` are the bytes of its tensors."""
+    after = (me + 1) % n
+    if kind == "all_reduce":
+        share = -(-sent // n)
+        return {to: share + (share * (n - 1) if to == after else 0) for to in range(n)}
+    if kind in ("reduce_scatter", "all_to_all"):
+        return {to: sent // n for to in range(n)}
+    if kind == "all_gather":
+        return {after: sent * (n - 1)}
+    if kind in ("gather", "reduce"):
+        return {root: sent}
+    if kind == "scatter":
+        return {to: received for to in range(n)} if me == root else {}
+    if kind == "broadcast":
+        return {to: sent for to in broadcast_targets(me, root, n)}
+    return {}
+
+
+class GlooChannel:
+    """Collectives by gloo between all ranks of a group. Steps run in order on one thread of the group."""
+
+    def __init__(
+        self, store: dist.Store, name: str, rank: int, labels: list[int], timeout: float, master: str | None, topology: Topology
+    ) -> None:
+        self.size = len(labels)
+        self.rank = rank
+        self.name = name
+        self._labels = labels
+        self._store = store
+        self._gloo = process_group(dist.PrefixStore("gloo/", store), rank, self.size, timeout, master)
+        self._runner = Runner(f"gloo-{name}")
+        self._topology = topology
+        self._late: dict[str, tuple[list[float], int]] = {}
+        self._sequence = 0
+        self._broken: CollectiveError | None = None
+        self._compare = os.environ.get("DISTLIB_FINGERPRINT", "1") != "0"
+
+    # ------------------------------------------------------------ collectives
+
+    def start(self, collective: Collective, timeout: float, sync: bool) -> Operation:
+        return self.start_step(collective, timeout, getattr(self, f"_{collective.kind}"))
+
+    def start_step(self, collective: Collective, timeout: float, run: Callable[[Collective, timedelta], Sent]) -> Step:
+        """Queues `run`, with the checks that every collective gets before and after."""
+        collective.arrived_ns = time.time_ns()
+        return self._runner.start(lambda: self._guarded(collective, timeout, run))
+
+    def _guarded(self, c: Collective, timeout: float, run: Callable[[Collective, timedelta], Sent]) -> Sent:
+        if self._broken is not None:
+            raise self._broken
+        self._sequence += 1
+        limit = timedelta(seconds=min(timeout, 1e8))
+        begin = time.monotonic()
+        try:
+            if self._compare and self.size > 1:
+                self._agree(c, limit)
+            return run(c, limit)
+        except CollectiveError as error:
+            self._broken = error
+            raise
+        except RuntimeError as error:
+            self._broken = self._explain(c, error, time.monotonic() - begin)
+            raise self._broken from error
+
+    def _agree(self, c: Collective, limit: timedelta) -> None:
+        """All ranks compare {kind, dtype, op, root, count}: whoever differs is named, on every rank."""
+        name = zlib.crc32(str(c.dtype).encode())
+        mine = torch.tensor([native.KINDS.index(c.kind), name, native.OPS.index(c.op), c.root, c.count, c.arrived_ns])
+        all = torch.empty(self.size, mine.numel(), dtype=mine.dtype)
+        self._gather_bytes(all, mine, limit)
+        if bool((all[:, :5] == mine[:5]).all()):
+            late, calls = self._late.get(c.label, ([0.0] * self.size, 0))
+            after = ((all[:, 5] - all[:, 5].min()) * 1e-9).tolist()
+            self._late[c.label] = ([a + b for a, b in zip(late, after, strict=True)], calls + 1)
+            return
+        calls = []
+        for r, (kind, _, op, root, count, _) in enumerate(all.tolist()):
+            mark = "" if all[r, 1] == mine[1] else ", another dtype"
+            calls.append(
+                f"rank {self._labels[r]} called {native.KINDS[kind]}({count} elements, {native.OPS[op]}, root {root}{mark})"
+            )
+        raise CollectiveError(
+            f"ranks disagree in call #{self._sequence} of group '{self.name}': {'; '.join(calls)}. "
+            "Every rank must make the same calls in the same order",
+            "mismatch",
+        )
+
+    def _explain(self, c: Collective, error: RuntimeError, seconds: float) -> CollectiveError:
+        """Names the ranks that failed nowhere: those that ended, or hang."""
+        key = f"failed/{self._sequence}/"
+        missing = list(range(self.size))
+        try:
+            self._store.set(f"{key}{self.rank}", "1")
+            until = time.monotonic() + _LOOK_SECONDS
+            while missing and time.monotonic() < until:
+                missing = [r for r in missing if not self._store.check([f"{key}{r}"])]
+                time.sleep(0.05)
+            names = ", ".join(f"rank {self._labels[r]}" for r in missing) or "none"
+        except RuntimeError as gone:  # the store went with rank 0
+            names = f"unknown, as the store cannot be reached ({gone})"
+        code = "timeout" if "imed out" in str(error) else "dead"
+        return CollectiveError(
+            f"{c.describe()} #{self._sequence} of group '{self.name}' failed on rank {self._labels[self.rank]} after "
+            f"{seconds:.1f} s; ranks that ended or do not answer: {names}. gloo says: {error}",
+            code,
+        )
+
+    def _gather_bytes(self, out: torch.Tensor, mine: torch.Tensor, limit: timedelta) -> Sent:
+        """Every rank's `mine` into the rows of `out`. gloo passes them on along a ring."""
+        options = dist.AllgatherOptions()
+        options.timeout = limit
+        rows = list(as_bytes(out).view(self.size, -1).unbind(0))
+        self._gloo.allgather([rows], [as_bytes(mine)], options).wait()
+        return {(self.rank + 1) % self.size: mine.nbytes * (self.size - 1)}
+
+    def exchange(self, out: torch.Tensor, out_sizes: list[int], given: torch.Tensor, sizes: list[int], limit: timedelta) -> Any:
+        """Starts an all-to-all of byte ranges; returns gloo's work."""
+        options = dist.AllToAllOptions()
+        options.timeout = limit
+        return self._gloo.alltoall_base(out, given, out_sizes, sizes, options)
+
+    def _all_to_all(self, c: Collective, limit: timedelta) -> Sent:
+        given = [as_bytes(t) for t in c.send]
+        sizes, out_sizes = [t.numel() for t in given], [t.numel() * t.element_size() for t in c.recv]
+        out = torch.empty(sum(out_sizes), dtype=torch.uint8)
+        self.exchange(out, out_sizes, torch.cat(given), sizes, limit).wait()
+        for home, piece in zip(c.recv, out.split(out_sizes), strict=True):
+            as_bytes(home).copy_(piece)
+        return dict(enumerate(sizes))
+
+    def _reduce_scatter(self, c: Collective, limit: timedelta) -> Sent:
+        pieces = [torch.empty_like(t) for t in [c.recv[0]] * self.size]
+        sent = self._all_to_all(Collective("all_to_all", c.send, pieces), limit)
+        reduce_in_order(c.recv[0], pieces, c.op, self.size)
+        return sent
+
+    def _all_reduce(self, c: Collective, limit: timedelta) -> Sent:
+        """Reduce-scatter, then all-gather, in equal shares (the last padded)."""
+        flat = c.send[0].view(-1)
+        share = -(-flat.numel() // self.size)
+        padded = flat if share * self.size == flat.numel() else torch.zeros(share * self.size, dtype=flat.dtype)
+        if padded is not flat:
+            padded[: flat.numel()] = flat
+        mine = torch.empty(share, dtype=flat.dtype)
+        send = list(padded.view(self.size, share).unbind(0))
+        sent = self._reduce_scatter(Collective("reduce_scatter", send, [mine], c.op), limit)
+        for to, bytes in self._gather_bytes(padded, mine, limit).items():
+            sent[to] = sent.get(to, 0) + bytes
+        if padded is not flat:
+            flat.copy_(padded[: flat.numel()])
+        return sent
+
+    def _reduce(self, c: Collective, limit: timedelta) -> Sent:
+        if self.rank != c.root:
+            return self._gather(Collective("gather", c.send, [], root=c.root), limit)
+        pieces = [torch.empty_like(c.send[0]) for _ in range(self.size)]
+        self._gather(Collective("gather", c.send, pieces, root=c.root), limit)
+        reduce_in_order(c.recv[0], pieces, c.op, self.size)
+        return {}
+
+    def _all_gather(self, c: Collective, limit: timedelta) -> Sent:
+        out = torch.empty(self.size, c.send[0].numel(), dtype=c.dtype)
+        sent = self._gather_bytes(out, c.send[0], limit)
+        for home, piece in zip(c.recv, out, strict=True):
+            home.copy_(piece.view_as(home))
+        return sent
+
+    def _broadcast(self, c: Collective, limit: timedelta) -> Sent:
+        options = dist.BroadcastOptions()
+        options.rootRank, options.timeout = c.root, limit
+        self._gloo.broadcast([as_bytes(c.send[0])], options).wait()
+        return {to: c.send[0].nbytes for to in broadcast_targets(self.rank, c.root, self.size)}
+
+    def _gather(self, c: Collective, limit: timedelta) -> Sent:
+        options = dist.GatherOptions()
+        options.rootRank, options.timeout = c.root, limit
+        outputs = [[as_bytes(t) for t in c.recv]] if self.rank == c.root else []
+        self._gloo.gather(outputs, [as_bytes(c.send[0])], options).wait()
+        return {c.root: c.send[0].nbytes}
+
+    def _scatter(self, c: Collective, limit: timedelta) -> Sent:
+        options = dist.ScatterOptions()
+        options.rootRank, options.timeout = c.root, limit
+        inputs = [[as_bytes(t) for t in c.send]] if self.rank == c.root else []
+        self._gloo.scatter([as_bytes(c.recv[0])], inputs, options).wait()
+        return {to: t.nbytes for to, t in enumerate(c.send)}
+
+    def _barrier(self, c: Collective, limit: timedelta) -> Sent:
+        options = dist.BarrierOptions()
+        options.timeout = limit
+        self._gloo.barrier(options).wait()
+        return {}
+
+    # ------------------------------------------------------------ messages
+
+    def send(self, tensor: torch.Tensor, dst: int, tag: int, timeout: float) -> Operation:
+        if self._broken is not None:
+            raise self._broken
+        what = f"send to rank {self._labels[dst]} (tag {tag})"
+        return _Message(self._gloo.send([as_bytes(tensor)], dst, tag), what, timeout, dst, tensor.nbytes)
+
+    def recv(self, tensor: torch.Tensor, src: int | None, tag: int, timeout: float) -> Operation:
+        if self._broken is not None:
+            raise self._broken
+        if src is None:
+            work = self._gloo.recv_anysource([as_bytes(tensor)], tag)
+            return _Message(work, f"recv from any rank (tag {tag})", timeout, self.rank, 0)
+        what = f"recv from rank {self._labels[src]} (tag {tag})"
+        return _Message(self._gloo.recv([as_bytes(tensor)], src, tag), what, timeout, src, 0)
+
+    # ------------------------------------------------------------ accounts
+
+    def traffic(self, kind: str, root: int, sent: int, received: int, operation: Operation) -> list[Traffic]:
+        counted = operation.result if isinstance(operation, Step) else {}
+        assert isinstance(counted, dict)
+        formula = expected_sent(kind, self.size, self.rank, root, sent, received)
+        if isinstance(operation, _Message):
+            counted = formula = {operation.peer: operation.peer_bytes}
+        return self._by_link(counted, formula)
+
+    def _by_link(self, counted: Sent, formula: Sent) -> list[Traffic]:
+        """Bytes by destination as bytes by link; what a rank keeps crosses none."""
+        local = set(self._topology.local_ranks(self.rank))
+        rows = []
+        for link, ranks in ((SAME_HOST, local - {self.rank}), (BETWEEN_HOSTS, set(range(self.size)) - local)):
+            bytes, expected = (sum(n for to, n in d.items() if to in ranks) for d in (counted, formula))
+            if bytes or expected or link == BETWEEN_HOSTS:
+                rows.append(Traffic(link, bytes, expected))
+        return rows
+
+    def lateness(self) -> dict[str, tuple[list[float], int]]:
+        return dict(self._late)
+
+    # ------------------------------------------------------------ the end
+
+    def abort(self, text: str) -> None:
+        """Later calls fail here; the others see this rank's connections close."""
+        self._broken = self._broken or CollectiveError(text)
+        self._gloo.abort()
+
+    def close(self) -> None:
+        self._runner.close()
+        self._gloo = None
+
+
+@dataclass
+class _Message:
+    """gloo's work of one message, seen as an operation."""
+
+    work: Any
+    what: str
+    seconds: float
+    peer: int
+    peer_bytes: int
+    code: int = 0
+    text: str = ""
+    sequence: int = 0
+    waited_ns: int = 0
+    source: int = -1
+    done: bool = False
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def wait(self, seconds: float) -> bool:
+        with self._lock:
+            if self.done:
+                return True
+            limit = min(seconds, self.seconds, 1e8)
+            try:
+                self.work.wait(timedelta(seconds=limit))
+                self.source = self.work._source_rank() if self.what.startswith("recv") else -1
+            except RuntimeError as error:
+                self.code = native.CODES.index("timeout" if "imed out" in str(error) else "dead")
+                self.text = f"{self.what} failed within {limit:.1f} s. gloo says: {error}"
+            self.done = True
+            return True
+
+    def notify(self, id: int) -> bool:
+        def tell() -> None:
+            self.wait(self.seconds)
+            completions.deliver(id)
+
+        threading.Thread(target=tell, name="distlib-message", daemon=True).start()
+        return True

@@ -1,0 +1,169 @@
+"""A group whose ranks share one host: collectives and messages in the C++ core."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from distlib import native
+from distlib.comm.channel import SAME_HOST, Collective, Traffic
+from distlib.comm.ledger import expected_bytes
+from distlib.comm.meeting import Host
+from distlib.comm.work import Operation
+
+Span = tuple[int, int]  # address, bytes
+_NOTHING: Span = (0, 0)
+_SPIN_NS = 20_000
+
+
+def span(tensor: torch.Tensor) -> Span:
+    """Where a contiguous tensor lies."""
+    return (tensor.data_ptr(), tensor.numel() * tensor.element_size())
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class HostChannel:
+    """Collectives over shared memory between `doors`, one per rank, this process's own among them.
+
+    leader: the rank in whose arena the control block lies, `control`: its offset there. labels: what messages call the
+    ranks (their global ranks). Waits spin briefly before they sleep, but never where ranks outnumber cores.
+    """
+
+    _graveyard: list[HostChannel] = []  # closed here, but maybe still read by others
+
+    def __init__(
+        self, name: str, rank: int, doors: list[str], labels: list[int], leader: int, control: int, block: Any = None
+    ) -> None:
+        host = Host.here()
+        assert host.core is not None
+        self.size = len(doors)
+        self.rank = rank
+        self._block = block  # the control block, where this rank is the leader
+        self._group = host.core.HostGroup(
+            name=name,
+            rank=rank,
+            labels=labels,
+            peers=[None if door == host.door else host.peers[door] for door in doors],
+            arena=host.arena,
+            leader=leader,
+            control_offset=control,
+            spin_ns=_SPIN_NS if self.size <= usable_cores() else 0,
+            slot_bytes=int(os.environ.get("DISTLIB_STAGING_KB", "1024")) << 10,
+        )
+        self._mailbox: Any = None
+        self._labels: dict[str, int] = {"": 0}
+        HostChannel._graveyard = [c for c in HostChannel._graveyard if not c._reaped()]
+
+    @staticmethod
+    def allocate_control(size: int) -> Any:
+        """A zeroed control block for a group of `size` ranks, in this process's arena; the leader calls this."""
+        host = Host.here()
+        assert host.core is not None
+        return host.arena.allocate(host.core.control_bytes(size), False)
+
+    def start(self, collective: Collective, timeout: float, sync: bool) -> Operation:
+        c = collective
+        dtype, name = native.dtype_codes(c.dtype)
+        send, recv = self._spans(c)
+        return self._group.start(
+            native.KINDS.index(c.kind),
+            native.BYTES if dtype is None else dtype,
+            name,
+            native.OPS.index(c.op),
+            c.root,
+            c.count,
+            self.size,
+            timeout,
+            send,
+            recv,
+            sync,
+            self._labels.setdefault(c.label, len(self._labels)),
+            c.arrived_ns,
+        )
+
+    def start_reduction(
+        self, kind: str, send: list[Span], recv: list[Span], like: Collective, divisor: int, timeout: float
+    ) -> Operation:
+        """A reduction on given addresses, run on the calling thread: a part of a larger collective (spanning.py)."""
+        dtype, name = native.dtype_codes(like.dtype)
+        kind_code = native.KINDS.index(kind)
+        op = native.OPS.index(like.op)
+        return self._group.start(kind_code, dtype, name, op, 0, like.count, divisor, timeout, send, recv, True, 0, 0)
+
+    def _spans(self, c: Collective) -> tuple[list[Span], list[Span]]:
+        """What goes to each rank and what comes from each, as addresses."""
+        n, me = self.size, self.rank
+        send, recv = [span(t) for t in c.send], [span(t) for t in c.recv]
+        if c.kind in ("all_reduce", "reduce", "all_to_all"):
+            return send, recv
+        if c.kind == "all_gather":
+            return send * n, recv
+        if c.kind == "reduce_scatter":
+            return send, recv * n
+        to, of = [_NOTHING] * n, [_NOTHING] * n
+        if c.kind == "broadcast":
+            if me == c.root:
+                to = [_NOTHING if r == me else send[0] for r in range(n)]
+            else:
+                of[c.root] = recv[0]
+        elif c.kind == "gather":
+            to[c.root] = send[0]
+            of = recv or of
+        elif c.kind == "scatter":
+            to = send or to
+            of[c.root] = recv[0]
+        return to, of
+
+    # ------------------------------------------------------------ messages
+
+    def _box(self) -> Any:
+        if self._mailbox is None:
+            self._mailbox = Host.here().core.Mailbox(self._group)  # type: ignore[union-attr]
+        return self._mailbox
+
+    def send(self, tensor: torch.Tensor, dst: int, tag: int, timeout: float) -> Operation:
+        return self._box().start(True, dst, tag, *span(tensor), timeout)
+
+    def recv(self, tensor: torch.Tensor, src: int | None, tag: int, timeout: float) -> Operation:
+        return self._box().start(False, -1 if src is None else src, tag, *span(tensor), timeout)
+
+    # ------------------------------------------------------------ the end
+
+    def abort(self, text: str) -> None:
+        self._group.abort(text)
+
+    def aborted(self) -> str | None:
+        """Why the channel was ended, or None."""
+        return self._group.aborted()
+
+    def lateness(self) -> dict[str, tuple[list[float], int]]:
+        by_code = self._group.lateness()
+        return {
+            label: ([ns * 1e-9 for ns in by_code[code][:-1]], by_code[code][-1])
+            for label, code in self._labels.items()
+            if code in by_code
+        }
+
+    def traffic(self, kind: str, root: int, sent: int, received: int, operation: Operation) -> list[Traffic]:
+        sliced = sent * self.size > self._group.oneshot_to
+        expected = expected_bytes(kind, self.size, self.rank, root, sent, received, sliced)
+        return [Traffic(SAME_HOST, operation.peer_bytes, expected)]
+
+    def close(self) -> None:
+        if self._mailbox is not None:
+            self._mailbox.close()
+        self._group.close()
+        if not self._reaped():
+            HostChannel._graveyard.append(self)
+
+    def _reaped(self) -> bool:
+        if not self._group.reap():
+            return False
+        self._mailbox = self._block = None
+        return True
