@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C import _distributed_c10d as c10d
 
 from distlib import native
 from distlib.comm.channel import BETWEEN_HOSTS, Collective, Traffic
@@ -79,15 +80,15 @@ class C10dChannel:
         elif c.kind == "all_gather":
             work = pg.allgather([c.recv], c.send)
         elif c.kind == "reduce_scatter":
-            options = dist.ReduceScatterOptions()
+            options = c10d.ReduceScatterOptions()
             options.reduceOp = op
             work = pg.reduce_scatter(c.recv, [c.send], options)
         elif c.kind == "gather":
-            options = dist.GatherOptions()
+            options = c10d.GatherOptions()
             options.rootRank = c.root
             work = pg.gather([c.recv] if c.recv else [], c.send, options)
         elif c.kind == "scatter":
-            options = dist.ScatterOptions()
+            options = c10d.ScatterOptions()
             options.rootRank = c.root
             work = pg.scatter(c.recv, [c.send] if c.send else [], options)
         else:

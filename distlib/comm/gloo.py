@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C import _distributed_c10d as c10d
 
 from distlib import native
 from distlib.comm import interfaces
@@ -175,7 +176,7 @@ class GlooChannel:
 
     def _gather_bytes(self, out: torch.Tensor, mine: torch.Tensor, limit: timedelta) -> Sent:
         """Every rank's `mine` into the rows of `out`. gloo passes them on along a ring."""
-        options = dist.AllgatherOptions()
+        options = c10d.AllgatherOptions()
         options.timeout = limit
         rows = list(as_bytes(out).view(self.size, -1).unbind(0))
         self._gloo.allgather([rows], [as_bytes(mine)], options).wait()
@@ -183,7 +184,7 @@ class GlooChannel:
 
     def exchange(self, out: torch.Tensor, out_sizes: list[int], given: torch.Tensor, sizes: list[int], limit: timedelta) -> Any:
         """Starts an all-to-all of byte ranges; returns gloo's work."""
-        options = dist.AllToAllOptions()
+        options = c10d.AllToAllOptions()
         options.timeout = limit
         return self._gloo.alltoall_base(out, given, out_sizes, sizes, options)
 
@@ -234,27 +235,27 @@ class GlooChannel:
         return sent
 
     def _broadcast(self, c: Collective, limit: timedelta) -> Sent:
-        options = dist.BroadcastOptions()
+        options = c10d.BroadcastOptions()
         options.rootRank, options.timeout = c.root, limit
         self._gloo.broadcast([as_bytes(c.send[0])], options).wait()
         return {to: c.send[0].nbytes for to in broadcast_targets(self.rank, c.root, self.size)}
 
     def _gather(self, c: Collective, limit: timedelta) -> Sent:
-        options = dist.GatherOptions()
+        options = c10d.GatherOptions()
         options.rootRank, options.timeout = c.root, limit
         outputs = [[as_bytes(t) for t in c.recv]] if self.rank == c.root else []
         self._gloo.gather(outputs, [as_bytes(c.send[0])], options).wait()
         return {c.root: c.send[0].nbytes}
 
     def _scatter(self, c: Collective, limit: timedelta) -> Sent:
-        options = dist.ScatterOptions()
+        options = c10d.ScatterOptions()
         options.rootRank, options.timeout = c.root, limit
         inputs = [[as_bytes(t) for t in c.send]] if self.rank == c.root else []
         self._gloo.scatter([as_bytes(c.recv[0])], inputs, options).wait()
         return {to: t.nbytes for to, t in enumerate(c.send)}
 
     def _barrier(self, c: Collective, limit: timedelta) -> Sent:
-        options = dist.BarrierOptions()
+        options = c10d.BarrierOptions()
         options.timeout = limit
         self._gloo.barrier(options).wait()
         return {}

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C import _distributed_c10d as c10d
 
 from distlib import native
 from distlib.comm.arithmetic import reduce_in_order
@@ -139,7 +140,7 @@ class SpanningChannel(GlooChannel):
         sizes = [(e - b) * k.mine.element_size() for b, e in parts]
         b, e = parts[self._host]
         k.pieces = torch.empty(self._hosts, e - b, dtype=k.mine.dtype)
-        options = dist.AllToAllOptions()
+        options = c10d.AllToAllOptions()
         options.timeout = limit
         out_sizes = [sizes[self._host]] * self._hosts
         pieces, mine = k.pieces.view(-1).view(torch.uint8), k.mine.view(torch.uint8)
@@ -161,7 +162,7 @@ class SpanningChannel(GlooChannel):
         padded = torch.zeros(widest, dtype=total.dtype)
         padded[: total.numel()] = total
         k.pieces = torch.empty(self._hosts, widest, dtype=total.dtype)
-        options = dist.AllgatherOptions()
+        options = c10d.AllgatherOptions()
         options.timeout = limit
         rows = list(k.pieces.view(torch.uint8).view(self._hosts, -1).unbind(0))
         k.work = self._rail.allgather([rows], [padded.view(torch.uint8)], options)

@@ -17,6 +17,7 @@ class Step:
 
     run: Callable[[], object]
     result: object = None
+    cause: BaseException | None = None
     code: int = 0
     text: str = ""
     sequence: int = 0
@@ -36,6 +37,7 @@ class Step:
             self.code, self.text = native.CODES.index(error.code), str(error)
         except Exception as error:  # whatever it is, it is raised where the work is waited for
             self.code, self.text = native.CODES.index("aborted"), f"{type(error).__name__}: {error}"
+            self.cause = error
         with self._lock:
             self.done = True
             id = self._notify

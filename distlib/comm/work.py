@@ -123,10 +123,12 @@ class Work(dist.Work):
             code = self.operation.code
             if code:
                 self._error = CollectiveError(self.operation.text, native.CODES[code])
-            elif self._finish is not None:
-                self._finish()
-            if self._account is not None:
-                self._account(self.operation)
+                self._error.__cause__ = getattr(self.operation, "cause", None)
+            else:
+                if self._finish is not None:
+                    self._finish()
+                if self._account is not None:
+                    self._account(self.operation)
             self._completed = True
             self._keep = self._finish = self._account = None
             trigger = self._trigger
