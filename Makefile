@@ -97,11 +97,13 @@ format: venv-test
 # ---- sanitizers -----------------------------------------------------------------------------------------------
 
 # tests/cpp/NAME_test.cpp has a main() that returns 0 when all is well. Each is linked with all of csrc but the
-# Python binding (the files that include pybind11) and run twice, under two sanitizers that cannot be combined.
+# Python binding (the files that include pybind11) and run under AddressSanitizer and UBSan. Those that start
+# threads are run again under ThreadSanitizer, which cannot be combined with them.
 CXX ?= c++
 SANITIZE_SOURCES := $(shell grep -L pybind11 csrc/core/*.cpp csrc/cpu/*.cpp 2>/dev/null)
-SANITIZE_TESTS := $(wildcard tests/cpp/*_test.cpp)
-SANITIZE_FLAGS := -O1 -g -std=c++17 -ffp-contract=off -fno-omit-frame-pointer -pthread -Wall -Wextra -Icsrc
+TESTS_asan := $(wildcard tests/cpp/*_test.cpp)
+TESTS_tsan := $(if $(TESTS_asan),$(shell grep -lE 'std::thread|std::async|pthread_create' $(TESTS_asan)))
+SANITIZE_FLAGS := -O1 -g -std=c++17 -ffp-contract=off -fno-omit-frame-pointer -pthread -Wall -Wextra -Icsrc -Icsrc/cpu
 FLAGS_asan := -fsanitize=address,undefined -fno-sanitize-recover=all
 FLAGS_tsan := -fsanitize=thread
 HEADERS := $(shell find csrc tests/cpp -name '*.hpp' -o -name '*.inl' 2>/dev/null)
@@ -117,15 +119,15 @@ build/$(1)/%_test: build/$(1)/tests/cpp/%_test.o $(SANITIZE_SOURCES:%.cpp=build/
 	$(CXX) $(FLAGS_$(1)) -pthread $$^ -o $$@
 
 .PHONY: sanitize-$(1)
-sanitize-$(1): $(SANITIZE_TESTS:tests/cpp/%.cpp=build/$(1)/%)
-	@for t in $$^; do echo "$$$$t"; $(FIXED_ADDRESSES) $$$$t; done
+sanitize-$(1): $(TESTS_$(1):tests/cpp/%.cpp=build/$(1)/%)
+	@for t in $$^; do echo "$$$$t"; $(FIXED_ADDRESSES) $$$$t; done; echo "$(1): $$(words $$^) tests passed"
 endef
 $(eval $(call SANITIZE,asan))
 $(eval $(call SANITIZE,tsan))
 .PRECIOUS: build/asan/%.o build/tsan/%.o
 
 sanitize:
-	@[ -n "$(SANITIZE_TESTS)" ] || { echo "error: tests/cpp holds no *_test.cpp" >&2; exit 1; }
+	@[ -n "$(TESTS_asan)" ] || { echo "error: tests/cpp holds no *_test.cpp" >&2; exit 1; }
 	@$(MAKE) --no-print-directory sanitize-asan sanitize-tsan
 
 clean:
