@@ -18,6 +18,8 @@ from timing import interleaved, is_rank, run_ranks, write_samples
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import distlib
+
 VOCABULARY, WIDTH, LAYERS, HEADS, TOKENS = 8192, 512, 8, 8, 256
 STOCK = "stock DDP, 25 M parameters, 2 samples"
 GPT_STEP = "GPT, 33.6 M parameters, 256 tokens"
@@ -89,8 +91,6 @@ class Step:
 
 def on_rank(options: argparse.Namespace) -> None:
     """Measure and let rank 0 write {what: {variant: seconds per round}}."""
-    import distlib
-
     torch.set_num_threads(1)
     with distlib.init():
         gloo = dist.new_group(backend="gloo")
@@ -118,8 +118,6 @@ def _stock(gloo: dist.ProcessGroup) -> dict[str, list[float]]:
 
 
 def _gpt(gloo: dist.ProcessGroup) -> dict[str, list[float]]:
-    import distlib
-
     torch.manual_seed(1 + dist.get_rank())
     tokens = torch.randint(VOCABULARY, (1, TOKENS + 1))
 
