@@ -22,7 +22,8 @@ class BackwardWatch:
     def __init__(self, ended: Callable[[], None], died: Callable[[], None]) -> None:
         self._ended = weakref.WeakMethod(ended)
         self._died = weakref.WeakMethod(died)
-        self._running: _End | None = None
+        self._running = 0  # the number of the backward under way; 0: none
+        self._begun = 0
 
     def outputs(self, output: object) -> None:
         """Watch the tensors of a forward's output."""
@@ -32,38 +33,39 @@ class BackwardWatch:
 
     def begin(self) -> None:
         """A backward is running; does nothing when that is known already."""
-        if self._running is None:
-            end = _End(self)
-            self._running = end
-            torch.autograd.Variable._execution_engine.queue_callback(end)
+        if not self._running:
+            self._begun += 1
+            self._running = self._begun
+            torch.autograd.Variable._execution_engine.queue_callback(_End(self, self._begun))
 
     def forget(self) -> None:
         """The running backward is dealt with."""
-        self._running = None
+        self._running = 0
 
     def _visited(self, _: torch.Tensor) -> None:
         self.begin()
 
-    def _over(self, end: _End, reached: bool) -> None:
-        if self._running is not end:
+    def _over(self, number: int, reached: bool) -> None:
+        if self._running != number:
             return
-        self._running = None
+        self._running = 0
         method = (self._ended if reached else self._died)()
         if method is not None:
             method()
 
 
 class _End:
-    """The callback. Autograd drops it uncalled when the backward raises, which is how that is noticed."""
+    """The callback. Autograd, its only holder, drops it uncalled when the backward raises."""
 
-    def __init__(self, watch: BackwardWatch) -> None:
+    def __init__(self, watch: BackwardWatch, number: int) -> None:
         self._watch = watch
+        self._number = number
 
     def __call__(self) -> None:
-        self._watch._over(self, reached=True)
+        self._watch._over(self._number, reached=True)
 
     def __del__(self) -> None:
-        self._watch._over(self, reached=False)
+        self._watch._over(self._number, reached=False)
 
 
 def _tensors(value: object, seen: set[int]) -> list[torch.Tensor]:

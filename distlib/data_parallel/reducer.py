@@ -137,6 +137,7 @@ class Reducer:
         self._launched = 0
         self._works.clear()
         self._handed.clear()
+        self._report.clear()
         self._watch.forget()
 
     # ------------------------------------------------------------ what the wrapper calls
@@ -201,11 +202,14 @@ class Reducer:
             self._report.note("changed", index)
 
     def _complete(self, index: int) -> None:
-        """The last gradient of bucket `index` has landed."""
+        """The last gradient of bucket `index` has landed.
+
+        The last bucket waits for the end of the backward, a moment later: it carries the report.
+        """
         if self._memory is None:
             return
         self.arrivals[index] = time.monotonic_ns()
-        while self._launched < len(self._left) and not self._left[self._launched]:
+        while self._launched < len(self._left) - 1 and not self._left[self._launched]:
             if self._handed and not self._handed[-1].done():
                 return  # a hook may still communicate: the next bucket's messages must not overtake its own
             self._launch()
@@ -237,7 +241,6 @@ class Reducer:
             else:
                 self._synchronise()
         finally:
-            self._report.clear()
             self._rest()
 
     def _died(self) -> None:
@@ -251,9 +254,9 @@ class Reducer:
                 f"rank {self._group.rank}: backward stopped with an exception after {self._launched} of "
                 f"{len(self._left)} gradient buckets were launched; see that rank's own traceback"
             )
-        restarted = self._report.restarted or not (self._idle or self._deferred)
+        if self._group.size > 1 and not self._idle and not self._deferred:
+            self._report.restarted = True
         self._rest()
-        self._report.restarted = restarted
 
     def _synchronise(self) -> None:
         learning = self._order is not None and self._static
@@ -272,6 +275,7 @@ class Reducer:
                 self._report.note("changed" if self._static else "missing", i)
         self._fill(absent)
         unused = self._exchange(missing)
+        self._report.restarted = False
         self._hand_out([*absent, *self._unused_here], unused)
         if self._order is not None:
             if learning:
@@ -279,7 +283,6 @@ class Reducer:
             self._learn(unused)
         self._touched = [False] * len(self._touched)
         self.unsynchronised = False
-        self._report.restarted = False
 
     def _fill(self, absent: Sequence[int]) -> None:
         """Slices whose gradient did not land: what `.grad` holds from micro-steps before, or zeros."""
@@ -339,7 +342,7 @@ class Reducer:
             parameter, view = self._parameters[i], self._views[i]
             if i not in unused and view is not None and parameter.grad is None:
                 parameter.grad = view if self._wire is None else torch.empty_like(parameter)
-        if self._wire is None and self.scale == 1.0:
+        if self._memory is None or self._wire is None and self.scale == 1.0:
             return
         used = [i for i, view in enumerate(self._views) if view is not None and i not in unused]
         gradients = [self._parameters[i].grad for i in used]

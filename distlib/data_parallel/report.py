@@ -67,10 +67,11 @@ class Report:
         self._found.setdefault(kind, set()).add(parameter)
 
     def clear(self) -> None:
+        """Forget the complaints, of one backward."""
         self._found.clear()
 
     def __bool__(self) -> bool:
-        return bool(self._found)
+        return bool(self._found) or self.restarted
 
     def write(self, numbers: torch.Tensor, missing: Sequence[int]) -> None:
         """Put this rank's report into `numbers`, which are zero before."""
