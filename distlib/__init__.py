@@ -6,7 +6,6 @@ The public names below are imported on first use, so that `import distlib` costs
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 from typing import TYPE_CHECKING
 
@@ -65,7 +64,7 @@ def _register_backend() -> None:
     """Makes `init_process_group("distlib")` known to torch; nothing where torch has no c10d."""
     import torch.distributed
 
-    if torch.distributed.is_available() and importlib.util.find_spec("distlib.comm.backend"):
+    if torch.distributed.is_available():
         from distlib.comm.backend import register
 
         register()

@@ -251,7 +251,8 @@ def _watch(ranks: list[Rank], call: dict[str, Any], control: socket.socket) -> s
             return "timeout"
         if end_of_grace is not None and now > end_of_grace:
             return "grace"
-        ready, _, _ = select.select([control, *(rank.pipe for rank in waiting)], [], [], TICK)
+        sources: list[Any] = [control, *(rank.pipe for rank in waiting)]
+        ready, _, _ = select.select(sources, [], [], TICK)
         if control in ready:
             if not control.recv(1):
                 raise EOFError("the test process has gone")
