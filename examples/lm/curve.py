@@ -1,0 +1,55 @@
+"""The loss of every step, averaged over the ranks in one small message per report instead of one per step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class LossCurve:
+    """Collects this rank's losses (fp32, nats per byte); `settle()` turns them into means over all ranks.
+
+    `steps` is how many it has room for; `validation` holds (step, loss) pairs, which are means already.
+    """
+
+    def __init__(self, steps: int, device: torch.device) -> None:
+        self._losses = torch.zeros(steps, device=device)
+        self._settled = self._count = 0
+        self.validation: list[tuple[int, float]] = []
+
+    def add(self, loss: Tensor) -> None:
+        """The next step's loss on this rank, a scalar. It stays on its device: nobody waits for it."""
+        self._losses[self._count] = loss
+        self._count += 1
+
+    def settle(self) -> float:
+        """Average over the ranks what was added since the last time, and return the latest loss.
+
+        Every rank must call it, after the same steps. Raises FloatingPointError, on all ranks alike, for a
+        loss that is not a finite number.
+        """
+        fresh = self._losses[self._settled : self._count]
+        dist.all_reduce(fresh)
+        fresh /= dist.get_world_size()
+        if not bool(fresh.isfinite().all()):
+            step = self._settled + int(fresh.isfinite().long().argmin()) + 1
+            raise FloatingPointError(f"the loss of step {step} is not a number: try a smaller --lr")
+        self._settled = self._count
+        return fresh[-1].item()
+
+    @property
+    def training(self) -> list[float]:
+        """Means over all ranks, up to the last `settle()`."""
+        return self._losses[: self._settled].tolist()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"training": self.training, "validation": [list(pair) for pair in self.validation]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue a curve of this many steps or fewer."""
+        self._settled = self._count = len(state["training"])
+        self._losses[: self._count] = torch.tensor(state["training"])
+        self.validation = [(int(step), float(loss)) for step, loss in state["validation"]]

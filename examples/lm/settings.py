@@ -1,0 +1,98 @@
+"""The options of train_lm.py: one dataclass, its command line, and which numbers cannot be."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+AT_LEAST_ONE = (
+    "steps", "batch", "accumulate", "context", "layers", "width", "heads", "validate_every",
+    "validation_windows", "report_every",
+)  # fmt: skip
+
+
+def option(default: Any, text: str, *more_names: str) -> Any:
+    return field(default=default, metadata={"help": text, "names": more_names})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every field is an option of the command line."""
+
+    data: Path | None = option(
+        None, "a file, or a folder of text files; by default Python's standard library"
+    )
+    out: Path | None = option(None, "write settings, loss curves and final numbers here, as JSON")
+    steps: int = option(1000, "optimizer steps")
+    batch: int = option(8, "windows in a step, over all ranks together", "--global-batch")
+    accumulate: int = option(1, "micro-batches that a rank does its part of a step in")
+    context: int = option(128, "bytes in a window")
+    layers: int = option(4, "transformer blocks")
+    width: int = option(192, "width of the residual stream")
+    heads: int = option(6, "attention heads in a block")
+    tied: bool = option(False, "let the embedding be the output head, too")
+    lr: float = option(2e-3, "peak learning rate")
+    warmup: int = option(50, "steps of linear warm-up before the cosine")
+    weight_decay: float = option(0.1, "AdamW's, on all but the norms")
+    clip: float = option(1.0, "largest norm of a step's gradient")
+    validate_every: int = option(250, "steps between validations")
+    validation_windows: int = option(512, "windows in a validation, over all ranks together")
+    report_every: int = option(10, "steps between reports of the loss")
+    save: Path | None = option(None, "write a checkpoint here at the end, and after every --save-every steps")
+    save_every: int = option(0, "steps between checkpoints; 0: only at the end")
+    resume: Path | None = option(None, "continue from this checkpoint, on any number of ranks")
+    prompt: str = option("def ", "what the generated sample begins with")
+    sample: int = option(300, "bytes to generate at the end")
+    seed: int = option(0, "of the weights, the order of the data, and the sample")
+
+
+def parse(arguments: list[str] | None = None) -> Settings:
+    """Settings from the command line (None: this process's). Exits with a line for what is not an option."""
+    parser = argparse.ArgumentParser(
+        description="Train a GPT on bytes of text, on one process or many.",
+        usage="%(prog)s [options]",
+        allow_abbrev=False,
+    )
+    types: dict[str, Any] = {"int": int, "float": float, "str": str, "Path | None": Path}
+    for option_field in fields(Settings):
+        name = "--" + option_field.name.replace("_", "-")
+        names = (name, *option_field.metadata["names"])
+        text, default = option_field.metadata["help"], option_field.default
+        if option_field.type == "bool":
+            parser.add_argument(*names, action="store_true", help=text)
+        else:
+            shown = "" if default is None else f" ({default})"
+            kind = types[str(option_field.type)]
+            metavar = "FILE" if kind is Path else "TEXT" if kind is str else "N" if kind is int else "X"
+            parser.add_argument(
+                *names, dest=option_field.name, type=kind, default=default, help=text + shown, metavar=metavar
+            )
+    return Settings(**vars(parser.parse_args(arguments)))
+
+
+def check(settings: Settings, ranks: int) -> None:
+    """Raises ValueError for numbers that cannot be. What depends on the data is checked where it is read."""
+    for name in AT_LEAST_ONE:
+        if getattr(settings, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(settings, name)} must be at least 1")
+    if not (settings.lr > 0 and settings.clip > 0):
+        raise ValueError(f"--lr {settings.lr} and --clip {settings.clip} must be more than 0")
+    if min(settings.save_every, settings.warmup, settings.sample, settings.weight_decay, settings.seed) < 0:
+        raise ValueError("--save-every, --warmup, --sample, --weight-decay and --seed must not be negative")
+    if settings.save_every and settings.save is None:
+        raise ValueError(f"--save-every {settings.save_every} has no effect without --save FILE")
+    if not settings.prompt:
+        raise ValueError("--prompt must not be empty: the sample needs a byte to begin with")
+    unit = ranks * settings.accumulate
+    if settings.batch % unit:
+        cut = f"{ranks} ranks" + (
+            f" x {settings.accumulate} micro-batches" if settings.accumulate > 1 else ""
+        )
+        fits = math.ceil(settings.batch / unit) * unit
+        raise ValueError(f"--batch {settings.batch} does not divide over {cut}: try --batch {fits}")
+    for file in (settings.out, settings.save):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ValueError(f"{file}: there is no folder {file.absolute().parent} to write it in")
