@@ -82,6 +82,8 @@ def reducible(dtype: torch.dtype, op: str) -> bool:
 
 def require_reducible(what: str, dtype: torch.dtype, op: str) -> None:
     """Raises ValueError naming the operation, the dtype and what can be done instead."""
+    if op not in OPS:
+        raise ValueError(f"{what}: there is no op {op!r}; there are {', '.join(OPS)}")
     if reducible(dtype, op):
         return
     name = str(dtype).removeprefix("torch.")

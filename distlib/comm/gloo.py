@@ -33,9 +33,14 @@ Sent = dict[int, int]  # bytes that this rank sends, by destination
 _LOOK_SECONDS = 2.0  # how long a failed rank looks for others that failed in the same operation
 
 
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor in one dimension of stride 1 (one of 0 or 1 elements may have any stride)."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a contiguous tensor, as uint8."""
-    return tensor.view(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+    return flat(tensor).view(torch.uint8)
 
 
 def process_group(store: dist.Store, rank: int, size: int, timeout: float, master: str | None) -> Any:
@@ -205,18 +210,18 @@ class GlooChannel:
 
     def _all_reduce(self, c: Collective, limit: timedelta) -> Sent:
         """Reduce-scatter, then all-gather, in equal shares (the last padded)."""
-        flat = c.send[0].view(-1)
-        share = -(-flat.numel() // self.size)
-        padded = flat if share * self.size == flat.numel() else torch.zeros(share * self.size, dtype=flat.dtype)
-        if padded is not flat:
-            padded[: flat.numel()] = flat
-        mine = torch.empty(share, dtype=flat.dtype)
+        whole = flat(c.send[0])
+        share = -(-whole.numel() // self.size)
+        padded = whole if share * self.size == whole.numel() else torch.zeros(share * self.size, dtype=whole.dtype)
+        if padded is not whole:
+            padded[: whole.numel()] = whole
+        mine = torch.empty(share, dtype=whole.dtype)
         send = list(padded.view(self.size, share).unbind(0))
         sent = self._reduce_scatter(Collective("reduce_scatter", send, [mine], c.op), limit)
         for to, bytes in self._gather_bytes(padded, mine, limit).items():
             sent[to] = sent.get(to, 0) + bytes
-        if padded is not flat:
-            flat.copy_(padded[: flat.numel()])
+        if padded is not whole:
+            whole.copy_(padded[: whole.numel()])
         return sent
 
     def _reduce(self, c: Collective, limit: timedelta) -> Sent:

@@ -22,7 +22,7 @@ from torch._C import _distributed_c10d as c10d
 from distlib import native
 from distlib.comm.arithmetic import reduce_in_order
 from distlib.comm.channel import BETWEEN_HOSTS, SAME_HOST, Collective, Traffic
-from distlib.comm.gloo import GlooChannel, process_group
+from distlib.comm.gloo import GlooChannel, flat, process_group
 from distlib.comm.host import HostChannel, Span
 from distlib.comm.threads import Step
 from distlib.comm.work import CollectiveError, Operation
@@ -94,13 +94,13 @@ class SpanningChannel(GlooChannel):
         return super().start(collective, timeout, sync)
 
     def _hierarchical(self, c: Collective, limit: timedelta) -> _Moved:
-        flat = c.send[0].view(-1)
-        half = flat.dtype in (torch.float16, torch.bfloat16)
-        step = max(1, CHUNK_BYTES // flat.element_size())
+        whole = flat(c.send[0])
+        half = whole.dtype in (torch.float16, torch.bfloat16)
+        step = max(1, CHUNK_BYTES // whole.element_size())
         moved = _Moved()
         under_way: list[_Chunk] = []
         stages = (self._sum_inside, self._sum_between, self._spread_inside)
-        chunks = list(flat.split(step)) if flat.numel() else []
+        chunks = list(whole.split(step)) if whole.numel() else []
         for t in range(len(chunks) + 2):  # in each turn, three neighbouring chunks are each in another stage
             for stage in (2, 1, 0):
                 i = t - stage
