@@ -20,11 +20,13 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 p
 
 comma := ,
 
-# The environment's stamp: what pip reads. The core's stamp: what the compiler reads, and how it was asked to.
+# The environment's stamp: what pip reads. The core's stamp: what the compiler reads, how it was asked to, and which
+# compilers there are.
 HASH := sha256sum 2>/dev/null || shasum -a 256
 STAMP_ENV := (cat pyproject.toml constraints.txt Makefile; $(PY) -VV) | ($(HASH))
 STAMP_CORE := (cat setup.py pyproject.toml; find csrc -type f | LC_ALL=C sort | xargs cat; $(PY) -VV; \
-	echo "$${DISTLIB_NATIVE-} $${DISTLIB_CUDA-} $${CXX-} $${NVCC-} $${CUDA_HOME-}") | ($(HASH))
+	echo "$${DISTLIB_NATIVE-} $${DISTLIB_CUDA-} $${CXX-} $${NVCC-} $${CUDA_HOME-}"; \
+	command -v c++ g++ clang++ nvcc || true) | ($(HASH))
 
 help:
 	@echo "make train     install, then train a language model on $(RANKS) ranks (RANKS=n, ARGS='...' for the script)"

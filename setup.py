@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -94,16 +95,17 @@ def version_of(command: list[str], line: int) -> str:
     return lines[line]
 
 
-def is_fresh(target: Path, key: str) -> bool:
-    """Whether `target` was made by the same command (`key`) and is newer than all that it was made from.
+def dependencies(target: Path) -> list[Path]:
+    """What `target` was compiled from, as the compiler listed it (-MMD); empty before the first time."""
+    listed = target.with_suffix(".d")
+    names = listed.read_text().replace("\\\n", " ").split(":", 1)[1].split() if listed.exists() else []
+    return [ROOT / name for name in names]
 
-    What it was made from is the compiler's own list (-MMD), so a changed header rebuilds only its users.
-    """
-    listed, stamp = target.with_suffix(".d"), target.with_suffix(".key")
-    if not (target.exists() and listed.exists() and stamp.exists()) or stamp.read_text() != key:
-        return False
-    names = listed.read_text().replace("\\\n", " ").split(":", 1)[1].split()
-    return all((ROOT / n).exists() and (ROOT / n).stat().st_mtime < target.stat().st_mtime for n in names)
+
+def fingerprint(files: list[Path], command: list[str], versions: str) -> str:
+    """What an object is made from. Contents, not times: a copied file may be old and yet differ."""
+    contents = [(str(file), file.read_bytes() if file.exists() else None) for file in files]
+    return hashlib.sha256(repr((command, versions, contents)).encode()).hexdigest()
 
 
 def compile_all(files: list[str], command: list[str], includes: list[str], versions: str) -> list[str]:
@@ -112,13 +114,18 @@ def compile_all(files: list[str], command: list[str], includes: list[str], versi
 
     def compile_one(source: str) -> str:
         target = OBJECTS / (source.replace("/", "_") + ".o")
-        key = hashlib.sha256(repr((command, source, versions)).encode()).hexdigest()
-        if not is_fresh(target, key):
+        stamp = target.with_suffix(".stamp")
+        made_from = stamp.read_text() if target.exists() and stamp.exists() else ""
+        if made_from != fingerprint(dependencies(target), [*command, source], versions):
+            begin = time.time()
             unfinished = target.with_suffix(f".{os.getpid()}.o")
             listing = ["-MMD", "-MF", str(target.with_suffix(".d")), "-MT", target.name]
+            stamp.unlink(missing_ok=True)
             run([*command, *includes, *listing, "-c", source, "-o", str(unfinished)], source)
             os.replace(unfinished, target)
-            target.with_suffix(".key").write_text(key)
+            inputs = dependencies(target)
+            if all(file.stat().st_mtime < begin for file in inputs):  # else edited meanwhile: compile again
+                stamp.write_text(fingerprint(inputs, [*command, source], versions))
         return str(target)
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
