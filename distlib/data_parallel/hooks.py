@@ -64,7 +64,7 @@ class Handed:
         self._index = bucket.index()
         self._into = into
         self._given = hook(bucket)
-        if not isinstance(self._given, (torch.futures.Future, torch.Tensor)):
+        if not isinstance(self._given, (torch._C.Future, torch.Tensor)):  # what torch.futures.Future extends
             raise TypeError(
                 f"comm_hook must give a Future or a Tensor, got {type(self._given).__name__} for bucket "
                 f"{self._index}"
