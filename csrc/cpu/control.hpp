@@ -42,10 +42,11 @@ struct RankLine {
   Descriptor descriptor[2];
 };
 
-// What one rank holds for another in an operation: `offset` in its arena, or STAGED.
+// What one rank holds for another in an operation: `offset` in its arena, or STAGED; and what it expects in return.
 struct Piece {
   uint64_t offset;
   uint64_t bytes;
+  uint64_t expects;
 };
 
 // ---- mailboxes: messages from one rank to another ----

@@ -147,6 +147,7 @@ class HostGroup {
   Status publish(Run& run);  // publish this rank's step and wait for all the others'
   Status wait_for(Run& run, int r, uint32_t epoch);
   Status compare(Run& run);
+  Status compare_pieces(Run& run);
   Status ensure_staging();
   Status fail(Code code, const std::string& text);
   std::string describe(const Descriptor& d) const;
