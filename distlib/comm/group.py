@@ -274,9 +274,6 @@ class Group:
         while self._in_flight and self._in_flight[0].is_completed():
             self._in_flight.popleft()
 
-    def note_arrival(self, label: str, ns: int) -> None:
-        """Replaced by all_reduce(label=, arrived_ns=)."""
-
     def lateness(self) -> dict[str, dict[int, tuple[float, int]]]:
         """By label, then global rank: seconds by which it was ready for collectives after the first, and their number."""
         found = {}
