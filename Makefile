@@ -54,7 +54,8 @@ $(PY):
 	@[ -n "$(PYTHON)" ] || { echo "error: no Python >= 3.10 found on PATH; install one, or say make PYTHON=/path/to/python3" >&2; exit 1; }
 	@see=$$($(PYTHON) -c 'from importlib.metadata import version as v; import sys; \
 		want = [l.split("==")[1].strip() for l in open("constraints.txt") if l.startswith("torch==")][0]; \
-		print("--system-site-packages" if v("torch").split("+")[0] == want else "")' 2>/dev/null || true); \
+		own = sys.prefix == sys.base_prefix and v("torch").split("+")[0] == want; \
+		print("--system-site-packages" if own else "")' 2>/dev/null || true); \
 	$(PYTHON) -m venv $$see $(VENV) || \
 	{ $(PYTHON) -m venv --clear --without-pip $$see $(VENV) && $(PYTHON) -m pip --python $(VENV) install -q pip; } || \
 	{ rm -rf $(VENV); echo "error: $(PYTHON) cannot make a virtual environment; on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
@@ -88,9 +89,11 @@ bench: venv-bench
 CPP := $(shell find csrc tests/cpp -name '*.[ch]pp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null | LC_ALL=C sort)
 
 lint: venv-test
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/mypy
-	$(if $(CPP),$(VENV)/bin/clang-format --dry-run --Werror $(CPP))
+	@failed=; \
+	$(VENV)/bin/ruff check . || failed+=" ruff"; \
+	$(VENV)/bin/mypy || failed+=" mypy"; \
+	[ -z "$(CPP)" ] || $(VENV)/bin/clang-format --dry-run --Werror $(CPP) || failed+=" clang-format"; \
+	[ -z "$$failed" ] || { echo "lint failed:$$failed" >&2; exit 1; }
 
 format: venv-test
 	$(VENV)/bin/ruff check --fix .
