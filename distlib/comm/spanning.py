@@ -24,29 +24,62 @@ from distlib.comm.arithmetic import reduce_in_order
 from distlib.comm.channel import BETWEEN_HOSTS, SAME_HOST, Collective, Traffic
 from distlib.comm.gloo import GlooChannel, flat, process_group
 from distlib.comm.host import HostChannel, Span
+from distlib.comm.memory import arena_empty
 from distlib.comm.threads import Step
 from distlib.comm.work import CollectiveError, Operation
 from distlib.topology import Topology
 
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 4 << 20
+LAG = 2  # turns between two stages of one chunk: as many transfers of each stage are under way at once
 
 
-def shares(count: int, parts: int) -> list[tuple[int, int]]:
-    """`count` elements in `parts` ranges (begin, end), as even as possible."""
-    each = -(-count // parts)
-    return [(min(count, i * each), min(count, (i + 1) * each)) for i in range(parts)]
+@dataclass(frozen=True)
+class Shares:
+    """How `count` elements are divided: into one share per rail, and each share into one part per host.
+
+    Parts are equal, so the last ones may reach past the end: they are cut where user memory is touched, and travel whole.
+    """
+
+    count: int
+    rails: int
+    hosts: int
+
+    @property
+    def part(self) -> int:
+        """Elements of a part."""
+        return -(-self.count // (self.rails * self.hosts))
+
+    @property
+    def share(self) -> int:
+        """Elements of a share."""
+        return self.part * self.hosts
+
+    def of(self, local_rank: int) -> tuple[int, int]:
+        """The elements (begin, end) that a local rank sums; none for those without a rail."""
+        if local_rank >= self.rails:
+            return (0, 0)
+        return (min(self.count, local_rank * self.share), min(self.count, (local_rank + 1) * self.share))
+
+
+@dataclass
+class _Scratch:
+    """Memory for one chunk on its way; taken again for the chunk that comes 2 * LAG + 1 later."""
+
+    mine: torch.Tensor  # this rank's share, summed inside the host, in the dtype that travels
+    pieces: torch.Tensor  # the hosts' sums of this rank's part, one row per host
+    total: torch.Tensor  # their sum, in the user's dtype
+    gathered: torch.Tensor  # all parts of the share, summed; in the arena: its readers copy from here
 
 
 @dataclass
 class _Chunk:
-    """One chunk of an all-reduce under way."""
+    """One chunk of an all-reduce on its way."""
 
     whole: torch.Tensor  # of the user's tensor
-    mine: torch.Tensor  # this rank's share, summed inside the host
     op: str
-    half: bool
+    shares: Shares
+    scratch: _Scratch
     work: Any = None
-    pieces: torch.Tensor | None = None  # the hosts' sums of this rank's part of the share
 
 
 @dataclass
@@ -80,6 +113,7 @@ class SpanningChannel(GlooChannel):
         self._host = topology.node_of(rank)
         self._rails = min(len(node) for node in topology.nodes)
         self._rail: Any = None
+        self._scratch: dict[tuple[torch.dtype, int], list[_Scratch]] = {}
         if self._local_rank < self._rails:
             rail_store = dist.PrefixStore(f"rail{self._local_rank}/", store)
             self._rail = process_group(rail_store, self._host, self._hosts, timeout, master)
@@ -94,22 +128,116 @@ class SpanningChannel(GlooChannel):
         return super().start(collective, timeout, sync)
 
     def _hierarchical(self, c: Collective, limit: timedelta) -> _Moved:
-        whole = flat(c.send[0])
-        half = whole.dtype in (torch.float16, torch.bfloat16)
+        whole, moved = flat(c.send[0]), _Moved()
         step = max(1, CHUNK_BYTES // whole.element_size())
-        moved = _Moved()
-        under_way: list[_Chunk] = []
+        pieces = list(whole.split(step)) if whole.numel() else []
+        scratch = self._take_scratch(whole.dtype, min(step, whole.numel()))
+        chunks = [
+            _Chunk(piece, c.op, Shares(piece.numel(), self._rails, self._hosts), scratch[i % len(scratch)])
+            for i, piece in enumerate(pieces)
+        ]
         stages = (self._sum_inside, self._sum_between, self._spread_inside)
-        chunks = list(whole.split(step)) if whole.numel() else []
-        for t in range(len(chunks) + 2):  # in each turn, three neighbouring chunks are each in another stage
+        for turn in range(len(chunks) + 2 * LAG if chunks else 0):
             for stage in (2, 1, 0):
-                i = t - stage
-                if not 0 <= i < len(chunks):
-                    continue
-                if stage == 0:
-                    under_way.append(_Chunk(chunks[i], torch.empty(0), c.op, half))
-                stages[stage](under_way[i], moved, limit)
+                i = turn - stage * LAG
+                if 0 <= i < len(chunks):
+                    stages[stage](chunks[i], moved, limit)
         return moved
+
+    def _take_scratch(self, dtype: torch.dtype, chunk: int) -> list[_Scratch]:
+        """Buffers for chunks of so many elements, kept for the next all-reduce."""
+        shares = Shares(chunk, self._rails, self._hosts)
+        key = (dtype, shares.part)
+        if key not in self._scratch:
+            wire = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+            empty = torch.empty if self._inside is None else arena_empty
+
+            def one() -> _Scratch:
+                return _Scratch(
+                    torch.zeros(shares.share, dtype=wire),
+                    torch.zeros(self._hosts, shares.part, dtype=wire),
+                    torch.zeros(shares.part, dtype=dtype),
+                    empty((shares.share,), dtype=dtype),
+                )
+
+            if len(self._scratch) >= 4:  # a few sizes come again and again; others are not worth keeping
+                self._scratch.clear()
+            self._scratch[key] = [one() for _ in range(2 * LAG + 1)]
+        return self._scratch[key]
+
+    # 1. inside; then each host sends every other its part
+    def _sum_inside(self, k: _Chunk, moved: _Moved, limit: timedelta) -> None:
+        begin, end = k.shares.of(self._local_rank)
+        mine = k.scratch.mine[: k.shares.share]
+        whole = k.whole.to(mine.dtype)
+        if self._inside is None:
+            mine[: end - begin] = whole[begin:end]
+        else:
+            send = [self._span(whole, k.shares, r) for r in range(self._local_size)]
+            recv = [(mine.data_ptr(), (end - begin) * mine.element_size())] * self._local_size
+            like = Collective("all_reduce", [whole], [whole], "sum" if k.op == "avg" else k.op)
+            moved.inside += self._run_inside("reduce_scatter", send, recv, like, limit)
+            moved.inside_expected += recv[0][1] * (self._local_size - 1)
+        if self._rail is None:
+            return
+        options = c10d.AllToAllOptions()
+        options.timeout = limit
+        pieces = k.scratch.pieces.view(-1)[: k.shares.share]
+        k.work = self._rail.alltoall_base(pieces.view(torch.uint8), mine.view(torch.uint8), [], [], options)
+        moved.between += mine.nbytes - mine.nbytes // self._hosts
+        moved.between_expected += self._expected_between(k, mine.element_size())
+
+    # 2. between: sum in host order; then each host sends every other its sum
+    def _sum_between(self, k: _Chunk, moved: _Moved, limit: timedelta) -> None:
+        if self._rail is None:
+            return
+        k.work.wait()
+        pieces = k.scratch.pieces.view(-1)[: k.shares.share].view(self._hosts, k.shares.part)
+        total = k.scratch.total[: k.shares.part]
+        if total.dtype == pieces.dtype:
+            reduce_in_order(total, list(pieces.unbind(0)), k.op, self.size)
+        else:
+            reduce_in_order(pieces[0], list(pieces.unbind(0)), k.op, self.size)
+            total.copy_(pieces[0])
+        options = c10d.AllgatherOptions()
+        options.timeout = limit
+        rows = flat(k.scratch.gathered)[: k.shares.share].view(torch.uint8).view(self._hosts, -1)
+        k.work = self._rail.allgather([list(rows.unbind(0))], [total.view(torch.uint8)], options)
+        moved.between += total.nbytes * (self._hosts - 1)
+        moved.between_expected += self._expected_between(k, total.element_size())
+
+    # 3. inside: the shares come home
+    def _spread_inside(self, k: _Chunk, moved: _Moved, limit: timedelta) -> None:
+        if self._rail is not None:
+            k.work.wait()
+        begin, end = k.shares.of(self._local_rank)
+        gathered = k.scratch.gathered
+        if self._inside is None:
+            k.whole.copy_(gathered[: end - begin])
+            return
+        mine = (gathered.data_ptr(), (end - begin) * gathered.element_size())
+        recv = [self._span(k.whole, k.shares, r) for r in range(self._local_size)]
+        like = Collective("all_reduce", [k.whole], [k.whole])
+        moved.inside += self._run_inside("all_gather", [mine] * self._local_size, recv, like, limit)
+        moved.inside_expected += k.whole.nbytes - mine[1]
+
+    def _expected_between(self, k: _Chunk, element: int) -> int:
+        """M (h-1) / (h k) for M bytes over k rails between h hosts, in whole elements."""
+        return -(-k.whole.numel() // (self._rails * self._hosts)) * (self._hosts - 1) * element
+
+    def _span(self, whole: torch.Tensor, shares: Shares, local_rank: int) -> Span:
+        begin, end = shares.of(local_rank)
+        return (whole.data_ptr() + begin * whole.element_size(), (end - begin) * whole.element_size())
+
+    def _run_inside(
+        self, kind: str, send: list[Span], recv: list[Span], like: Collective, limit: timedelta
+    ) -> int:
+        """A part of the collective among the ranks of this host. Returns the bytes moved."""
+        assert self._inside is not None
+        operation = self._inside.start_reduction(kind, send, recv, like, 1, limit.total_seconds())
+        if operation.code:
+            raise CollectiveError(operation.text, native.CODES[operation.code])
+        return operation.peer_bytes
 
     def traffic(self, kind: str, root: int, sent: int, received: int, operation: Operation) -> list[Traffic]:
         moved = operation.result if isinstance(operation, Step) else None
@@ -119,91 +247,6 @@ class SpanningChannel(GlooChannel):
         if self._inside is not None:
             rows.append(Traffic(SAME_HOST, moved.inside, moved.inside_expected))
         return rows
-
-    # 1. inside, and the first half of "between" is started
-    def _sum_inside(self, k: _Chunk, moved: _Moved, limit: timedelta) -> None:
-        begin, end = self._share(k.whole, self._local_rank)
-        whole = k.whole.float() if k.half else k.whole
-        op = "sum" if k.op == "avg" else k.op
-        if self._inside is None:
-            k.mine = whole[begin:end].clone()
-        else:
-            k.mine = torch.empty(end - begin, dtype=whole.dtype)
-            send = [self._span(whole, r) for r in range(self._local_size)]
-            recv = [(k.mine.data_ptr(), k.mine.nbytes)] * self._local_size
-            like = Collective("all_reduce", [whole], [whole], op)
-            moved.inside += self._run_inside("reduce_scatter", send, recv, like, limit)
-            moved.inside_expected += k.mine.nbytes * (self._local_size - 1)
-        if self._rail is None:
-            return
-        parts = shares(k.mine.numel(), self._hosts)
-        sizes = [(e - b) * k.mine.element_size() for b, e in parts]
-        b, e = parts[self._host]
-        k.pieces = torch.empty(self._hosts, e - b, dtype=k.mine.dtype)
-        options = c10d.AllToAllOptions()
-        options.timeout = limit
-        out_sizes = [sizes[self._host]] * self._hosts
-        pieces, mine = k.pieces.view(-1).view(torch.uint8), k.mine.view(torch.uint8)
-        k.work = self._rail.alltoall_base(pieces, mine, out_sizes, sizes, options)
-        moved.between += sum(sizes) - sizes[self._host]
-        moved.between_expected += k.mine.nbytes * (self._hosts - 1) // self._hosts
-
-    # 2. between: sum in host order, and the second half is started
-    def _sum_between(self, k: _Chunk, moved: _Moved, limit: timedelta) -> None:
-        if self._rail is None or k.pieces is None:
-            return
-        k.work.wait()
-        total = torch.empty(k.pieces.size(1), dtype=k.pieces.dtype)
-        reduce_in_order(total, list(k.pieces.unbind(0)), k.op, self.size)
-        total = total.to(k.whole.dtype)
-        parts = shares(k.mine.numel(), self._hosts)
-        k.mine = torch.empty(k.mine.numel(), dtype=k.whole.dtype)
-        widest = max(e - b for b, e in parts)
-        padded = torch.zeros(widest, dtype=total.dtype)
-        padded[: total.numel()] = total
-        k.pieces = torch.empty(self._hosts, widest, dtype=total.dtype)
-        options = c10d.AllgatherOptions()
-        options.timeout = limit
-        rows = list(k.pieces.view(torch.uint8).view(self._hosts, -1).unbind(0))
-        k.work = self._rail.allgather([rows], [padded.view(torch.uint8)], options)
-        moved.between += padded.nbytes * (self._hosts - 1)
-        moved.between_expected += k.mine.nbytes * (self._hosts - 1) // self._hosts
-
-    # 3. inside: the shares come home
-    def _spread_inside(self, k: _Chunk, moved: _Moved, limit: timedelta) -> None:
-        if self._rail is not None and k.pieces is not None:
-            k.work.wait()
-            for (b, e), piece in zip(shares(k.mine.numel(), self._hosts), k.pieces, strict=True):
-                k.mine[b:e] = piece[: e - b]
-        if self._inside is None:
-            k.whole.copy_(k.mine)
-            return
-        begin, end = self._share(k.whole, self._local_rank)
-        mine = (k.mine.data_ptr(), (end - begin) * k.whole.element_size())
-        recv = [self._span(k.whole, r) for r in range(self._local_size)]
-        like = Collective("all_reduce", [k.whole], [k.whole])
-        moved.inside += self._run_inside("all_gather", [mine] * self._local_size, recv, like, limit)
-        moved.inside_expected += k.whole.nbytes - mine[1]
-
-    def _share(self, whole: torch.Tensor, local_rank: int) -> tuple[int, int]:
-        """The elements that a local rank sums: an equal part for each rail, nothing for ranks without one."""
-        if local_rank >= self._rails:
-            return (0, 0)
-        return shares(whole.numel(), self._rails)[local_rank]
-
-    def _span(self, whole: torch.Tensor, local_rank: int) -> Span:
-        begin, end = self._share(whole, local_rank)
-        return (whole.data_ptr() + begin * whole.element_size(), (end - begin) * whole.element_size())
-
-    def _run_inside(
-        self, kind: str, send: list[Span], recv: list[Span], like: Collective, limit: timedelta
-    ) -> int:
-        assert self._inside is not None
-        operation = self._inside.start_reduction(kind, send, recv, like, 1, limit.total_seconds())
-        operation.wait(limit.total_seconds() + 60)
-        if operation.code:
-            raise CollectiveError(operation.text, native.CODES[operation.code])
-        return operation.peer_bytes
 
     def abort(self, text: str) -> None:
         if self._inside is not None:
