@@ -526,30 +526,36 @@ Status HostGroup::reduce_staged(Run& run, size_t count) {
   const char* in = call.send[0].p;
   char* out = call.kind == Kind::ALL_REDUCE || call.root == me_ ? call.recv[0].p : nullptr;
   const size_t element = element_size(call.dtype);
-  const size_t share = config_.slot_bytes / size_t(n_) / 64 * 64 / element;  // elements of a chunk that one rank sums
-  const size_t chunk = share * size_t(n_), chunks = (count + chunk - 1) / chunk;
+  const size_t line = 64 / element;  // slices are whole cache lines
+  const size_t chunk = config_.slot_bytes / size_t(n_) / 64 * line * size_t(n_), chunks = (count + chunk - 1) / chunk;
   const uint64_t first = epoch_ + 1;  // chunk c lies in the slot of epoch first + c
-  auto length = [&](size_t c, int r) {  // of rank r's slice of chunk c, in elements
-    size_t begin = c * chunk + size_t(r) * share;
-    return begin >= count ? size_t(0) : std::min(share, count - begin);
+  struct Slice {
+    size_t begin, count;  // in elements, from the start of the chunk
+  };
+  auto slice = [&](size_t c, int r) {
+    size_t length = std::min(chunk, count - c * chunk);
+    size_t share = (length + line * size_t(n_) - 1) / (line * size_t(n_)) * line;
+    size_t begin = std::min(length, share * size_t(r));
+    return Slice{begin, std::min(share, length - begin)};
   };
   for (size_t t = 0; t < chunks + 2; ++t) {
     if (t >= 2 && out) {
       size_t c = t - 2;
       for (int i = 0; i < n_; ++i) {
         int r = (me_ + i) % n_;
-        size_t bytes = length(c, r) * element;
-        if (!bytes) continue;
-        copy(out + (c * chunk + size_t(r) * share) * element, slot(r, first + c) + size_t(r) * share * element, bytes);
-        if (r != me_) run.out.peer_bytes += bytes;
+        Slice s = slice(c, r);
+        if (!s.count) continue;
+        copy(out + (c * chunk + s.begin) * element, slot(r, first + c) + s.begin * element, s.count * element);
+        if (r != me_) run.out.peer_bytes += s.count * element;
       }
     }
-    if (t >= 1 && t - 1 < chunks && length(t - 1, me_)) {
+    if (t >= 1 && t - 1 < chunks) {
+      Slice s = slice(t - 1, me_);
       const void* sources[MAX_RANKS];
-      for (int r = 0; r < n_; ++r) sources[r] = slot(r, first + t - 1) + size_t(me_) * share * element;
-      void* result = slot(me_, first + t - 1) + size_t(me_) * share * element;
-      reduce(&result, 1, sources, n_, length(t - 1, me_), call.dtype, call.op, call.divisor);
-      run.out.peer_bytes += length(t - 1, me_) * element * size_t(n_ - 1);
+      for (int r = 0; r < n_; ++r) sources[r] = slot(r, first + t - 1) + s.begin * element;
+      void* result = slot(me_, first + t - 1) + s.begin * element;
+      if (s.count) reduce(&result, 1, sources, n_, s.count, call.dtype, call.op, call.divisor);
+      run.out.peer_bytes += s.count * element * size_t(n_ - 1);
     }
     if (t < chunks) copy(slot(me_, first + t), in + t * chunk * element, std::min(chunk, count - t * chunk) * element);
     if (t < chunks + 1) {

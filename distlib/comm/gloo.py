@@ -43,6 +43,11 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return flat(tensor).view(torch.uint8)
 
 
+def _message_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The same for a message; gloo knows none of zero bytes, so an empty tensor travels as one."""
+    return as_bytes(tensor) if tensor.numel() else torch.zeros(1, dtype=torch.uint8)
+
+
 def process_group(store: dist.Store, rank: int, size: int, timeout: float, master: str | None) -> Any:
     """torch's gloo group, on the chosen interface. Every rank must call. CollectiveError if they do not meet."""
     options = dist.ProcessGroupGloo._Options()
@@ -271,16 +276,16 @@ class GlooChannel:
         if self._broken is not None:
             raise self._broken
         what = f"send to rank {self._labels[dst]} (tag {tag})"
-        return _Message(self._gloo.send([as_bytes(tensor)], dst, tag), what, timeout, dst, tensor.nbytes)
+        return _Message(self._gloo.send([_message_bytes(tensor)], dst, tag), what, timeout, dst, tensor.nbytes)
 
     def recv(self, tensor: torch.Tensor, src: int | None, tag: int, timeout: float) -> Operation:
         if self._broken is not None:
             raise self._broken
         if src is None:
-            work = self._gloo.recv_anysource([as_bytes(tensor)], tag)
+            work = self._gloo.recv_anysource([_message_bytes(tensor)], tag)
             return _Message(work, f"recv from any rank (tag {tag})", timeout, self.rank, 0)
         what = f"recv from rank {self._labels[src]} (tag {tag})"
-        return _Message(self._gloo.recv([as_bytes(tensor)], src, tag), what, timeout, src, 0)
+        return _Message(self._gloo.recv([_message_bytes(tensor)], src, tag), what, timeout, src, 0)
 
     # ------------------------------------------------------------ accounts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -72,6 +73,12 @@ class Group:
     ) -> Group:
         """Brings the ranks of a new group together. Every one of them must call; `global_ranks` is empty for the world."""
         limit = timeout.total_seconds()
+        if native.core() is None and rank == 0 and not global_ranks:
+            warnings.warn(
+                f"distlib's C++ core is not in use: {native.why_not()}. Collectives go over gloo: correct, but slower. "
+                "`distlib doctor` says more",
+                stacklevel=2,
+            )
         ranks = tuple(global_ranks) or tuple(range(size))
         members = membership.gather(store, rank, size, ranks, not global_ranks, limit)
         topology = members.topology

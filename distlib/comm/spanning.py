@@ -11,6 +11,7 @@ types travel between hosts as fp32 and are rounded once.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -29,7 +30,7 @@ from distlib.comm.threads import Step
 from distlib.comm.work import CollectiveError, Operation
 from distlib.topology import Topology
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = int(os.environ.get("DISTLIB_CHUNK_KB", "4096")) << 10
 LAG = 2  # turns between two stages of one chunk: as many transfers of each stage are under way at once
 
 
