@@ -26,7 +26,7 @@ class LossCurve:
         self._count += 1
 
     def settle(self) -> float:
-        """Average over the ranks what was added since the last time, and return the latest loss.
+        """Average over the ranks what was added since the last time, and return the mean of those steps.
 
         Every rank must call it, after the same steps. Raises FloatingPointError, on all ranks alike, for a
         loss that is not a finite number.
@@ -38,7 +38,7 @@ class LossCurve:
             step = self._settled + int(fresh.isfinite().long().argmin()) + 1
             raise FloatingPointError(f"the loss of step {step} is not a number: try a smaller --lr")
         self._settled = self._count
-        return fresh[-1].item()
+        return fresh.mean().item()
 
     @property
     def training(self) -> list[float]:

@@ -132,7 +132,7 @@ class Speaker:
         )
 
     def trained(self, done: int, loss: float, rate: float, tokens_per_second: float) -> None:
-        """`done` steps are; `loss` is the latest one's, over all ranks."""
+        """`done` steps are; `loss` is the mean of all ranks and of the steps since the last time."""
         if self._bar:
             numbers = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s"
             self._bar.update(self._task, completed=done, numbers=numbers)

@@ -40,7 +40,7 @@ class Settings:
     clip: float = option(1.0, "largest norm of a step's gradient")
     validate_every: int = option(250, "steps between validations")
     validation_windows: int = option(512, "windows in a validation, over all ranks together")
-    report_every: int = option(10, "steps between reports of the loss")
+    report_every: int = option(20, "steps between reports of the loss")
     save: Path | None = option(None, "write a checkpoint here at the end, and after every --save-every steps")
     save_every: int = option(0, "steps between checkpoints; 0: only at the end")
     resume: Path | None = option(None, "continue from this checkpoint, on any number of ranks")
