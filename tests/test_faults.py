@@ -21,7 +21,9 @@ from distlib.comm.group import Group
 from distlib.comm.work import CollectiveError
 
 CORE = pytest.param({}, id="shared memory", marks=pytest.mark.skipif(native.core() is None, reason=native.why_not()))
-SPANNING = pytest.param({"DISTLIB_NODES": "2"}, id="two nodes", marks=pytest.mark.skipif(native.core() is None, reason=native.why_not()))
+SPANNING = pytest.param(
+    {"DISTLIB_NODES": "2"}, id="two nodes", marks=pytest.mark.skipif(native.core() is None, reason=native.why_not())
+)
 GLOO = pytest.param({"DISTLIB_CORE": "0"}, id="without the core")
 EVERY_WAY = pytest.mark.parametrize("env", [CORE, SPANNING, GLOO])
 NO_CORE = pytest.mark.skipif(native.core() is None, reason=native.why_not())
@@ -35,9 +37,7 @@ def error_of(call: Callable[[], object]) -> str:
 
 
 def join(rank: int, n: int, timeout: float = 5.0) -> Group:
-    dist.init_process_group(
-        "distlib", store=store(), rank=rank, world_size=n, timeout=timedelta(seconds=timeout)
-    )
+    dist.init_process_group("distlib", store=store(), rank=rank, world_size=n, timeout=timedelta(seconds=timeout))
     return Group.of()
 
 

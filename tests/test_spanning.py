@@ -64,7 +64,12 @@ def every_kind(rank: int, n: int) -> None:
         group = Group.of()
         sub = dist.new_group(list(range(n - 1)))
         for kind in KINDS:
-            for dtype, op in [(torch.int64, "sum"), (torch.float32, "max"), (torch.bool, "bxor"), (torch.uint8, "band")]:
+            for dtype, op in [
+                (torch.int64, "sum"),
+                (torch.float32, "max"),
+                (torch.bool, "bxor"),
+                (torch.uint8, "band"),
+            ]:
                 for numel in (0, 1, 1000, 70_001):
                     case = Case(kind, dtype, op, numel, "strided", 1, 3, numel % 2 == 0)
                     check(group, case)

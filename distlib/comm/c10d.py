@@ -27,7 +27,8 @@ _OPS = {
 
 
 class _C10dOperation:
-    """A c10d work, seen as an operation. `after` runs once on success (gloo has no average: the sum is divided here)."""
+    """A c10d work, seen as an operation. `after` runs once on success (gloo has no average: the sum is divided
+    here)."""
 
     peer_bytes = sequence = waited_ns = 0
 
@@ -69,6 +70,7 @@ class C10dChannel:
         op = _OPS[c.op] if averages else dist.ReduceOp.SUM
         size = pg.size()
         work: Any
+        options: Any
         if c.kind == "barrier":
             work = pg.barrier()
         elif c.kind == "all_reduce":

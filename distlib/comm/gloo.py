@@ -99,7 +99,14 @@ class GlooChannel:
     """Collectives by gloo between all ranks of a group. Steps run in order on one thread of the group."""
 
     def __init__(
-        self, store: dist.Store, name: str, rank: int, labels: list[int], timeout: float, master: str | None, topology: Topology
+        self,
+        store: dist.Store,
+        name: str,
+        rank: int,
+        labels: list[int],
+        timeout: float,
+        master: str | None,
+        topology: Topology,
     ) -> None:
         self.size = len(labels)
         self.rank = rank
@@ -119,12 +126,14 @@ class GlooChannel:
     def start(self, collective: Collective, timeout: float, sync: bool) -> Operation:
         return self.start_step(collective, timeout, getattr(self, f"_{collective.kind}"))
 
-    def start_step(self, collective: Collective, timeout: float, run: Callable[[Collective, timedelta], Sent]) -> Step:
+    def start_step(
+        self, collective: Collective, timeout: float, run: Callable[[Collective, timedelta], object]
+    ) -> Step:
         """Queues `run`, with the checks that every collective gets before and after."""
         collective.arrived_ns = time.time_ns()
         return self._runner.start(lambda: self._guarded(collective, timeout, run))
 
-    def _guarded(self, c: Collective, timeout: float, run: Callable[[Collective, timedelta], Sent]) -> Sent:
+    def _guarded(self, c: Collective, timeout: float, run: Callable[[Collective, timedelta], object]) -> object:
         if self._broken is not None:
             raise self._broken
         self._sequence += 1
@@ -148,15 +157,16 @@ class GlooChannel:
         all = torch.empty(self.size, mine.numel(), dtype=mine.dtype)
         self._gather_bytes(all, mine, limit)
         if bool((all[:, :5] == mine[:5]).all()):
-            late, calls = self._late.get(c.label, ([0.0] * self.size, 0))
+            late, before = self._late.get(c.label, ([0.0] * self.size, 0))
             after = ((all[:, 5] - all[:, 5].min()) * 1e-9).tolist()
-            self._late[c.label] = ([a + b for a, b in zip(late, after, strict=True)], calls + 1)
+            self._late[c.label] = ([a + b for a, b in zip(late, after, strict=True)], before + 1)
             return
         calls = []
         for r, (kind, _, op, root, count, _) in enumerate(all.tolist()):
             mark = "" if all[r, 1] == mine[1] else ", another dtype"
             calls.append(
-                f"rank {self._labels[r]} called {native.KINDS[kind]}({count} elements, {native.OPS[op]}, root {root}{mark})"
+                f"rank {self._labels[r]} called {native.KINDS[kind]}"
+                f"({count} elements, {native.OPS[op]}, root {root}{mark})"
             )
         raise CollectiveError(
             f"ranks disagree in call #{self._sequence} of group '{self.name}': {'; '.join(calls)}. "
@@ -192,7 +202,9 @@ class GlooChannel:
         self._gloo.allgather([rows], [as_bytes(mine)], options).wait()
         return {(self.rank + 1) % self.size: mine.nbytes * (self.size - 1)}
 
-    def exchange(self, out: torch.Tensor, out_sizes: list[int], given: torch.Tensor, sizes: list[int], limit: timedelta) -> Any:
+    def exchange(
+        self, out: torch.Tensor, out_sizes: list[int], given: torch.Tensor, sizes: list[int], limit: timedelta
+    ) -> Any:
         """Starts an all-to-all of byte ranges; returns gloo's work."""
         options = c10d.AllToAllOptions()
         options.timeout = limit

@@ -1,4 +1,5 @@
-"""`Group`: ranks that communicate, and the only place that starts a collective. It picks the way and keeps the ledger."""
+"""`Group`: ranks that communicate, and the only place that starts a collective. It picks the way and keeps the
+ledger."""
 
 from __future__ import annotations
 
@@ -40,11 +41,11 @@ def seconds_of(timeout: Timeout, default: float) -> float:
 class Group:
     """The ranks of a c10d process group, as distlib drives them. Get one with `Group.of`.
 
-    rank, size: of this process in the group, and of the group. ranks: global ranks, by group rank. topology: which ranks
-    share a host, in group ranks. All methods that start a collective must be called by every rank of the group, in the same
-    order, with tensors on the CPU of equal dtype and size (a mismatch raises on every rank, naming who differs). They
-    return None when done, or with `async_op=True` a `Work`. `op` is one of native.OPS: sum, avg, min, max, product, band,
-    bor, bxor. Ranks named in arguments are group ranks.
+    rank, size: of this process in the group, and of the group. ranks: global ranks, by group rank. topology: which
+    ranks share a host, in group ranks. All methods that start a collective must be called by every rank of the
+    group, in the same order, with tensors on the CPU of equal dtype and size (a mismatch raises on every rank,
+    naming who differs). They return None when done, or with `async_op=True` a `Work`. `op` is one of native.OPS:
+    sum, avg, min, max, product, band, bor, bxor. Ranks named in arguments are group ranks.
 
     Raises CollectiveError when a rank disagrees, ends, or does not come within the timeout; the group is then of no
     further use, on any rank. ValueError for arguments that cannot be right.
@@ -71,7 +72,8 @@ class Group:
     def create(
         store: dist.Store, rank: int, size: int, timeout: timedelta, name: str, global_ranks: Sequence[int] = ()
     ) -> Group:
-        """Brings the ranks of a new group together. Every one of them must call; `global_ranks` is empty for the world."""
+        """Brings the ranks of a new group together. Every one of them must call; `global_ranks` is empty for the
+        world."""
         limit = timeout.total_seconds()
         if native.core() is None and rank == 0 and not global_ranks:
             warnings.warn(
@@ -141,9 +143,7 @@ class Group:
         inner, finish = _writable([tensor])
         return self._start(Collective("reduce", inner, inner, op, dst), [tensor], finish, async_op, timeout)
 
-    def broadcast(
-        self, tensor: torch.Tensor, src: int, async_op: bool = False, timeout: Timeout = None
-    ) -> Work | None:
+    def broadcast(self, tensor: torch.Tensor, src: int, async_op: bool = False, timeout: Timeout = None) -> Work | None:
         """Copies `tensor` of rank `src` into `tensor` of every rank."""
         self._check_rank("broadcast", "src", src)
         inner, finish = _writable([tensor])
@@ -222,7 +222,8 @@ class Group:
         async_op: bool = False,
         timeout: Timeout = None,
     ) -> Work | None:
-        """Copies `inputs[d]` of this rank into `outputs[this rank]` of rank d, for all pairs. Sizes may differ by pair."""
+        """Copies `inputs[d]` of this rank into `outputs[this rank]` of rank d, for all pairs. Sizes may differ by
+        pair."""
         for name, tensors in (("outputs", outputs), ("inputs", inputs)):
             if len(tensors) != self.size:
                 raise ValueError(f"all_to_all: {len(tensors)} {name} given, the group has {self.size} ranks")
@@ -247,14 +248,22 @@ class Group:
         return self._track(Collective("send", [given], root=dst), operation, [tensor], None, async_op)
 
     def recv(
-        self, tensor: torch.Tensor, src: int | None = None, tag: int = 0, async_op: bool = False, timeout: Timeout = None
+        self,
+        tensor: torch.Tensor,
+        src: int | None = None,
+        tag: int = 0,
+        async_op: bool = False,
+        timeout: Timeout = None,
     ) -> Work | None:
-        """Receives into `tensor` from rank `src`, or (None) from whichever rank sent one: `Work.source_rank()` tells."""
+        """Receives into `tensor` from rank `src`, or (None) from whichever rank sent one: `Work.source_rank()`
+        tells."""
         if src is not None:
             self._check_rank("recv", "src", src)
         inner, finish = _writable([tensor])
         operation = self._channel.recv(inner[0], src, tag, seconds_of(timeout, self.timeout))
-        return self._track(Collective("recv", [], inner, root=-1 if src is None else src), operation, [tensor], finish, async_op)
+        return self._track(
+            Collective("recv", [], inner, root=-1 if src is None else src), operation, [tensor], finish, async_op
+        )
 
     # ------------------------------------------------------------ memory, faults, accounts
 
@@ -282,14 +291,13 @@ class Group:
             self._in_flight.popleft()
 
     def lateness(self) -> dict[str, dict[int, tuple[float, int]]]:
-        """By label, then global rank: seconds by which it was ready for collectives after the first, and their number."""
+        """By label, then global rank: seconds by which it was ready for collectives after the first, and their
+        number."""
         found = {}
         for label, (late, calls) in self._channel.lateness().items():
             before, calls_before = self._late_before.get(label, ([0.0] * self.size, 0))
             if calls > calls_before and self.size > 1:
-                found[label] = {
-                    rank: (late[i] - before[i], calls - calls_before) for i, rank in enumerate(self.ranks)
-                }
+                found[label] = {rank: (late[i] - before[i], calls - calls_before) for i, rank in enumerate(self.ranks)}
         return found
 
     def reset_lateness(self) -> None:
@@ -371,7 +379,7 @@ class Group:
     def _check_flat(self, what: str, name: str, tensor: torch.Tensor, each: int) -> None:
         if tensor.numel() != each * self.size:
             raise ValueError(
-                f"{what}: {name} has {tensor.numel()} elements; {self.size} ranks with {each} each need {each * self.size}"
+                f"{what}: {name} has {tensor.numel()} elements; {self.size} ranks of {each} need {each * self.size}"
             )
 
     def _check_list(self, what: str, name: str, tensors: Sequence[torch.Tensor], each: int) -> None:

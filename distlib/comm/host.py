@@ -124,7 +124,7 @@ class HostChannel:
 
     def _box(self) -> Any:
         if self._mailbox is None:
-            self._mailbox = Host.here().core.Mailbox(self._group)  # type: ignore[union-attr]
+            self._mailbox = Host.here().core.Mailbox(self._group)
         return self._mailbox
 
     def send(self, tensor: torch.Tensor, dst: int, tag: int, timeout: float) -> Operation:

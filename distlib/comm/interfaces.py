@@ -46,11 +46,18 @@ def choose(master: str | None) -> str | None:
     for variable in (VARIABLE, "GLOO_SOCKET_IFNAME"):
         wanted = os.environ.get(variable, "").split(",")[0]
         if wanted and wanted not in known:
-            raise ValueError(f"{variable}={wanted!r}: no such interface is up here; there are: {', '.join(sorted(known))}")
+            raise ValueError(
+                f"{variable}={wanted!r}: no such interface is up here; there are: {', '.join(sorted(known))}"
+            )
         if wanted:
             log.info("between hosts: interface %s (from %s)", wanted, variable)
             return wanted
     source = route_to(master) if master else None
     name = next((n for n, address in known.items() if address == source), None)
-    log.info("between hosts: interface %s, on the way to %s (set %s to change it)", name or "of gloo's choice", master, VARIABLE)
+    log.info(
+        "between hosts: interface %s, on the way to %s (set %s to change it)",
+        name or "of gloo's choice",
+        master,
+        VARIABLE,
+    )
     return name

@@ -1,7 +1,9 @@
-"""The ledger: calls and bytes per operation, group and link, counted where they move, and what they should be beside it.
+"""The ledger: calls and bytes per operation, group and link, counted where they move, and what they should be beside
+it.
 
-Bytes are those of this rank: on "same host" what it reads from and writes to other ranks' memory, "between hosts" what it
-sends. The count comes from the core's copy loops and from the sizes given to the network; `expected` from the formulas.
+Bytes are those of this rank: on "same host" what it reads from and writes to other ranks' memory, "between hosts"
+what it sends. The count comes from the core's copy loops and from the sizes given to the network; `expected` from
+the formulas.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Ranks of one host meet: memory handed over a Unix socket, the peer's user checked, a nonce echoed through the memory.
 
 What is proved here is all that distlib believes about who shares a host: no hostname, no launcher variable. A rank
-connects to another's door (an abstract Unix socket: nothing in the file system), the kernel says whose process is at the
-other end (SO_PEERCRED), each sends the memfd of its arena (SCM_RIGHTS), and each reads back to the other a nonce that only
-lies in that memory. The socket then stays open: the kernel closes it when the process ends, which is how death is seen.
+connects to another's door (an abstract Unix socket: nothing in the file system), the kernel says whose process is at
+the other end (SO_PEERCRED), each sends the memfd of its arena (SCM_RIGHTS), and each reads back to the other a nonce
+that only lies in that memory. The socket then stays open: the kernel closes it when the process ends, which is how
+death is seen.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ _HANDSHAKE_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Card:
-    """What a rank tells all others of itself. The first four fields only save pointless knocking: they prove nothing."""
+    """What a rank tells all others of itself. The first four fields only save pointless knocking: they prove
+    nothing."""
 
     boot: str  # the kernel's boot id
     network: int  # network namespace: abstract sockets do not cross it
@@ -138,14 +140,16 @@ class Host:
             if r < me and cards[r].door not in self.peers:
                 self._knock(r, cards[r])
         for r in likely:
-            with self._changed:
-                met = self._changed.wait_for(lambda r=r: cards[r].door in self.peers, max(0.0, until - time.monotonic()))
-            if not met:
+            if not self._came(cards[r].door, until):
                 raise RuntimeError(
                     f"rank {r} (pid {cards[r].pid}) of this host did not come to the meeting within {timeout:.0f} s. "
                     "Did it end or hang while starting? Look at its output"
                 )
         return {me, *likely}
+
+    def _came(self, door: str, until: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: door in self.peers, max(0.0, until - time.monotonic()))
 
     def _knock(self, rank: int, card: Card) -> None:
         who = f"rank {rank} (pid {card.pid})"
@@ -218,7 +222,9 @@ class Host:
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         pid, user, _ = struct.unpack("3i", credentials)
         if user != os.geteuid():
-            raise RuntimeError(f"{who} belongs to user {user}, this process to user {os.geteuid()}: no memory is shared")
+            raise RuntimeError(
+                f"{who} belongs to user {user}, this process to user {os.geteuid()}: no memory is shared"
+            )
         return pid
 
     @staticmethod

@@ -31,14 +31,17 @@ _world: Members | None = None  # of the default group, so that subgroups need no
 
 
 def collect(store: dist.Store, keys: list[str], who: list[str], what: str, timeout: float) -> list[bytes]:
-    """The values of keys that other ranks set. RuntimeError naming, by `who`, the ranks that did not within `timeout`."""
+    """The values of keys that other ranks set. RuntimeError naming, by `who`, the ranks that did not within
+    `timeout`."""
     try:
         store.wait(keys, timedelta(seconds=timeout))
     except RuntimeError as error:
         try:
             missing = [name for key, name in zip(keys, who, strict=True) if not store.check([key])]
         except RuntimeError as gone:
-            raise RuntimeError(f"{what}: the store is gone, so the rank that holds it (rank 0) has ended: {gone}") from error
+            raise RuntimeError(
+                f"{what}: the store is gone, so the rank that holds it (rank 0) has ended: {gone}"
+            ) from error
         raise RuntimeError(
             f"{what}: not there within {timeout:.0f} s: {', '.join(missing)}. Did they start? Look at their output"
         ) from error

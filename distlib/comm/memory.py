@@ -34,6 +34,14 @@ def is_registered(tensor: torch.Tensor) -> bool:
     return Host.here().arena.contains(tensor.data_ptr(), tensor.untyped_storage().nbytes()) is not None
 
 
+def _shape(size: tuple[int | Sequence[int], ...]) -> tuple[int, ...]:
+    first = size[0] if len(size) == 1 else size
+    shape = tuple(int(n) for n in first) if isinstance(first, Sequence) else (int(first),)  # type: ignore[arg-type]
+    if any(n < 0 for n in shape):
+        raise ValueError(f"registered_empty: negative size in {shape}")
+    return shape
+
+
 def registered_empty(
     *size: int | Sequence[int],
     dtype: torch.dtype = torch.float32,
@@ -45,10 +53,7 @@ def registered_empty(
     CPU. Where registering cannot help (the C++ core is missing, or the rank shares its host with no other of `group`;
     None: of the world, if there is one), it is an ordinary tensor: results are the same.
     """
-    shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
-    shape = tuple(int(n) for n in shape)  # type: ignore[call-overload]
-    if any(n < 0 for n in shape):
-        raise ValueError(f"registered_empty: negative size in {shape}")
+    shape = _shape(size)
     if native.core() is None:
         return torch.empty(shape, dtype=dtype)
     if group is not None:

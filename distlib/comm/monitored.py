@@ -39,6 +39,6 @@ def monitored_barrier(store: dist.Store, group: Group, timeout: float, wait_all_
         return
     late = ", ".join(str(group.ranks[r]) for r in (missing if wait_all_ranks else missing[:1]))
     raise RuntimeError(
-        f"Rank {group.ranks[0]} timed out in monitoredBarrier after {timeout * 1000:.0f} ms: ranks {late} failed to pass "
-        f"monitoredBarrier. Look at what they were doing"
+        f"Rank {group.ranks[0]} timed out in monitoredBarrier after {timeout * 1000:.0f} ms: ranks {late} failed to "
+        f"pass monitoredBarrier. Look at what they were doing"
     )

@@ -4,9 +4,9 @@
     host 1: ranks 2 3        2. between  the ranks that hold the same share (a rail) sum those, all rails at once
                              3. inside   every rank copies the shares that it did not sum
 
-so that each byte crosses the network once per host, not once per rank. Long tensors go in chunks, the network working on
-one chunk while memory works on its neighbours. Sums run in rank order inside hosts, and in host order between them; half
-types travel between hosts as fp32 and are rounded once.
+so that each byte crosses the network once per host, not once per rank. Long tensors go in chunks, the network
+working on one chunk while memory works on its neighbours. Sums run in rank order inside hosts, and in host order
+between them; half types travel between hosts as fp32 and are rounded once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ LAG = 2  # turns between two stages of one chunk: as many transfers of each stag
 class Shares:
     """How `count` elements are divided: into one share per rail, and each share into one part per host.
 
-    Parts are equal, so the last ones may reach past the end: they are cut where user memory is touched, and travel whole.
+    Parts are equal, so the last ones may reach past the end: they are cut where user memory is touched, and travel
+    whole.
     """
 
     count: int
@@ -230,9 +231,7 @@ class SpanningChannel(GlooChannel):
         begin, end = shares.of(local_rank)
         return (whole.data_ptr() + begin * whole.element_size(), (end - begin) * whole.element_size())
 
-    def _run_inside(
-        self, kind: str, send: list[Span], recv: list[Span], like: Collective, limit: timedelta
-    ) -> int:
+    def _run_inside(self, kind: str, send: list[Span], recv: list[Span], like: Collective, limit: timedelta) -> int:
         """A part of the collective among the ranks of this host. Returns the bytes moved."""
         assert self._inside is not None
         operation = self._inside.start_reduction(kind, send, recv, like, 1, limit.total_seconds())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from distlib.comm.group import Group
-from distlib.comm.work import Work
+from distlib.comm.work import Work, finished
 
 
 def all_reduce_sparse(group: Group, tensor: torch.Tensor, op: str) -> Work:
@@ -13,8 +13,6 @@ def all_reduce_sparse(group: Group, tensor: torch.Tensor, op: str) -> Work:
 
     Raises ValueError for another layout or operation, RuntimeError naming the rank whose shape differs.
     """
-    from distlib.comm.backend import finished
-
     if tensor.layout is not torch.sparse_coo:
         raise ValueError(f"all_reduce: layout {tensor.layout} is not supported, only strided and sparse_coo")
     if op != "sum":

@@ -35,7 +35,7 @@ class Step:
             self.result = self.run()
         except CollectiveError as error:
             self.code, self.text = native.CODES.index(error.code), str(error)
-        except Exception as error:  # whatever it is, it is raised where the work is waited for
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is raised where the work is waited for
             self.code, self.text = native.CODES.index("aborted"), f"{type(error).__name__}: {error}"
             self.cause = error
         with self._lock:

@@ -19,7 +19,8 @@ _FOREVER = 1e9  # seconds; operations carry their own timeout
 class CollectiveError(dist.DistBackendError):
     """A collective that could not complete. The message names the operation, its number and the ranks at fault.
 
-    `code` is one of native.CODES: "timeout", "dead", "mismatch", "aborted", "memory", "forked", "interrupted", "invalid".
+    `code` is one of native.CODES: "timeout", "dead", "mismatch", "aborted", "memory", "forked", "interrupted",
+    "invalid".
     """
 
     def __init__(self, text: str, code: str = "aborted") -> None:
@@ -198,3 +199,22 @@ class Work(dist.Work):
         elif not completions.watch(self):
             self.complete()
         return future
+
+
+class _Done:
+    """An operation that was over before it began."""
+
+    done, code, text, sequence, peer_bytes, waited_ns, source = True, 0, "", 0, 0, 0, -1
+
+    def wait(self, seconds: float) -> bool:
+        return True
+
+    def notify(self, id: int) -> bool:
+        return False
+
+
+def finished(result: list[torch.Tensor]) -> Work:
+    """A work that is done."""
+    work = Work(_Done(), result)
+    work.complete()
+    return work

@@ -1,0 +1,461 @@
+"""`ProcessGroup`: torch's calls in, `Group`'s calls out.
+
+torch lets a backend from Python be a ProcessGroup (a C++ `Backend` cannot be subclassed without torch's headers), and
+uses that object in place of its own. So everything torch or its C++ parts ask of a process group is answered here:
+tensors on the CPU go to the Group, tensors on CUDA to NCCL, which is made on first use.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from distlib.comm.group import Group
+from distlib.comm.monitored import monitored_barrier
+from distlib.comm.sparse import all_reduce_sparse
+from distlib.comm.work import Work, finished
+
+NAME = "distlib"
+_CPU = torch.device("cpu")
+_OPS = {
+    "sum": dist.ReduceOp.SUM,
+    "avg": dist.ReduceOp.AVG,
+    "min": dist.ReduceOp.MIN,
+    "max": dist.ReduceOp.MAX,
+    "product": dist.ReduceOp.PRODUCT,
+    "band": dist.ReduceOp.BAND,
+    "bor": dist.ReduceOp.BOR,
+    "bxor": dist.ReduceOp.BXOR,
+}
+
+
+def op_name(op: Any) -> str:
+    """Our name of a torch ReduceOp."""
+    for name, torch_op in _OPS.items():
+        if op == torch_op:
+            return name
+    raise ValueError(f"backend distlib does not support {op}; it has {', '.join(_OPS)}")
+
+
+class _CpuBackend:
+    """What torch asks of "the backend for CPU tensors" of a group, besides collectives."""
+
+    supports_splitting = supports_coalescing = supports_time_estimate = False
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+
+    def name(self) -> str:
+        return NAME
+
+    def supports_tensor_alloc(self, device: torch.device) -> bool:
+        """FSDP2 may put its buffers into the arena, where collectives copy nothing."""
+        return torch.device(device).type == "cpu"
+
+    def allocate_tensor(self, size: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return self._group.registered_empty(size, dtype=dtype)
+
+
+def _collective(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Sends a call with CUDA tensors to NCCL: the C++ base class dispatches by device to what is registered there."""
+
+    @functools.wraps(method)
+    def dispatch(self: ProcessGroup, *args: Any, **kwargs: Any) -> Any:
+        if self._serves_cuda and _on_cuda(args):
+            self._connect_cuda()
+            return getattr(dist.ProcessGroup, method.__name__)(self, *args, **kwargs)
+        return method(self, *args, **kwargs)
+
+    return dispatch
+
+
+def _on_cuda(args: Sequence[Any]) -> bool:
+    """Whether the first tensor among (nested) arguments is on CUDA."""
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            return a.is_cuda
+        if isinstance(a, (list, tuple)) and a:
+            return _on_cuda(a)
+    return False
+
+
+class ProcessGroup(dist.ProcessGroup):
+    """A c10d process group over a `Group`."""
+
+    def __init__(self, options: Any) -> None:
+        super().__init__(options.group_rank, options.group_size)
+        ranks = list(options.global_ranks_in_group)
+        self._store = options.store
+        self._group_name = str(options.group_id)
+        self._group_desc = "undefined"
+        self._global_ranks = ranks
+        self._timeout = options.timeout
+        name = "world" if not ranks else self._group_name
+        self.distlib_group = Group.create(
+            options.store, options.group_rank, options.group_size, options.timeout, name, ranks
+        )
+        self._sequence = 0
+        self._serves_cuda = torch.cuda.is_available()
+        self._cuda_lock = threading.Lock()
+        self._has_cuda = False
+        self._backend = _CpuBackend(self.distlib_group)
+
+    # ------------------------------------------------------------ identity
+
+    def _set_group_name(self, name: str) -> None:
+        self._group_name = str(name)
+
+    def _set_group_desc(self, desc: str) -> None:
+        self._group_desc = desc
+
+    setGroupName, setGroupDesc = _set_group_name, _set_group_desc
+
+    @property
+    def group_name(self) -> str:
+        return self._group_name
+
+    @property
+    def group_desc(self) -> str:
+        return self._group_desc
+
+    def getGroupName(self) -> str:
+        return self._group_name
+
+    def getGroupDesc(self) -> str:
+        return self._group_desc
+
+    def getBackendName(self) -> str:
+        return NAME
+
+    _get_backend_name = name = getBackendName
+
+    def get_group_store(self) -> Any:
+        return self._store
+
+    def __repr__(self) -> str:
+        return f"<distlib.ProcessGroup {self._group_name!r}: rank {self.rank()} of {self.size()}>"
+
+    @property
+    def _device_types(self) -> list[torch.device]:
+        return [_CPU, torch.device("cuda")] if self._serves_cuda else [_CPU]
+
+    def _get_backend(self, device: torch.device) -> Any:
+        kind = torch.device(device).type
+        if kind == "cpu":
+            return self._backend
+        if kind == "cuda" and self._serves_cuda:
+            self._connect_cuda()
+            return super()._get_backend(torch.device(device))
+        raise RuntimeError(f"backend distlib serves no device of type {kind!r}: move the tensor to the CPU or to CUDA")
+
+    def _connect_cuda(self) -> None:
+        """Makes the NCCL backend for this group; every rank comes here with its first CUDA tensor."""
+        with self._cuda_lock:
+            if self._has_cuda:
+                return
+            configured = str(c10d._world.pg_backend_config.get(self, ""))
+            wanted = dict(part.split(":") for part in configured.split(",") if ":" in part).get("cuda", "nccl")
+            if wanted not in ("nccl", NAME):
+                raise RuntimeError(f"cuda:{wanted} beside cpu:distlib is not supported: use 'cpu:distlib,cuda:nccl'")
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = self._timeout
+            options.global_ranks_in_group = self._global_ranks
+            options.group_name = self._group_name
+            store = dist.PrefixStore("cuda/", self._store)
+            nccl = dist.ProcessGroupNCCL(store, self.rank(), self.size(), options)
+            self._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, nccl)
+            self._has_cuda = True
+
+    # ------------------------------------------------------------ collectives
+
+    def _run(self, method: Callable[..., Work | None], *args: Any, opts: Any = None, **kwargs: Any) -> Work:
+        """Starts a call of the Group. Where torch says that it will wait at once, it runs on this thread."""
+        self._sequence += 1
+        waits = opts is not None and getattr(opts, "asyncOp", True) is False
+        timeout = getattr(opts, "timeout", None)
+        with torch.no_grad():
+            work = method(*args, async_op=not waits, timeout=timeout, **kwargs)
+        return work if work is not None else finished([a for a in args if isinstance(a, torch.Tensor)])
+
+    @_collective
+    def allreduce(self, tensors: Any, opts: Any = None, op: Any = None, timeout: timedelta | None = None) -> Work:
+        tensor = _only("allreduce", tensors)
+        reduce_op, opts = _op(opts, op), _options(opts, timeout)
+        if tensor.is_sparse:
+            return all_reduce_sparse(self.distlib_group, tensor, op_name(reduce_op))
+        return self._run(self.distlib_group.all_reduce, tensor, op_name(reduce_op), opts=opts)
+
+    @_collective
+    def allreduce_coalesced(self, tensors: list[torch.Tensor], opts: Any = None) -> Work:
+        name = op_name(_op(opts, None))
+        return _last(
+            [self._run(self.distlib_group.all_reduce, t, name, opts=_asynchronous(opts)) for t in tensors], tensors
+        )
+
+    @_collective
+    def broadcast(self, tensors: Any, opts: Any = None, root: int = 0, timeout: timedelta | None = None) -> Work:
+        src = opts.rootRank if hasattr(opts, "rootRank") else (root if opts is None else opts)
+        return self._run(self.distlib_group.broadcast, _only("broadcast", tensors), src, opts=_options(opts, timeout))
+
+    @_collective
+    def reduce(
+        self, tensors: Any, opts: Any = None, op: Any = None, root: int = 0, timeout: timedelta | None = None
+    ) -> Work:
+        dst = opts.rootRank if hasattr(opts, "rootRank") else (root if opts is None else opts)
+        reduce_op = _op(opts if hasattr(opts, "reduceOp") else None, op)
+        tensor = _only("reduce", tensors)
+        return self._run(self.distlib_group.reduce, tensor, dst, op_name(reduce_op), opts=_options(opts, timeout))
+
+    @_collective
+    def allgather(self, outputs: Any, inputs: Any, opts: Any = None, timeout: timedelta | None = None) -> Work:
+        outputs = outputs[0] if outputs and isinstance(outputs[0], (list, tuple)) else outputs
+        return self._run(
+            self.distlib_group.all_gather, outputs, _only("allgather", inputs), opts=_options(opts, timeout)
+        )
+
+    @_collective
+    def all_gather_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> Work:
+        return self._run(self.distlib_group.all_gather, output, input, opts=opts)
+
+    @_collective
+    def allgather_coalesced(
+        self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: Any = None
+    ) -> Work:
+        works = []
+        for i, tensor in enumerate(inputs):
+            pieces = [of_rank[i] for of_rank in outputs]
+            works.append(self._run(self.distlib_group.all_gather, pieces, tensor, opts=_asynchronous(opts)))
+        return _last(works, [t for of_rank in outputs for t in of_rank])
+
+    @_collective
+    def all_gather_single_coalesced(
+        self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], opts: Any = None
+    ) -> Work:
+        run = functools.partial(self._run, self.distlib_group.all_gather, opts=_asynchronous(opts))
+        return _last([run(out, given) for out, given in zip(outputs, inputs, strict=True)], outputs)
+
+    @_collective
+    def gather(
+        self, outputs: Any, inputs: Any, opts: Any = None, root: int = 0, timeout: timedelta | None = None
+    ) -> Work:
+        outputs = outputs[0] if outputs and isinstance(outputs[0], (list, tuple)) else outputs
+        dst = opts.rootRank if hasattr(opts, "rootRank") else (root if opts is None else opts)
+        given = _only("gather", inputs)
+        return self._run(self.distlib_group.gather, outputs or None, given, dst, opts=_options(opts, timeout))
+
+    @_collective
+    def scatter(
+        self, outputs: Any, inputs: Any, opts: Any = None, root: int = 0, timeout: timedelta | None = None
+    ) -> Work:
+        inputs = inputs[0] if inputs and isinstance(inputs[0], (list, tuple)) else inputs
+        src = opts.rootRank if hasattr(opts, "rootRank") else (root if opts is None else opts)
+        out = _only("scatter", outputs)
+        return self._run(self.distlib_group.scatter, out, inputs or None, src, opts=_options(opts, timeout))
+
+    @_collective
+    def reduce_scatter(
+        self, outputs: Any, inputs: Any, opts: Any = None, op: Any = None, timeout: timedelta | None = None
+    ) -> Work:
+        inputs = inputs[0] if inputs and isinstance(inputs[0], (list, tuple)) else inputs
+        name, out = op_name(_op(opts, op)), _only("reduce_scatter", outputs)
+        return self._run(self.distlib_group.reduce_scatter, out, inputs, name, opts=_options(opts, timeout))
+
+    @_collective
+    def reduce_scatter_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> Work:
+        return self._run(self.distlib_group.reduce_scatter, output, input, op_name(_op(opts, None)), opts=opts)
+
+    @_collective
+    def reduce_scatter_single_coalesced(
+        self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], opts: Any = None
+    ) -> Work:
+        name = op_name(_op(opts, None))
+        run = functools.partial(self._run, self.distlib_group.reduce_scatter, op=name, opts=_asynchronous(opts))
+        return _last([run(out, given) for out, given in zip(outputs, inputs, strict=True)], outputs)
+
+    @_collective
+    def all_to_all_single(
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_split_sizes: list[int] | None = None,
+        input_split_sizes: list[int] | None = None,
+        opts: Any = None,
+        timeout: timedelta | None = None,
+    ) -> Work:
+        given = _split("input", input, input_split_sizes, self.size())
+        stand_in = output if output.is_contiguous() else output.contiguous()
+        pieces = _split("output", stand_in, output_split_sizes, self.size())
+        opts = _options(opts, timeout)
+        if stand_in is output:
+            return self._run(self.distlib_group.all_to_all, pieces, given, opts=opts)
+        self._run(self.distlib_group.all_to_all, pieces, given, opts=opts).wait()
+        output.copy_(stand_in)
+        return finished([output])
+
+    @_collective
+    def alltoall(
+        self,
+        outputs: list[torch.Tensor],
+        inputs: list[torch.Tensor],
+        opts: Any = None,
+        timeout: timedelta | None = None,
+    ) -> Work:
+        return self._run(self.distlib_group.all_to_all, outputs, inputs, opts=_options(opts, timeout))
+
+    @_collective
+    def barrier(self, opts: Any = None, timeout: timedelta | None = None) -> Work:
+        return self._run(self.distlib_group.barrier, opts=_options(opts, timeout))
+
+    @_collective
+    def send(self, tensors: list[torch.Tensor], dst: int, tag: int = 0) -> Work:
+        return self._run(self.distlib_group.send, _only("send", tensors), dst, tag)
+
+    @_collective
+    def recv(self, tensors: list[torch.Tensor], src: int, tag: int = 0) -> Work:
+        return self._run(self.distlib_group.recv, _only("recv", tensors), src, tag)
+
+    def recv_anysource(self, tensors: list[torch.Tensor], tag: int = 0) -> Work:
+        return self._run(self.distlib_group.recv, _only("recv_anysource", tensors), None, tag)
+
+    # Names up to torch 2.12.
+    _allgather_base = all_gather_single
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
+    _reduce_scatter_base = reduce_scatter_single
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+    alltoall_base = all_to_all_single
+
+    def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
+        """A barrier in which rank 0 names the ranks that did not come. See torch.distributed.monitored_barrier."""
+        limit = (timeout or self._timeout).total_seconds()
+        monitored_barrier(self._store, self.distlib_group, limit, wait_all_ranks)
+
+    # ------------------------------------------------------------ the rest of a process group
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """The timeout of calls that give none, from now on."""
+        self._timeout = timeout
+        self.distlib_group.timeout = timeout.total_seconds()
+
+    _set_default_timeout = set_timeout
+
+    def abort(self) -> None:
+        """Ends the group for all its ranks."""
+        self.distlib_group.abort(f"group '{self._group_name}' was aborted by rank {self.rank()} (abort() was called)")
+        if self._has_cuda:
+            super().abort()
+
+    def shutdown(self) -> None:
+        """Leaves the group; torch calls it from destroy_process_group."""
+        self.distlib_group.close()
+        if not self._global_ranks:
+            from distlib.comm.membership import forget_world
+
+            forget_world()
+        if self._has_cuda:
+            super().shutdown()
+
+    def _set_sequence_number_for_group(self) -> None:
+        """Ranks count from zero together: there is nothing to agree on."""
+
+    def _get_sequence_number_for_group(self) -> int:
+        return self._sequence
+
+    def _has_hooks(self) -> bool:
+        return False
+
+    def _refuse(self, what: str) -> RuntimeError:
+        return RuntimeError(f"backend distlib does not support {what}")
+
+    def split_group(self, *args: Any, **kwargs: Any) -> Any:
+        raise self._refuse("split_group; use torch.distributed.new_group")
+
+    def merge_remote_group(self, *args: Any, **kwargs: Any) -> Any:
+        raise self._refuse("merge_remote_group")
+
+    splitGroup, mergeRemoteGroup = split_group, merge_remote_group
+
+    def _start_coalescing(self, device: torch.device) -> None:
+        if torch.device(device).type != "cuda":
+            raise self._refuse("_start_coalescing on the CPU")
+        self._connect_cuda()
+        super()._start_coalescing(device)
+
+    def _register_on_completion_hook(self, hook: Any) -> None:
+        raise self._refuse("on-completion hooks")
+
+    def _enable_collectives_timing(self) -> None:
+        raise self._refuse("_enable_collectives_timing; distlib.ledger() counts and times collectives")
+
+
+class _All(Work):
+    """Several works as one."""
+
+    def __init__(self, works: list[Work], result: list[torch.Tensor]) -> None:
+        super().__init__(works[-1].operation, result)
+        self._works = works
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        for work in self._works:
+            work.wait(timeout)
+        return super().wait(timeout)
+
+    def complete(self) -> None:
+        """A group's operations end in order: when the last is done, all are."""
+        for work in self._works:
+            work.complete()
+        super().complete()
+
+
+def _last(works: list[Work], result: list[torch.Tensor]) -> Work:
+    return _All(works, list(result)) if works else finished(list(result))
+
+
+class _Timed:
+    """Options of a call that gave only a timeout."""
+
+    def __init__(self, timeout: timedelta | None) -> None:
+        self.timeout = timeout
+
+
+def _options(opts: Any, timeout: timedelta | None) -> Any:
+    return opts if hasattr(opts, "timeout") else _Timed(timeout)
+
+
+def _asynchronous(opts: Any) -> Any:
+    return _Timed(getattr(opts, "timeout", None))
+
+
+def _op(opts: Any, op: Any) -> Any:
+    if op is not None:
+        return op
+    if opts is None:
+        return dist.ReduceOp.SUM
+    return getattr(opts, "reduceOp", opts)
+
+
+def _only(what: str, tensors: Any) -> torch.Tensor:
+    """The one tensor of a list that c10d's interface wraps it in."""
+    if isinstance(tensors, torch.Tensor):
+        return tensors
+    if len(tensors) != 1:
+        raise ValueError(f"{what}: one tensor per call is supported, {len(tensors)} were given")
+    return tensors[0]
+
+
+def _split(name: str, tensor: torch.Tensor, sizes: list[int] | None, ranks: int) -> list[torch.Tensor]:
+    """Parts of a tensor along its first dimension, one per rank."""
+    rows = tensor.size(0) if tensor.dim() else 1
+    if not sizes:
+        if rows % ranks:
+            raise ValueError(f"all_to_all_single: {name} has {rows} rows, which do not divide among {ranks} ranks")
+        sizes = [rows // ranks] * ranks
+    if len(sizes) != ranks or sum(sizes) != rows:
+        raise ValueError(f"all_to_all_single: {name} splits {sizes} do not cover {rows} rows for {ranks} ranks")
+    return list(tensor.split(sizes))
