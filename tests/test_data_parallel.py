@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from ranks import process_group, run_ranks
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import distlib
 from distlib.buckets import MIB
 from distlib.data_parallel import DataParallel
 
@@ -90,9 +92,7 @@ def assert_same(
             assert got[name] is None, f"{name} has a gradient, the oracle has none"
         else:
             assert got[name] is not None, f"{name} has no gradient"
-            torch.testing.assert_close(
-                got[name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            torch.testing.assert_close(got[name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def equal_on_all(values: list[dict[str, torch.Tensor | None]]) -> bool:
@@ -121,9 +121,7 @@ def _averages(rank: int, n: int, backend: str) -> dict[str, torch.Tensor | None]
         for _ in range(3):  # with the first layout, and with the rebuilt one
             model.zero_grad()
             loss_of(model, rank).backward()
-            assert_same(
-                gradients(model), average_alone(tiny(seed=0), n, lambda m, r: loss_of(m, r).backward())
-            )
+            assert_same(gradients(model), average_alone(tiny(seed=0), n, lambda m, r: loss_of(m, r).backward()))
         return gradients(model)
 
 
@@ -226,8 +224,6 @@ def _accumulates(rank: int, n: int, set_to_none: bool) -> None:
 
 
 def _collectives(model: DataParallel) -> int:
-    import distlib
-
     return sum(row.calls for row in distlib.ledger().rows)
 
 
@@ -331,9 +327,7 @@ def test_buckets_follow_the_order_of_arrival_on_rank_0() -> None:
 
 def _channels_last(rank: int, n: int) -> None:
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).to(
-        memory_format=torch.channels_last
-    )
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).to(memory_format=torch.channels_last)
 
     def run(m: nn.Module, r: int) -> None:
         images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(r))
@@ -430,9 +424,7 @@ def _within_checkpoint(rank: int, n: int, reentrant: bool, hidden: bool) -> None
         for _ in range(2):  # the wrapper itself within a checkpoint
             model.zero_grad()
             x = torch.full((2, 8), rank + 1.0, requires_grad=True)
-            out = checkpoint(
-                lambda y: model(y)["inner"][0] if hidden else model(y), x, use_reentrant=reentrant
-            )
+            out = checkpoint(lambda y: model(y)["inner"][0] if hidden else model(y), x, use_reentrant=reentrant)
             out.square().sum().backward()
             assert_same(gradients(model), want, rtol=1e-5)
 
@@ -505,9 +497,7 @@ def _buffers(rank: int, n: int, copied: bool) -> None:
             model.zero_grad()
             model(x).sum().backward()
             sums += float(y.sum()) if copied and step < 3 else float(x.sum())
-        assert model.seen.item() == pytest.approx(sums, abs=1e-4), (
-            "rank 0's before, its own in the last forward"
-        )
+        assert model.seen.item() == pytest.approx(sums, abs=1e-4), "rank 0's before, its own in the last forward"
         model.zero_grad()
         before = model.seen.clone()
         with model.no_sync():
@@ -519,9 +509,7 @@ def _buffers(rank: int, n: int, copied: bool) -> None:
         assert torch.equal(model.seen, before + x.sum()), "eval copied buffers"
         model.train()
         model.zero_grad()
-        (
-            model(x).sum() + model(x).sum()
-        ).backward()  # the second forward must not overwrite what the first saved
+        (model(x).sum() + model(x).sum()).backward()  # the second forward must not overwrite what the first saved
         model.norm.running_mean = torch.zeros(5)
         if copied and n > 1:
             with pytest.raises(RuntimeError, match=r"'norm.running_mean' was \(4,\)"):
@@ -580,9 +568,7 @@ class Holder(nn.Module):
 def _names(rank: int, n: int) -> None:
     plain = tiny()
     with wrapped(rank, n) as model:
-        assert [name for name, _ in model.named_parameters()] == [
-            name for name, _ in plain.named_parameters()
-        ]
+        assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
         assert [name for name, _ in model.named_buffers()] == [name for name, _ in plain.named_buffers()]
         assert list(model.state_dict()) == list(plain.state_dict())
         assert {name for name, _ in model.named_modules()} == {name for name, _ in plain.named_modules()}
@@ -685,3 +671,30 @@ def _large(rank: int, n: int) -> None:
 
 def test_several_full_buckets() -> None:
     run_ranks(2, _large)
+
+
+# ------------------------------------------------------------ the ledger
+
+
+def _slow_rank_1(rank: int, n: int) -> tuple[Any, ...]:
+    with wrapped(rank, n) as model:
+        loss_of(model, rank).backward()
+        distlib.ledger().reset()
+        for step in range(3):
+            model.zero_grad()
+            loss = loss_of(model, rank, step)
+            if rank == 1:
+                time.sleep(0.05)
+            loss.backward()
+        ledger = distlib.ledger()
+        rows = [row for row in ledger.rows if row.op == "all_reduce"]
+        return rows, ledger.slowest_rank, ledger.arrivals, model.traffic
+
+
+def test_the_ledger_counts_the_buckets_and_names_the_rank_that_is_late() -> None:
+    for rows, slowest, arrivals, (calls, sent) in run_ranks(2, _slow_rank_1):
+        assert [row.calls for row in rows] == [3 * calls]
+        assert [row.bytes for row in rows] == [3 * sent]  # 2 M (n - 1) / n, and n is 2
+        assert slowest == 1
+        assert set(arrivals) == {f"bucket {i}" for i in range(calls)}
+        assert all(late[1] > 0.02 + late[0] for late in arrivals.values())

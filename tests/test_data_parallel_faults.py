@@ -67,9 +67,7 @@ def _unused_is_an_error(rank: int, n: int, names: list[str], set_to_none: bool) 
         (["abc", "c", "c"], "a.weight, a.bias, b.weight, b.bias (on ranks 1-2)"),
     ],
 )
-def test_an_unused_parameter_raises_on_all_ranks_by_name(
-    names: list[str], said: str, set_to_none: bool
-) -> None:
+def test_an_unused_parameter_raises_on_all_ranks_by_name(names: list[str], said: str, set_to_none: bool) -> None:
     messages = run_ranks(len(names), _unused_is_an_error, names, set_to_none)
     assert all(said in message and "find_unused_parameters=True" in message for message in messages), messages
 
@@ -80,9 +78,7 @@ def _unused_counts_as_zeros(rank: int, n: int, plan: list[list[str]], options: d
             want = average_alone(Branches(), n, lambda m, r, names=names: run(m, r, names[r]))
             model.zero_grad()
             run(model, rank, names[rank])
-            assert_same(
-                gradients(model), want, rtol=1e-2 if options else 1e-5, atol=1e-3 if options else 1e-8
-            )
+            assert_same(gradients(model), want, rtol=1e-2 if options else 1e-5, atol=1e-3 if options else 1e-8)
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_dtype": torch.bfloat16}])
@@ -188,9 +184,7 @@ def _lands_twice(rank: int, n: int, shared_is_last: bool) -> str:
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_gradient_that_lands_twice_is_refused_or_learnt(n: int, shared_is_last: bool) -> None:
     for message in run_ranks(n, _lands_twice, shared_is_last):
-        assert (
-            "shared.weight" in message and "use_reentrant=False" in message and "static_graph=True" in message
-        )
+        assert "shared.weight" in message and "use_reentrant=False" in message and "static_graph=True" in message
 
 
 # ------------------------------------------------------------ changes after wrapping
@@ -223,6 +217,16 @@ def _changes(rank: int, n: int) -> None:
         assert_same(gradients(model), average_alone(tiny(), n, lambda m, r: loss_of(m, r).backward()))
         with pytest.raises(RuntimeError, match=r"changed from torch.float32 .* before wrapping"):
             model.half()
+
+
+def _wrapped_twice(rank: int, n: int) -> None:
+    with wrapped(rank, n) as model:
+        with pytest.raises(ValueError, match=r"'0' is wrapped in DataParallel already"):
+            DataParallel(nn.Sequential(model))
+
+
+def test_a_module_is_wrapped_once() -> None:
+    run_ranks(1, _wrapped_twice)
 
 
 def test_what_changes_after_wrapping_is_refused_by_name() -> None:

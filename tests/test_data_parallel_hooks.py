@@ -113,12 +113,8 @@ TORCH_HOOKS = {
     "allreduce": lambda: functools.partial(default_hooks.allreduce_hook, None),
     "fp16": lambda: functools.partial(default_hooks.fp16_compress_hook, None),
     "bf16": lambda: functools.partial(default_hooks.bf16_compress_hook, None),
-    "fp16 wrapper": lambda: functools.partial(
-        default_hooks.fp16_compress_wrapper(default_hooks.allreduce_hook), None
-    ),
-    "bf16 wrapper": lambda: functools.partial(
-        default_hooks.bf16_compress_wrapper(default_hooks.allreduce_hook), None
-    ),
+    "fp16 wrapper": lambda: functools.partial(default_hooks.fp16_compress_wrapper(default_hooks.allreduce_hook), None),
+    "bf16 wrapper": lambda: functools.partial(default_hooks.bf16_compress_wrapper(default_hooks.allreduce_hook), None),
 }
 
 
@@ -155,9 +151,7 @@ def _power_sgd(rank: int, n: int, backend: str) -> dict[str, torch.Tensor | None
             losses.append(loss.item())
         return losses
 
-    with wrapped(
-        rank, n, comm_hook=functools.partial(hook, state()), bucket_mb=25.0, backend=backend
-    ) as model:
+    with wrapped(rank, n, comm_hook=functools.partial(hook, state()), bucket_mb=25.0, backend=backend) as model:
         ours = train(model)
         stock = DistributedDataParallel(tiny())
         stock.register_comm_hook(state(), hook)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from distlib.data_parallel.naming import Transparent
 from distlib.data_parallel.reducer import Options
 from distlib.data_parallel.replicas import describe
 
@@ -42,6 +43,11 @@ def module(wrapped: nn.Module, chosen: Options) -> tuple[list[str], list[nn.Para
         if tensor.device.type == "meta":
             raise ValueError(f"{name!r} is on the meta device: materialise the module before wrapping")
     for prefix, part in wrapped.named_modules():
+        if isinstance(part, (Transparent, nn.parallel.DistributedDataParallel)):
+            raise ValueError(
+                f"{prefix or 'the module'!r} is wrapped in {type(part).__name__} already: its gradients would be "
+                "averaged twice. Wrap the plain module"
+            )
         if getattr(part, "sparse", False) is True and isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
             raise ValueError(
                 f"'{prefix}.weight' would have sparse gradients, which buckets cannot hold: build the "

@@ -20,9 +20,7 @@ CommHook = Callable[["GradientBucket"], "torch.futures.Future[Any] | torch.Tenso
 class GradientBucket:
     """One bucket of gradients on its way: valid until the hook's future is complete."""
 
-    def __init__(
-        self, bucket: Bucket, buffer: torch.Tensor, parameters: Sequence[torch.Tensor], is_last: bool
-    ) -> None:
+    def __init__(self, bucket: Bucket, buffer: torch.Tensor, parameters: Sequence[torch.Tensor], is_last: bool) -> None:
         self._bucket = bucket
         self._buffer = buffer
         self._parameters = parameters
@@ -66,8 +64,7 @@ class Handed:
         self._given = hook(bucket)
         if not isinstance(self._given, (torch._C.Future, torch.Tensor)):  # what torch.futures.Future extends
             raise TypeError(
-                f"comm_hook must give a Future or a Tensor, got {type(self._given).__name__} for bucket "
-                f"{self._index}"
+                f"comm_hook must give a Future or a Tensor, got {type(self._given).__name__} for bucket {self._index}"
             )
 
     def done(self) -> bool:

@@ -59,12 +59,25 @@ class Announcement:
         return Announcement(active, bool(with_buffers), bool(with_backward))
 
 
+class UnevenInputs(Join):
+    """`torch.distributed.algorithms.Join` over one model, which it leaves even if the loop raises."""
+
+    def __init__(self, model: DataParallel, *args: Any, **kwargs: Any) -> None:
+        super().__init__([model], *args, **kwargs)
+        self._model = model
+
+    def __exit__(self, *exception: Any) -> None:
+        try:
+            super().__exit__(*exception)
+        finally:
+            if self._model._uneven is not None:
+                self._model._uneven.leave()
+
+
 class ShadowHook(JoinHook):
     """What torch's `Join` calls on a rank without inputs."""
 
-    def __init__(
-        self, model: DataParallel, divide_by_initial_world_size: bool = True, **unknown: Any
-    ) -> None:
+    def __init__(self, model: DataParallel, divide_by_initial_world_size: bool = True, **unknown: Any) -> None:
         if unknown:
             raise ValueError(
                 f"join() has no option {', '.join(map(repr, unknown))}; it has 'divide_by_initial_world_size'"

@@ -29,15 +29,6 @@ class Transparent(nn.Module):
                 raise
         return getattr(self.module, name)
 
-    def __getitem__(self, key: Any) -> Any:
-        return self.module[key]
-
-    def __len__(self) -> int:
-        return len(self.module)
-
-    def __bool__(self) -> bool:
-        return True
-
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:

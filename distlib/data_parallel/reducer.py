@@ -178,7 +178,7 @@ class Reducer:
         self._deferred = self.paused or self._forward_paused
         self._watch.begin()
         if not self._deferred:
-            self.arrivals = [0] * len(self._left)
+            self.arrivals = [0] * len(self._labels)
             self._fill(self._unused_here)
 
     def _adopt(self, index: int, parameter: torch.Tensor, view: torch.Tensor | None) -> None:
@@ -241,6 +241,8 @@ class Reducer:
             else:
                 self._synchronise()
         finally:
+            if not self._deferred:
+                self._touched = [False] * len(self._touched)
             self._rest()
 
     def _died(self) -> None:
@@ -281,7 +283,6 @@ class Reducer:
             if learning:
                 self._expected = [-due for due in self._due]
             self._learn(unused)
-        self._touched = [False] * len(self._touched)
         self.unsynchronised = False
 
     def _fill(self, absent: Sequence[int]) -> None:
@@ -367,19 +368,19 @@ class Reducer:
         excluded = unused if self._static else set()
         layout = self._memory.layout.rebuild([i for i in order.tolist() if i not in excluded])
         if layout != self._memory.layout:
-            held = {i: v.clone() for i, v in enumerate(self._views) if v is not None}
-            moved = [i for i, p in enumerate(self._parameters) if i in held and p.grad is self._views[i]]
+            pairs = enumerate(zip(self._parameters, self._views, strict=True))
+            held = {i: v.clone() for i, (p, v) in pairs if v is not None and p.grad is v}
             self._memory.arrange(layout)
-            for i in moved:
+            for i, gradient in held.items():
                 view = self._memory.views[i]
-                self._parameters[i].grad = held[i] if view is None else view.copy_(held[i])
+                self._parameters[i].grad = gradient if view is None else view.copy_(gradient)
         self._follow_layout()
 
     def _check_no_gradients_bypassed(self) -> None:
         """A backward that gave no parameter a gradient: fine, unless it handed them out itself."""
         if self._alone or self.paused or self._forward_paused:
             return
-        for parameter in self._parameters:
+        for parameter in filter(lambda p: p.requires_grad, self._parameters):
             node = torch.autograd.graph.get_gradient_edge(parameter).node
             try:
                 torch._C._will_engine_execute_node(node)
@@ -400,7 +401,7 @@ class Reducer:
         learning = self._order is not None and self._static
         for buffer in self._memory.buffers:
             buffer.zero_()
-        self.arrivals = [time.monotonic_ns()] * len(self._left)
+        self.arrivals = [time.monotonic_ns()] * len(self._labels)
         everything = range(len(self._parameters))
         try:
             unused = self._exchange(everything if self._tolerant or learning else [])

@@ -15,7 +15,7 @@ from distlib.comm.group import Group
 from distlib.data_parallel import checks, replicas
 from distlib.data_parallel.agreement import require_equal
 from distlib.data_parallel.hooks import CommHook
-from distlib.data_parallel.join import ShadowHook
+from distlib.data_parallel.join import ShadowHook, UnevenInputs
 from distlib.data_parallel.naming import Transparent
 from distlib.data_parallel.reducer import Options, Reducer
 
@@ -87,7 +87,6 @@ class DataParallel(Transparent, Joinable):
         replicas.broadcast(self._group, state, 0, self._device)
         self._reducer = Reducer(self._group, names, parameters, self._device, options)
 
-    @torch.compiler.disable(recursive=False)
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """The module's forward. Under no_grad(), in eval mode or in no_sync() nothing is communicated."""
         if torch._C._current_graph_task_id() == -1:  # else a checkpoint recomputes within a backward
@@ -145,11 +144,8 @@ class DataParallel(Transparent, Joinable):
             enable: False does nothing, for loops that are known to be even.
             throw_on_early_termination: raise on all ranks as soon as one runs out of inputs.
         """
-        return Join(
-            [self],
-            enable,
-            throw_on_early_termination,
-            divide_by_initial_world_size=divide_by_initial_world_size,
+        return UnevenInputs(
+            self, enable, throw_on_early_termination, divide_by_initial_world_size=divide_by_initial_world_size
         )
 
     def clip_grad_norm_(
