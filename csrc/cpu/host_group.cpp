@@ -259,7 +259,7 @@ Status HostGroup::wait_for(Run& run, int r, uint32_t epoch) {
       if (!alive.ok() && !come(v)) return fail(Code::DEAD, what() + " cannot complete: " + alive.text);
     }
     if (now >= run.deadline)
-      return fail(Code::TIMEOUT, what() + " timed out after " + seconds(run.call.timeout_ns) + " on " + rank_name(me_) +
+      return fail(Code::TIMEOUT, what() + " ran into the timeout of " + seconds(run.call.timeout_ns) + " on " + rank_name(me_) +
                                      ", waiting for: " + missing(run, epoch));
     signal.sleep(v, std::max<int64_t>(1000, std::min(SLICE_NS, run.deadline - now)));
   }

@@ -192,7 +192,7 @@ bool Mailbox::progress() {
       if (!alive.ok())
         text = describe(*m) + " cannot complete: " + alive.text;
       else if (now >= m->deadline)
-        text = describe(*m) + " timed out after " + std::to_string(m->timeout_ns / 1000000) + " ms";
+        text = describe(*m) + " ran into the timeout of " + std::to_string(m->timeout_ns / 1000000) + " ms";
       else
         continue;
       Code code = alive.ok() ? Code::TIMEOUT : Code::DEAD;

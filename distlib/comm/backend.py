@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
+from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     from distlib.comm.process_group import ProcessGroup
@@ -30,8 +31,9 @@ def _own(group: Any) -> Any:
     return pg if getattr(pg, "distlib_group", None) is not None else None
 
 
-def _patch_gloo_checks() -> None:
-    """Two functions of torch ask for gloo by name before they call a method that this backend has too."""
+def _patch_torch() -> None:
+    """Two functions of torch ask for gloo by name before they call a method that this backend has too; a third needs
+    C++ objects where others do."""
     torch_barrier, torch_timeout = c10d.monitored_barrier, c10d._set_pg_timeout
 
     @functools.wraps(torch_barrier)
@@ -55,6 +57,19 @@ def _patch_gloo_checks() -> None:
         else:
             torch_timeout(timeout, group)
 
+    builtin_hook = DistributedDataParallel._register_builtin_comm_hook
+
+    @functools.wraps(builtin_hook)
+    def register_builtin_hook(ddp: Any, comm_hook_type: Any) -> None:
+        """C++'s half-precision hook reads typed futures, which Python cannot make; its Python twin does the same."""
+        if _own(ddp.process_group) is not None and comm_hook_type == dist.BuiltinCommHookType.FP16_COMPRESS:
+            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+
+            ddp.register_comm_hook(ddp.process_group, fp16_compress_hook)
+        else:
+            builtin_hook(ddp, comm_hook_type)
+
+    DistributedDataParallel._register_builtin_comm_hook = register_builtin_hook
     dist.monitored_barrier = c10d.monitored_barrier = barrier
     c10d._set_pg_timeout = set_pg_timeout
 
@@ -64,4 +79,4 @@ def register() -> None:
     if NAME in c10d.Backend.backend_list:
         return
     c10d.Backend.register_backend(NAME, _create, extended_api=True, devices=["cpu", "cuda"])
-    _patch_gloo_checks()
+    _patch_torch()

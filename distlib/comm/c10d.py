@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from datetime import timedelta
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch._C import _distributed_c10d as c10d
 from distlib import native
 from distlib.comm.channel import BETWEEN_HOSTS, Collective, Traffic
 from distlib.comm.gloo import expected_sent
-from distlib.comm.work import Operation
+from distlib.comm.work import CollectiveError, Operation
 
 _OPS = {
     "sum": dist.ReduceOp.SUM,
@@ -62,8 +63,15 @@ class C10dChannel:
     """Collectives of an existing process group. What it promises (order of sums, errors) is that backend's."""
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
-        self._pg = process_group
+        self._weak = weakref.ref(process_group)  # its maker destroys it, and with it what it runs
         self._averages = "gloo" not in str(dist.get_backend(process_group))
+
+    @property
+    def _pg(self) -> dist.ProcessGroup:
+        pg = self._weak()
+        if pg is None:
+            raise CollectiveError("the process group was destroyed")
+        return pg
 
     def start(self, c: Collective, timeout: float, sync: bool) -> Operation:
         pg, averages = self._pg, self._averages or c.op != "avg"

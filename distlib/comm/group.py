@@ -3,7 +3,6 @@ ledger."""
 
 from __future__ import annotations
 
-import os
 import time
 import warnings
 import weakref
@@ -16,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from distlib import native
-from distlib.comm import membership
+from distlib.comm import interfaces, membership
 from distlib.comm.c10d import C10dChannel
 from distlib.comm.channel import Channel, Collective
 from distlib.comm.gloo import GlooChannel
@@ -64,7 +63,7 @@ class Group:
         self._channel = channel
         self._in_flight: deque[Work] = deque()
         self._late_before: dict[str, tuple[list[float], int]] = {}
-        ledger()._groups.append(self)
+        ledger()._groups.add(self)
 
     # ------------------------------------------------------------ making
 
@@ -93,7 +92,7 @@ class Group:
             channel = inside
         else:
             one_network = len({(card.boot, card.network) for card in members.cards}) == 1
-            master = "127.0.0.1" if one_network else os.environ.get("MASTER_ADDR")
+            master = "127.0.0.1" if one_network else interfaces.meeting_point(store)
             way = SpanningChannel if any(card.door for card in members.cards) else GlooChannel
             channel = way(store, name, rank, list(ranks), limit, master, topology)
             if isinstance(channel, SpanningChannel):

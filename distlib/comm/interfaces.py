@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 from functools import lru_cache
+from typing import Any
 
 import psutil
 
@@ -34,6 +35,13 @@ def route_to(host: str) -> str | None:
             return probe.getsockname()[0]
     except OSError:
         return None
+
+
+def meeting_point(store: Any) -> str | None:
+    """The host where the ranks met: that of the TCPStore behind `store`, else MASTER_ADDR."""
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    return getattr(store, "host", None) or os.environ.get("MASTER_ADDR")
 
 
 @lru_cache(maxsize=8)

@@ -9,6 +9,7 @@ the formulas.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -43,7 +44,7 @@ class Ledger:
 
     _counts: dict[tuple[str, str, str], _Count] = field(default_factory=dict)
     _arrivals: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    _groups: list[Group] = field(default_factory=list)
+    _groups: weakref.WeakSet[Group] = field(default_factory=weakref.WeakSet)
     _waited_ns: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -119,8 +120,7 @@ class Ledger:
             group.reset_lateness()
 
     def _alive(self) -> Iterator[Group]:
-        self._groups[:] = [g for g in self._groups if not g.closed]
-        return iter(list(self._groups))
+        return iter([group for group in self._groups if not group.closed])
 
     def _settled(self) -> dict[tuple[str, str, str], _Count]:
         for group in self._alive():

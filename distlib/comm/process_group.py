@@ -177,6 +177,13 @@ class ProcessGroup(dist.ProcessGroup):
 
     def _run(self, method: Callable[..., Work | None], *args: Any, opts: Any = None, **kwargs: Any) -> Work:
         """Starts a call of the Group. Where torch says that it will wait at once, it runs on this thread."""
+        if torch.autograd._profiler_enabled():
+            tensors = [a for a in args if isinstance(a, torch.Tensor)]
+            with torch._C._profiler._RecordFunctionFast(f"{NAME}:{method.__name__}", tensors):
+                return self._start(method, args, opts, kwargs)
+        return self._start(method, args, opts, kwargs)
+
+    def _start(self, method: Callable[..., Work | None], args: tuple[Any, ...], opts: Any, kwargs: Any) -> Work:
         self._sequence += 1
         waits = opts is not None and getattr(opts, "asyncOp", True) is False
         timeout = getattr(opts, "timeout", None)
@@ -333,7 +340,7 @@ class ProcessGroup(dist.ProcessGroup):
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
         """A barrier in which rank 0 names the ranks that did not come. See torch.distributed.monitored_barrier."""
-        limit = (timeout or self._timeout).total_seconds()
+        limit = (self._timeout if timeout is None else timeout).total_seconds()
         monitored_barrier(self._store, self.distlib_group, limit, wait_all_ranks)
 
     # ------------------------------------------------------------ the rest of a process group

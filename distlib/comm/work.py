@@ -71,6 +71,10 @@ class _Completions:
         self._works.pop(id)
         return False
 
+    def on_its_thread(self) -> bool:
+        """Whether the caller runs on the thread that tells."""
+        return threading.current_thread() is self._thread
+
     def deliver(self, id: int) -> None:
         self._works.pop(id).complete()
 
@@ -196,6 +200,10 @@ class Work(dist.Work):
                 self._trigger = trigger
         if self._trigger is None:
             trigger.set_result(None)
+        elif completions.on_its_thread():
+            # A callback of another future asks for this one: the thread that would settle it is this thread.
+            self.operation.wait(_FOREVER)
+            self.complete()
         elif not completions.watch(self):
             self.complete()
         return future
