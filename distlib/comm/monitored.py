@@ -25,8 +25,8 @@ def monitored_barrier(store: dist.Store, group: Group, timeout: float, wait_all_
         except RuntimeError as error:
             raise RuntimeError(
                 f"Rank {me} successfully reached monitoredBarrier, but received errors while waiting for send/recv "
-                f"from rank {group.ranks[0]}: it was not let go within {timeout:.1f} s. Look at that rank's own error: it "
-                "names the ranks that are missing"
+                f"from rank {group.ranks[0]}: it was not let go within {timeout:.1f} s. Look at that rank's own "
+                "error: it names the ranks that are missing"
             ) from error
         return
     until = time.monotonic() + timeout
