@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import os
 from functools import lru_cache
 from typing import Any
 
 import torch
+
+from distlib import settings
 
 # dtype -> (how the core computes with it, or None: bytes to be moved; what messages call it). The order is the core's.
 _DTYPES: dict[torch.dtype, tuple[int | None, int]] = {
@@ -44,16 +45,19 @@ CODES = ("ok", "timeout", "dead", "mismatch", "aborted", "memory", "forked", "in
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[Any, str]:
-    if os.environ.get("DISTLIB_CORE", "1") == "0":
+    if not settings.switch("DISTLIB_CORE", True):
         return None, "DISTLIB_CORE=0 is set"
     try:
-        return importlib.import_module("distlib._native"), ""
+        module = importlib.import_module("distlib._native")
     except ImportError as error:
         try:
             built = importlib.import_module("distlib._build_info").NATIVE
         except ImportError:
             return None, f"distlib is not installed here, only imported from its source folder ({error})"
         return None, built["why_not"] or f"it was built, but cannot be loaded: {error}"
+    if module.simd_error():
+        raise ValueError(module.simd_error())
+    return module, ""
 
 
 def core() -> Any:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ranks import process_group, run_ranks
+from ranks import RankError, process_group, run_ranks, run_ranks_raw
 
 from distlib import native
 from distlib.comm.arithmetic import reduce_by_torch
@@ -165,9 +165,18 @@ def test_any_program_of_collectives_equals_the_oracle(program: tuple[int, list[C
     run_ranks(n, run_program, cases, members)
 
 
+def kernels_in_use(rank: int, n: int) -> str:
+    return native.core().simd_name()
+
+
 @pytest.mark.parametrize("simd", ["scalar", "avx2", "avx512"])
 @pytest.mark.parametrize("kind", ["all_reduce", "reduce_scatter"])
 def test_every_dtype_and_operation(kind: str, simd: str) -> None:
+    try:
+        assert run_ranks(1, kernels_in_use, env={"DISTLIB_SIMD": simd}) == [simd]
+    except RankError as error:
+        assert "DISTLIB_SIMD" in str(error)
+        pytest.skip(f"this processor has no {simd}")
     cases = [
         Case(kind, dtype, op, numel, layout, 0, 5, False)
         for dtype in DTYPES
@@ -293,3 +302,17 @@ def test_sizes_past_two_gib() -> None:
     if available < 14:
         pytest.skip(f"needs 14 GiB of free memory, {available} are there")
     run_ranks(2, beyond_two_gib, timeout=110)
+
+
+def setting_is_refused(rank: int, n: int) -> str:
+    with pytest.raises(ValueError) as caught, process_group(rank, n):
+        pass
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["DISTLIB_SIMD", "DISTLIB_STAGING_KB", "DISTLIB_ARENA_MB", "DISTLIB_CORE", "DISTLIB_NODES"]
+)
+def test_a_setting_that_makes_no_sense_is_refused_by_name(name: str) -> None:
+    outcome = run_ranks_raw(1, setting_is_refused, env={name: "plenty"})[0]  # some are refused at import, others later
+    assert name in (outcome.value if outcome.ok else outcome.text.splitlines()[-1])

@@ -7,7 +7,6 @@ whichever way a group travels. Before each collective the ranks compare what the
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 import zlib
@@ -20,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 
-from distlib import native
+from distlib import native, settings
 from distlib.comm import interfaces
 from distlib.comm.arithmetic import reduce_in_order
 from distlib.comm.channel import BETWEEN_HOSTS, SAME_HOST, Collective, Traffic
@@ -119,7 +118,7 @@ class GlooChannel:
         self._late: dict[str, tuple[list[float], int]] = {}
         self._sequence = 0
         self._broken: CollectiveError | None = None
-        self._compare = os.environ.get("DISTLIB_FINGERPRINT", "1") != "0"
+        self._compare = settings.switch("DISTLIB_FINGERPRINT", True)
 
     # ------------------------------------------------------------ collectives
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from distlib import native
+from distlib import native, settings
 from distlib.comm.channel import SAME_HOST, Collective, Traffic
 from distlib.comm.ledger import expected_bytes
 from distlib.comm.meeting import Host
@@ -54,7 +54,7 @@ class HostChannel:
             leader=leader,
             control_offset=control,
             spin_ns=_SPIN_NS if self.size <= usable_cores() else 0,
-            slot_bytes=int(os.environ.get("DISTLIB_STAGING_KB", "1024")) << 10,
+            slot_bytes=settings.integer("DISTLIB_STAGING_KB", 1024, 64, "KiB") << 10,
         )
         self._mailbox: Any = None
         self._labels: dict[str, int] = {"": 0}

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from distlib import native
+from distlib import native, settings
 
 log = logging.getLogger("distlib")
 _NONCE = 32
@@ -71,12 +71,8 @@ def pretend_node(rank: int, size: int) -> int:
 
 def _arena_bytes() -> int:
     """Address space for this process's arena: all of the host's memory, unless DISTLIB_ARENA_MB says otherwise."""
-    text = os.environ.get("DISTLIB_ARENA_MB", "")
-    if text:
-        if not text.isdigit() or int(text) < 64:
-            raise ValueError(f"DISTLIB_ARENA_MB={text!r}: must be a number of MiB, at least 64")
-        return int(text) << 20
-    return min(int(psutil.virtual_memory().total), 1 << 38)
+    memory = min(int(psutil.virtual_memory().total), 1 << 38)
+    return settings.integer("DISTLIB_ARENA_MB", memory >> 20, 64, "MiB") << 20
 
 
 class Host:

@@ -11,7 +11,6 @@ between them; half types travel between hosts as fp32 and are rounded once.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 
-from distlib import native
+from distlib import native, settings
 from distlib.comm.arithmetic import reduce_in_order
 from distlib.comm.channel import BETWEEN_HOSTS, SAME_HOST, Collective, Traffic
 from distlib.comm.gloo import GlooChannel, flat, process_group
@@ -30,7 +29,7 @@ from distlib.comm.threads import Step
 from distlib.comm.work import CollectiveError, Operation
 from distlib.topology import Topology
 
-CHUNK_BYTES = int(os.environ.get("DISTLIB_CHUNK_KB", "4096")) << 10
+CHUNK_BYTES = settings.integer("DISTLIB_CHUNK_KB", 4096, 64, "KiB") << 10
 LAG = 2  # turns between two stages of one chunk: as many transfers of each stage are under way at once
 
 
