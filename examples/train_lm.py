@@ -65,7 +65,7 @@ def train(settings: Settings, world: distlib.World) -> None:
     start = saved["step"] if saved else 0
 
     parameters = sum(p.numel() for p in plain.parameters())
-    speaker = report.Speaker(world.rank == 0, settings.steps, start)
+    speaker = report.Speaker(world, settings.steps, start)
     speaker.opening(world, threads, parameters, len(text), len(validation_text))
     seconds = 0.0  # of training; validation is not in it
     with speaker:
@@ -92,9 +92,7 @@ def train(settings: Settings, world: distlib.World) -> None:
         curve.validation.append((settings.steps, validate(model, validation_text, settings, world)))
         speaker.validated(*curve.validation[-1])
 
-    sample = generate(
-        model, settings.prompt.encode(), settings.sample, settings.context, settings.seed, world.device
-    )
+    sample = generate(model, settings.prompt.encode(), settings.sample, settings.context, settings.seed, world.device)
     speaker.sampled(sample)
     summary = report.Summary.of(curve, parameters, seconds, tokens_per_second, report.gather(world))
     speaker.summary(summary)
@@ -135,14 +133,10 @@ def validate(model: nn.Module, text: np.ndarray, settings: Settings, world: dist
     Every rank runs equally many forwards, and which windows count does not depend on the number of ranks.
     """
     batches = max(1, settings.validation_windows // settings.batch)
-    spread = np.linspace(0, count_windows(text, settings.context) - 1, batches * settings.batch).astype(
-        np.int64
-    )
+    spread = np.linspace(0, count_windows(text, settings.context) - 1, batches * settings.batch).astype(np.int64)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for batch in np.split(spread, batches):
-        inputs, targets = batch_of(
-            text, np.split(batch, world.size)[world.rank], settings.context, world.device
-        )
+        inputs, targets = batch_of(text, np.split(batch, world.size)[world.rank], settings.context, world.device)
         total += next_token_loss(model(inputs), targets, reduction="sum")
     dist.all_reduce(total)
     return total.item() / (spread.size * settings.context)

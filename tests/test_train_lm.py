@@ -128,9 +128,7 @@ def interrupted_at(rank: int, size: int, step: int, arguments: list[str]) -> Non
 def ended_with(ranks: int, *arguments: str) -> list[str]:
     """The message with which each rank of a run ended: a line, nothing else."""
     outcomes = run_ranks_raw(ranks, one_rank, [*SMALL, *SHORT, *arguments])
-    assert all(not outcome.ok and "SystemExit: train_lm: rank" in outcome.text for outcome in outcomes), (
-        outcomes
-    )
+    assert all(not outcome.ok and "SystemExit: train_lm: rank" in outcome.text for outcome in outcomes), outcomes
     return [outcome.text.partition("SystemExit: ")[2].strip() for outcome in outcomes]
 
 
@@ -150,10 +148,7 @@ def test_data_that_is_bad_on_one_rank_ends_all(text: Path, tmp_path: Path) -> No
     outcomes = run_ranks_raw(3, only_rank_one, arguments, ["--data", str(tmp_path)])
     assert "train_lm: rank 1: --data" in outcomes[1].text
     for rank in (0, 2):
-        assert (
-            f"train_lm: rank {rank} stops because of rank 1: --data {tmp_path}: no files"
-            in outcomes[rank].text
-        )
+        assert f"train_lm: rank {rank} stops because of rank 1: --data {tmp_path}: no files" in outcomes[rank].text
 
 
 def test_a_batch_that_does_not_divide_ends_every_rank(text: Path) -> None:
@@ -296,6 +291,7 @@ def test_every_launcher_gives_the_same_curve(
         command = [*request.getfixturevalue("mpirun"), "-np", "2", *command]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
     assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "step 12/12  validation loss" in ended.stdout and "\x1b" not in ended.stdout
     run = json.loads(out.read_text())
     assert run["world"]["launcher"] == {"python": "single", "mpirun": "openmpi"}.get(launcher, launcher)
     assert run["world"]["size"] == (1 if launcher == "python" else 2)

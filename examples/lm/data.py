@@ -23,9 +23,7 @@ def load_corpus(path: Path | None, context: int) -> tuple[np.ndarray, np.ndarray
     window of `context`.
     """
     if path is not None and path.is_file():
-        whole: np.ndarray = (
-            np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
-        )
+        whole: np.ndarray = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
         cut = len(whole) - len(whole) // PARTS
         train, validation = whole[:cut], whole[cut:]
         source = f"--data {path}"
@@ -81,9 +79,7 @@ def count_windows(text: np.ndarray, context: int) -> int:
     return max(0, (len(text) - 1) // context)
 
 
-def batch_of(
-    text: np.ndarray, windows: np.ndarray, context: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def batch_of(text: np.ndarray, windows: np.ndarray, context: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The numbered windows as inputs and targets (moved on by a byte), each int64 [len(windows), context]."""
     positions = windows[:, None] * context + np.arange(context + 1)
     tokens = torch.from_numpy(text[positions].astype(np.int64)).to(device)

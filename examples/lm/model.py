@@ -16,9 +16,7 @@ def rotary_table(length: int, head_width: int, device: torch.device) -> tuple[Te
 
     Computed in each forward, which is cheap: a buffer would be sent between the ranks.
     """
-    frequencies = 10_000.0 ** (
-        -torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width
-    )
+    frequencies = 10_000.0 ** (-torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width)
     angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
     return angles.cos(), angles.sin()
 
@@ -82,9 +80,7 @@ class GPT(nn.Module):
         self.final_norm = nn.LayerNorm(width, bias=False)
         self.head = nn.Linear(width, VOCABULARY, bias=False)
         self.apply(self._initialise)
-        for block in (
-            self.blocks
-        ):  # each of the 2 x layers branches adds to the residual stream: keep its variance at 1
+        for block in self.blocks:  # each of the 2 x layers branches adds to the residual stream: keep its variance at 1
             for projection in (block.attention.out, block.down):
                 nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * layers))
         if tied:

@@ -50,9 +50,7 @@ class Summary:
     ranks: list[RankReport]
 
     @staticmethod
-    def of(
-        curve: LossCurve, parameters: int, seconds: float, speed: float, ranks: list[RankReport]
-    ) -> Summary:
+    def of(curve: LossCurve, parameters: int, seconds: float, speed: float, ranks: list[RankReport]) -> Summary:
         last = curve.training[-max(1, len(curve.training) // 20) :]
         first_validation, validation = curve.validation[0][1], curve.validation[-1][1]
         return Summary(parameters, sum(last) / len(last), validation, first_validation, seconds, speed, ranks)
@@ -91,16 +89,20 @@ def peak_bytes(device: torch.device) -> int:
 
 
 class Speaker:
-    """Says how a run goes: a live bar in a terminal, plain lines elsewhere; nothing unless it `speaks`.
+    """Says how a run goes: a live bar in a terminal, plain lines elsewhere. Only rank 0 speaks.
 
     Around the training loop it is a context manager. `steps` of the whole run, of which `done` lie behind it.
     """
 
-    def __init__(self, speaks: bool, steps: int, done: int = 0) -> None:
-        self.console = Console(quiet=not speaks, highlight=False, markup=False, soft_wrap=True)
+    def __init__(self, world: distlib.World, steps: int, done: int = 0) -> None:
+        # Open MPI gives its ranks pseudo-terminals also where its own output goes to a file.
+        direct = None if world.launcher in ("single", "torchrun") else False
+        self.console = Console(
+            quiet=world.rank != 0, force_terminal=direct, highlight=False, markup=False, soft_wrap=True
+        )
         self._steps = steps
         self._bar: progress.Progress | None = None
-        if speaks and self.console.is_terminal:
+        if self.console.is_terminal and not self.console.quiet:
             self._bar = progress.Progress(
                 progress.TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
                 progress.BarColumn(bar_width=None),
@@ -137,9 +139,7 @@ class Speaker:
             numbers = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s"
             self._bar.update(self._task, completed=done, numbers=numbers)
         else:
-            self.console.print(
-                f"{self._at(done)}  loss {loss:.4f}  lr {rate:.2e}  {tokens_per_second:,.0f} tokens/s"
-            )
+            self.console.print(f"{self._at(done)}  loss {loss:.4f}  lr {rate:.2e}  {tokens_per_second:,.0f} tokens/s")
 
     def validated(self, done: int, loss: float) -> None:
         self.console.print(f"{self._at(done)}  validation loss {loss:.4f} nats per byte")
@@ -159,9 +159,7 @@ class Speaker:
         run = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
         run.add_row("parameters", f"{summary.parameters:,}")
         run.add_row("train loss", f"{summary.train_loss:.4f} nats per byte")
-        run.add_row(
-            "validation loss", f"{summary.validation_loss:.4f} (at first {summary.first_validation_loss:.4f})"
-        )
+        run.add_row("validation loss", f"{summary.validation_loss:.4f} (at first {summary.first_validation_loss:.4f})")
         run.add_row("training time", f"{summary.seconds:.1f} s")
         run.add_row("speed, all ranks", f"{summary.tokens_per_second:,.0f} tokens/s")
         self.console.print(run)

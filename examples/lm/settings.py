@@ -22,9 +22,7 @@ def option(default: Any, text: str, *more_names: str) -> Any:
 class Settings:
     """Every field is an option of the command line."""
 
-    data: Path | None = option(
-        None, "a file, or a folder of text files; by default Python's standard library"
-    )
+    data: Path | None = option(None, "a file, or a folder of text files; by default Python's standard library")
     out: Path | None = option(None, "write settings, loss curves and final numbers here, as JSON")
     steps: int = option(1000, "optimizer steps")
     batch: int = option(8, "windows in a step, over all ranks together", "--global-batch")
@@ -88,9 +86,7 @@ def check(settings: Settings, ranks: int) -> None:
         raise ValueError("--prompt must not be empty: the sample needs a byte to begin with")
     unit = ranks * settings.accumulate
     if settings.batch % unit:
-        cut = f"{ranks} ranks" + (
-            f" x {settings.accumulate} micro-batches" if settings.accumulate > 1 else ""
-        )
+        cut = f"{ranks} ranks" + (f" x {settings.accumulate} micro-batches" if settings.accumulate > 1 else "")
         fits = math.ceil(settings.batch / unit) * unit
         raise ValueError(f"--batch {settings.batch} does not divide over {cut}: try --batch {fits}")
     for file in (settings.out, settings.save):
