@@ -47,7 +47,7 @@ struct Choice {
     for (const char* isa : {"scalar", "neon", "avx2", "avx512"})
       if (table_for(isa)) available += (available.empty() ? "" : ", ") + std::string(isa);
     error = "DISTLIB_SIMD=" + std::string(wanted) + " cannot be used: this build on this CPU has " + available +
-            ". Using " + table->name + "; set DISTLIB_SIMD to one of these or unset it.";
+            "; set DISTLIB_SIMD to one of these, or unset it";
   }
 };
 
