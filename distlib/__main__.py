@@ -1,0 +1,5 @@
+"""`python -m distlib` is `distlib`."""
+
+from distlib.cli import main
+
+main()
