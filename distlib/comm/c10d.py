@@ -15,7 +15,7 @@ from distlib.comm.channel import BETWEEN_HOSTS, Collective, Traffic
 from distlib.comm.gloo import expected_sent
 from distlib.comm.work import CollectiveError, Operation
 
-_OPS = {
+OPS = {
     "sum": dist.ReduceOp.SUM,
     "avg": dist.ReduceOp.AVG,
     "min": dist.ReduceOp.MIN,
@@ -75,7 +75,7 @@ class C10dChannel:
 
     def start(self, c: Collective, timeout: float, sync: bool) -> Operation:
         pg, averages = self._pg, self._averages or c.op != "avg"
-        op = _OPS[c.op] if averages else dist.ReduceOp.SUM
+        op = OPS[c.op] if averages else dist.ReduceOp.SUM
         size = pg.size()
         work: Any
         options: Any

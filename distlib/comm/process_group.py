@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from distlib.comm.c10d import OPS
 from distlib.comm.group import Group
 from distlib.comm.monitored import monitored_barrier
 from distlib.comm.sparse import all_reduce_sparse
@@ -24,24 +25,14 @@ from distlib.comm.work import Work, finished
 
 NAME = "distlib"
 _CPU = torch.device("cpu")
-_OPS = {
-    "sum": dist.ReduceOp.SUM,
-    "avg": dist.ReduceOp.AVG,
-    "min": dist.ReduceOp.MIN,
-    "max": dist.ReduceOp.MAX,
-    "product": dist.ReduceOp.PRODUCT,
-    "band": dist.ReduceOp.BAND,
-    "bor": dist.ReduceOp.BOR,
-    "bxor": dist.ReduceOp.BXOR,
-}
 
 
 def op_name(op: Any) -> str:
     """Our name of a torch ReduceOp."""
-    for name, torch_op in _OPS.items():
+    for name, torch_op in OPS.items():
         if op == torch_op:
             return name
-    raise ValueError(f"backend distlib does not support {op}; it has {', '.join(_OPS)}")
+    raise ValueError(f"backend distlib does not support {op}; it has {', '.join(OPS)}")
 
 
 class _CpuBackend:
