@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timing import interleaved, is_rank, run_ranks, write_samples
+from timing import free_groups, interleaved, is_rank, run_ranks, write_samples
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,8 +37,7 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (batch, tokens, WIDTH), and so is the result."""
         q, k, v = (
-            part.unflatten(-1, (HEADS, -1)).transpose(1, 2)
-            for part in self.qkv(self.norm_1(x)).chunk(3, dim=-1)
+            part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.qkv(self.norm_1(x)).chunk(3, dim=-1)
         )
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
@@ -126,9 +125,7 @@ def _gpt(gloo: dist.ProcessGroup) -> dict[str, list[float]]:
 
     def step(wrap: Callable[[nn.Module], nn.Module]) -> Step:
         torch.manual_seed(0)
-        return Step(
-            GPT(), wrap, loss_of, lambda parameters: torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-        )
+        return Step(GPT(), wrap, loss_of, lambda parameters: torch.optim.AdamW(parameters, lr=1e-4, fused=True))
 
     variants = {
         "no communication": step(lambda module: module),
@@ -146,9 +143,7 @@ def _gpt(gloo: dist.ProcessGroup) -> dict[str, list[float]]:
 
 def _check_losses(ours: Step, theirs: Step) -> None:
     if abs(ours.loss - theirs.loss) > 1e-4 * abs(theirs.loss):
-        raise RuntimeError(
-            f"rank {dist.get_rank()}: last loss {ours.loss} over distlib, {theirs.loss} over gloo"
-        )
+        raise RuntimeError(f"rank {dist.get_rank()}: last loss {ours.loss} over distlib, {theirs.loss} over gloo")
 
 
 # ---- the process that starts the ranks --------------------------------------------------------------------
@@ -159,6 +154,7 @@ def main() -> None:
         parser = argparse.ArgumentParser()
         parser.add_argument("--samples", type=Path, required=True)
         on_rank(parser.parse_args())
+        free_groups()
         return
     import report
     from report import Bar, Row

@@ -86,9 +86,7 @@ def unavailable() -> str | None:
     held = int(match[1], 16) if match else 0
     for name, bit in _CAPABILITIES.items():
         if not held >> bit & 1:
-            return (
-                f"an emulated cluster needs {name}, which this root lacks: start the container --privileged"
-            )
+            return f"an emulated cluster needs {name}, which this root lacks: start the container --privileged"
     for package, tools in _TOOLS.items():
         for tool in tools:
             if shutil.which(tool) is None:
@@ -174,9 +172,7 @@ class _Network:
         self.hosts_file.write_text("\n".join(["127.0.0.1 localhost", *lines]) + "\n")
         switch = f"{self.prefix}.switch"
         namespaces.create(switch)
-        namespaces.ip_batch(
-            switch, "link add bridge type bridge stp_state 0 mcast_snooping 0", "link set bridge up"
-        )
+        namespaces.ip_batch(switch, "link add bridge type bridge stp_state 0 mcast_snooping 0", "link set bridge up")
         for host in range(self.hosts):
             name, port = self.name(host), f"port{host}"
             namespaces.create(name)
@@ -329,9 +325,7 @@ def _run_hosts(
     return tuple("".join(part) for part in lines), code
 
 
-def _wait(
-    processes: Sequence[subprocess.Popen[str]], timeout: float | None, grace: float, stop: _Stop
-) -> int:
+def _wait(processes: Sequence[subprocess.Popen[str]], timeout: float | None, grace: float, stop: _Stop) -> int:
     """Exit code of the first process that failed, 0 where none did, 124 where `timeout` passed first."""
     deadline = time.monotonic() + (timeout if timeout is not None else float("inf"))
     failed = 0

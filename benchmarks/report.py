@@ -102,14 +102,10 @@ class Report:
         """The table as text, a line per comparison, under HEADINGS."""
         lines = []
         for row, bar in self.comparisons():
-            medians = " / ".join(
-                _time(row.median(name), row.spread(name)) for name in (bar.first, bar.second)
-            )
+            medians = " / ".join(_time(row.median(name), row.spread(name)) for name in (bar.first, bar.second))
             value = row.value(bar)
             verdict = {True: "met", False: "NOT met", None: ""}[bar.met(value)]
-            lines.append(
-                (row.what, str(row.ranks), bar.operation, medians, bar.show(value), bar.text, verdict)
-            )
+            lines.append((row.what, str(row.ranks), bar.operation, medians, bar.show(value), bar.text, verdict))
         return lines
 
     def missed(self) -> int:
@@ -164,9 +160,7 @@ def surroundings() -> dict[str, str]:
 
 def _commit() -> str:
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(HERE), *arguments], capture_output=True, text=True
-        ).stdout.strip()
+        return subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, text=True).stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!RESULTS.md", ":!results")
     return (git("rev-parse", "--short", "HEAD") or "unknown") + (" with changes" if changed else "")

@@ -20,9 +20,7 @@ PARTS = [["import_time.py"], ["collectives.py"], ["collectives.py", "--bus"], ["
 def main() -> int:
     busy = os.getloadavg()[0]
     if busy > 0.5:
-        print(
-            f"warning: the load is {busy:.1f}, so other programs run: the ratios will be off", file=sys.stderr
-        )
+        print(f"warning: the load is {busy:.1f}, so other programs run: the ratios will be off", file=sys.stderr)
     failed = []
     for script, *arguments in PARTS:
         name = " ".join([script, *arguments])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -15,9 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-LEAD = (
-    0.02  # seconds between agreeing on a moment and that moment; gloo needs 7 ms where ranks outnumber cores
-)
+LEAD = 0.02  # seconds between agreeing on a moment and that moment; gloo needs 7 ms where ranks outnumber cores
 
 
 @dataclass
@@ -81,6 +80,11 @@ def write_samples(path: Path, samples: object) -> None:
     """Hand rank 0's samples to the process that started the ranks. Other ranks write nothing."""
     if os.environ["RANK"] == "0":
         path.write_text(json.dumps(samples))
+
+
+def free_groups() -> None:
+    """A rank's last call: torch aborts now and then where a gloo group lives on when the interpreter ends."""
+    gc.collect()
 
 
 def run_ranks(script: str, ranks: int, arguments: Sequence[str] = ()) -> dict[str, dict[str, list[float]]]:

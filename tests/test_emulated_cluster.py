@@ -74,9 +74,7 @@ def test_without_root_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(REASON is not None and "Linux" in REASON, reason=str(REASON))
-def test_names_of_the_living_are_not_stale_and_of_the_dead_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_of_the_living_are_not_stale_and_of_the_dead_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(namespaces, "NETNS", tmp_path / "netns")
     own = namespaces.new_prefix()
     head, pid_namespace, pid, start, serial = own.split("-")
