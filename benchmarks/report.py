@@ -100,7 +100,7 @@ class Report:
 
     def cells(self) -> list[tuple[str, ...]]:
         """The table as text, a line per comparison, under HEADINGS."""
-        lines = []
+        lines: list[tuple[str, ...]] = []
         for row, bar in self.comparisons():
             medians = " / ".join(_time(row.median(name), row.spread(name)) for name in (bar.first, bar.second))
             value = row.value(bar)
