@@ -169,6 +169,15 @@ def test_loss_curve_equals_one_process_and_no_bit_depends_on_the_bucket_size() -
     assert all(torch.equal(states[0][name], other[name]) for other in states[1:] for name in states[0])
 
 
+def test_no_bit_depends_on_the_bucket_size_between_hosts_either() -> None:
+    states = [
+        state
+        for bucket_mb in (0.0001, 25.0)
+        for _, state in run_ranks(4, _curve, 3, bucket_mb, env={"DISTLIB_NODES": "2"})
+    ]
+    assert all(torch.equal(states[0][name], other[name]) for other in states[1:] for name in states[0])
+
+
 def _runs_twice(rank: int, n: int) -> bool:
     states = []
     with process_group(rank, n):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
+import distlib
 from distlib.data_parallel import DataParallel
 
 
@@ -155,6 +157,22 @@ def _evaluates_within(rank: int, n: int) -> None:
 
 def test_forwards_without_gradients_within_join() -> None:
     run_ranks(2, _evaluates_within)
+
+
+def _disabled(rank: int, n: int) -> None:
+    with wrapped(rank, n) as model:
+        loss_of(model, rank).backward()
+        counts = []
+        for context in (nullcontext(), model.join(enable=False)):
+            before = sum(row.calls for row in distlib.ledger().rows)
+            with context:
+                loss_of(model, rank).backward()
+            counts.append(sum(row.calls for row in distlib.ledger().rows) - before)
+        assert counts[0] == counts[1]
+
+
+def test_disabled_it_costs_nothing() -> None:
+    run_ranks(2, _disabled)
 
 
 def _unknown(rank: int, n: int) -> None:

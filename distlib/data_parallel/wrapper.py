@@ -104,7 +104,7 @@ class DataParallel(Transparent, Joinable):
         reducer.before_forward(recording)
         buffers = self._copies_buffers and self.training and not (reducer.paused or reducer.pending)
         source = 0
-        if self._uneven is not None:
+        if self._uneven is not None and self._join_config.enable:
             source = self._uneven.announce(buffers, recording and not reducer.paused)
         if buffers:
             self._module_buffers.broadcast(source)
