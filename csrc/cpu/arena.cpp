@@ -67,7 +67,9 @@ unsigned long long start_time(int pid, char& state) {
 
 }  // namespace
 
-Arena::Arena(int fd, char* base, size_t size) : fd_(fd), base_(base), size_(size) { free_[0] = size; }
+Arena::Arena(int fd, char* base, size_t size) : fd_(fd), base_(base), size_(size), owner_(getpid()) {
+  free_[0] = size;
+}
 
 Status Arena::create(size_t bytes, std::shared_ptr<Arena>& out) {
   int fd = memfd_create("distlib-arena", MFD_CLOEXEC);
@@ -115,6 +117,7 @@ Status Arena::allocate(size_t bytes, bool commit, size_t& offset) {
 }
 
 void Arena::release(size_t offset) {
+  if (getpid() != owner_) return;
   std::lock_guard<std::mutex> lock(mutex_);
   auto it = used_.find(offset);
   if (it == used_.end()) return;

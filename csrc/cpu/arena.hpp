@@ -25,6 +25,7 @@ class Arena {
   // `offset` of a zeroed, page-aligned range. With commit, its pages are taken now, so that a later write cannot end in
   // SIGBUS; without, they are taken on first touch.
   Status allocate(size_t bytes, bool commit, size_t& offset);
+  // Does nothing in a forked child: what it drops is a copy, the memory is its parent's.
   void release(size_t offset);
 
   int fd() const { return fd_; }
@@ -44,6 +45,7 @@ class Arena {
   int fd_;
   char* base_;
   size_t size_;
+  pid_t owner_;
   mutable std::mutex mutex_;
   std::map<size_t, size_t> free_;  // offset -> bytes, neighbours merged
   std::map<size_t, size_t> used_;  // offset -> bytes
