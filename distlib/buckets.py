@@ -129,9 +129,7 @@ def _fill(
     tail: int,
 ) -> tuple[Bucket, ...]:
     if len(set(order)) != len(order) or not all(0 <= i < len(parameters) for i in order):
-        raise ValueError(
-            f"order must name each of {len(parameters)} parameters at most once, got {list(order)}"
-        )
+        raise ValueError(f"order must name each of {len(parameters)} parameters at most once, got {list(order)}")
 
     closed: list[_Open] = []
     filling: dict[DType, _Open] = {}
