@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -35,3 +35,61 @@ def child_drops_a_tensor(rank: int, n: int) -> float:
 
 def test_a_forked_child_that_drops_registered_memory_leaves_its_parents_alone() -> None:
     assert run_ranks(2, child_drops_a_tensor) == [7.0, 7.0]
+
+
+def keeps_a_work(rank: int, n: int) -> int:
+    shared = store()
+    dist.init_process_group("distlib", store=shared, rank=rank, world_size=n)
+    group, x = Group.of(), torch.ones(4)
+    kept = group.send(x, 1 - rank, async_op=True)
+    group.recv(x, 1 - rank)
+    dist.barrier()
+    if rank == 1:
+        group.close()
+        shared.set("closed", "1")
+        shared.wait(["taken"])
+        group.abort("too late")
+        del kept, group
+        dist.destroy_process_group()
+        gc.collect()
+        shared.set("dropped", "1")
+        return 0
+    shared.wait(["closed"])
+    group.close()
+    del kept, group
+    Group.create(dist.HashStore(), 0, 1, timedelta(seconds=9), "another", (0,)).close()  # looks what can be freed
+    blocks = [Host.here().arena.allocate(4096, True) for _ in range(40)]
+    shared.set("taken", "1")
+    shared.wait(["dropped"])
+    return sum(sum(bytes(memoryview(block))) for block in blocks)
+
+
+def test_what_is_left_of_a_closed_group_writes_to_no_memory_of_others() -> None:
+    assert run_ranks(2, keeps_a_work)[0] == 0
+
+
+def makes_groups(rank: int, n: int, first: int) -> list[int]:
+    shared, used = store(), []
+    for i in range(5):
+        dist.init_process_group("distlib", store=dist.PrefixStore(str(i), shared), rank=rank, world_size=n)
+        x = torch.ones(1 << 20)
+        dist.all_reduce(x)
+        if rank == 0:
+            dist.send(x, 1)
+        else:
+            dist.recv(x, 0)
+        shared.set(f"{i}/done/{rank}", "1")
+        shared.wait([f"{i}/done/{1 - rank}"])
+        if rank != first:
+            shared.wait([f"{i}/closed"])
+        dist.destroy_process_group()
+        if rank == first:
+            shared.set(f"{i}/closed", "1")
+        used.append(Host.here().arena.in_use)
+    return used
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_destroyed_group_gives_back_its_memory_whoever_leaves_first(first: int) -> None:
+    for used in run_ranks(2, makes_groups, first):
+        assert used[-1] <= used[1], f"bytes in use after each group: {used}"

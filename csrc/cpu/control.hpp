@@ -20,9 +20,12 @@ enum AbortState : uint32_t { RUNNING = 0, WRITING = 1, ABORTED_ = 2 };
 struct Header {
   Signal abort;  // AbortState; the text is valid once it is ABORTED_
   char text[4032];
-  alignas(64) std::atomic<uint32_t> left;  // ranks that closed the group
 };
-static_assert(sizeof(Header) == 4096 + 64, "");
+static_assert(sizeof(Header) == 4096, "");
+
+// How far a rank is on its way out: it closed the group; it runs nothing in it any more, nor reads what others hold for
+// it; it will not look at the control block again.
+enum ExitState : uint32_t { INSIDE = 0, CLOSED = 1, LEFT = 2, GONE = 3 };
 
 // What a rank is about to do. Two of them take turns by operation, so one can be read while the next is written.
 struct alignas(64) Descriptor {
@@ -36,9 +39,9 @@ struct alignas(64) Descriptor {
 };
 
 struct RankLine {
-  Signal epoch;                               // counts this rank's publications
-  alignas(64) std::atomic<uint32_t> closed;   // the rank closed the group
-  std::atomic<uint64_t> staging;              // offset of its staging slots in its arena
+  Signal epoch;                            // counts this rank's publications
+  alignas(64) std::atomic<uint32_t> exit;  // ExitState
+  std::atomic<uint64_t> staging;           // offset of its staging slots in its arena
   Descriptor descriptor[2];
 };
 

@@ -1,7 +1,5 @@
 #include "host_group.hpp"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstring>
 
@@ -57,7 +55,7 @@ HostGroup::~HostGroup() { close(); }
 // ---------------------------------------------------------------- the queue
 
 void HostGroup::submit(const std::shared_ptr<Task>& task, bool inline_ok) {
-  if (getpid() != owner_pid_) {  // in a forked child the lock may be held by a thread that is not there
+  if (foreign()) {  // in a forked child the lock may be held by a thread that is not there
     task->outcome.status = check();
     task->done = true;
     return;
@@ -72,6 +70,7 @@ void HostGroup::submit(const std::shared_ptr<Task>& task, bool inline_ok) {
     lock.lock();
     busy_ = false;
     if (!queue_.empty()) queued_.notify_one();
+    if (stop_ && queue_.empty()) leave();  // closed meanwhile, by another thread
     return;
   }
   if (stop_) {
@@ -110,31 +109,51 @@ void HostGroup::work() {
 }
 
 void HostGroup::close() {
-  if (getpid() != owner_pid_) {  // a forked child holds a copy of this object, not its threads
+  if (foreign()) {  // a forked child holds a copy of this object, not its threads
     if (thread_.joinable()) thread_.detach();
     return;
   }
   if (closed_.exchange(true)) return;
-  control_.line(me_).closed.store(1, std::memory_order_release);
-  control_.header().left.fetch_add(1, std::memory_order_acq_rel);
+  control_.line(me_).exit.store(CLOSED, std::memory_order_release);
   {
     std::lock_guard<std::mutex> lock(queue_mutex_);
     stop_ = true;
   }
   queued_.notify_all();
   if (thread_.joinable()) thread_.join();
+  std::lock_guard<std::mutex> lock(queue_mutex_);
+  if (!busy_) leave();  // else the thread that runs an operation leaves after it
+}
+
+void HostGroup::leave() {
+  if (!left_.exchange(true)) control_.line(me_).exit.store(LEFT, std::memory_order_release);
+}
+
+// Whether every rank has come as far as `state` on its way out. A process that ended has.
+bool HostGroup::all_are(ExitState state) const {
+  for (int r = 0; r < n_; ++r)
+    if (control_.line(r).exit.load(std::memory_order_acquire) < state && (r == me_ || config_.peers[size_t(r)]->alive()))
+      return false;
+  return true;
 }
 
 bool HostGroup::reap() {
-  if (control_.header().left.load() < uint32_t(n_)) return false;
-  if (staging_) config_.arena->release(staging_ - 1);
-  staging_ = 0;
-  return true;
+  if (foreign()) return true;
+  const bool leads = me_ == config_.leader;
+  if (!gone_) {
+    if (!all_are(LEFT)) return false;
+    if (staging_) config_.arena->release(staging_ - 1);
+    staging_ = 0;
+    gone_ = true;
+    control_.line(me_).exit.store(GONE, std::memory_order_release);
+  }
+  return !leads || all_are(GONE);
 }
 
 // ---------------------------------------------------------------- faults
 
 void HostGroup::abort(const std::string& text) {
+  if (left_) return;
   Header& h = control_.header();
   uint32_t running = RUNNING;
   if (!h.abort.value.compare_exchange_strong(running, WRITING)) return;
@@ -164,7 +183,7 @@ Status HostGroup::fail(Code code, const std::string& text) {
 }
 
 Status HostGroup::check() const {
-  if (getpid() != owner_pid_)
+  if (foreign())
     return {Code::FORKED, "group '" + config_.name + "' belongs to pid " + std::to_string(owner_pid_) +
                               "; this is a child forked after it was made (pid " + std::to_string(getpid()) +
                               "). Start distlib in the child, or use the 'spawn' start method"};
@@ -181,7 +200,7 @@ std::string HostGroup::rank_name(int r) const {
 
 Status HostGroup::check_alive(int r) const {
   if (r == me_) return {};
-  if (control_.line(r).closed.load(std::memory_order_acquire)) return {Code::DEAD, rank_name(r) + " left the group"};
+  if (control_.line(r).exit.load(std::memory_order_acquire)) return {Code::DEAD, rank_name(r) + " left the group"};
   if (!config_.peers[size_t(r)]->alive())
     return {Code::DEAD, rank_name(r) + " ended (it exited, or was killed)"};
   return {};

@@ -9,6 +9,8 @@
 // goes through the owner's staging slots, chunk by chunk, small enough to stay in cache. Three slots take turns by epoch:
 // a rank that writes slot e+3 has passed the wait of e+2, so all have finished reading e.
 #pragma once
+#include <unistd.h>
+
 #include <atomic>
 #include <condition_variable>
 #include <deque>
@@ -121,8 +123,9 @@ class HostGroup {
   // Leaves the group; the others see it if they still wait for this rank. Safe to call twice.
   void close();
   // Gives back what the group holds in this rank's arena once every rank has left it; false while one has not: it may
-  // still read the last operation's bytes.
+  // still read the last operation's bytes. On the leader it is true only when no rank needs the control block any more.
   bool reap();
+  bool reaped() const { return gone_; }
 
   // By label: nanoseconds by which each rank arrived after the first, summed over operations; last, their number.
   std::map<uint32_t, std::vector<int64_t>> lateness() const;
@@ -131,6 +134,7 @@ class HostGroup {
   const GroupConfig& config() const { return config_; }
   const Control& control() const { return control_; }
   char* arena_of(int r) const { return r == me_ ? config_.arena->base() : config_.peers[size_t(r)]->base(); }
+  bool foreign() const { return getpid() != owner_pid_; }  // in a child forked after the group was made
   Status check() const;                  // forked, closed or aborted
   Status check_alive(int r) const;       // that rank lives and has not left
   std::string rank_name(int r) const;    // "rank 3 (pid 77)"
@@ -155,6 +159,8 @@ class HostGroup {
   void record_arrivals(const Run& run);
   char* slot(int r, uint64_t epoch) const;
   void work();
+  void leave();  // under queue_mutex_
+  bool all_are(ExitState state) const;
 
   GroupConfig config_;
   int n_, me_;
@@ -164,6 +170,8 @@ class HostGroup {
   uint64_t sequence_ = 0;
   size_t staging_ = 0;  // offset + 1 of this rank's staging slots, 0 before the first use
   std::atomic<bool> closed_{false};
+  std::atomic<bool> left_{false};  // from then on only reap() may touch the control block
+  bool gone_ = false;
 
   mutable std::mutex lateness_mutex_;
   std::map<uint32_t, std::vector<int64_t>> lateness_;

@@ -19,6 +19,9 @@ Mailbox::Mailbox(std::shared_ptr<HostGroup> group)
 Mailbox::~Mailbox() {
   close();
   for (auto& free : pool_) group_->config().arena->release(free.second);
+  if (group_->reaped())  // else somebody may still read them
+    for (auto& queue : sent_)
+      for (auto& sent : queue) group_->config().arena->release(sent.block.offset);
 }
 
 std::string Mailbox::describe(const Message& m) const {
@@ -92,14 +95,20 @@ void Mailbox::run() {
 }
 
 void Mailbox::close() {
+  if (group_->foreign()) {
+    if (thread_.joinable()) thread_.detach();
+    return;
+  }
   {
     std::lock_guard<std::mutex> lock(mutex_);
+    if (stop_) return;
     stop_ = true;
     fail_open({Code::ABORTED, "group '" + group_->config().name + "' was closed on this rank"});
   }
   wanted_.notify_all();
+  if (!thread_.joinable()) return;
   control_.bell(me_).ring();
-  if (thread_.joinable()) thread_.join();
+  thread_.join();
 }
 
 void Mailbox::finish(Message& m, Status s) {

@@ -47,7 +47,7 @@ class Mailbox {
   bool wait(const std::shared_ptr<Message>& m, int64_t timeout_ns);
   // Asks for the completion queue to be told; false when it is done already.
   bool notify(const std::shared_ptr<Message>& m, uint64_t id);
-  void close();
+  void close();  // before the group's; again, or in a forked child, it does nothing
 
  private:
   struct Block {  // a pooled piece of the arena: a MessageHeader, then room for a payload

@@ -173,7 +173,9 @@ int main() {
       rank.box->close();
       rank.group->close();
     });
-    for (auto& rank : world.ranks) require(rank.group->reap(), "all left");
+    require(!world.ranks[0].group->reap(), "others still look at the leader's control block");
+    for (int r = 1; r < N; ++r) require(world.ranks[size_t(r)].group->reap(), "all left");
+    require(world.ranks[0].group->reap(), "all are gone");
   }
   puts("host_group_test: ok");
   return 0;
