@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from datetime import timedelta
 
 import pytest
@@ -93,3 +94,38 @@ def makes_groups(rank: int, n: int, first: int) -> list[int]:
 def test_a_destroyed_group_gives_back_its_memory_whoever_leaves_first(first: int) -> None:
     for used in run_ranks(2, makes_groups, first):
         assert used[-1] <= used[1], f"bytes in use after each group: {used}"
+
+
+# ---------------------------------------------------------------- messages that nobody waits for
+
+
+def polls(rank: int, n: int) -> float:
+    with process_group(rank, n):
+        x = torch.full((4,), float(rank))
+        work = dist.irecv(x, 1) if rank == 0 else dist.isend(x, 0)
+        until = time.monotonic() + 5
+        while not work.is_completed() and time.monotonic() < until:
+            time.sleep(0.01)
+        assert work.is_completed()
+        return float(x[0])
+
+
+def test_a_started_message_completes_though_nobody_waits_for_it() -> None:
+    assert run_ranks(2, polls) == [1.0, 1.0]
+
+
+def meets_first(rank: int, n: int) -> float:
+    with process_group(rank, n, timeout=5):
+        x = Group.of().registered_empty(1 << 16).fill_(rank)
+        if rank == 0:
+            work = dist.irecv(x, 1)
+            dist.barrier()
+            work.wait()
+        else:
+            dist.send(x, 0)  # it lies in shared memory: sent when it has been read
+            dist.barrier()
+        return float(x[0])
+
+
+def test_a_started_receive_takes_its_message_while_its_rank_is_in_a_collective() -> None:
+    assert run_ranks(2, meets_first) == [1.0, 1.0]

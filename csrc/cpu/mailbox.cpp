@@ -1,6 +1,7 @@
 #include "mailbox.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 
 namespace distlib {
@@ -9,6 +10,7 @@ namespace {
 constexpr size_t POOL_BYTES = size_t(64) << 20;      // free blocks kept for the next message
 constexpr size_t BACKLOG_BYTES = size_t(256) << 20;  // staged and unread: past this, sends wait
 constexpr int64_t SLICE_NS = 50 * 1000000;
+constexpr int64_t GRACE_NS = 1000000;  // before the thread drives what nobody waits for
 
 }  // namespace
 
@@ -40,14 +42,32 @@ void Mailbox::start(const std::shared_ptr<Message>& m) {
   }
   m->deadline = now_ns() + m->timeout_ns;
   std::lock_guard<std::mutex> lock(mutex_);
+  if (stop_) return finish(*m, closed());
   (m->sending ? sends_ : receives_).push_back(m);
   progress();
+  if (m->done) return;
+  if (!thread_.joinable()) thread_ = std::thread(&Mailbox::run, this);
+  wake();
 }
 
 bool Mailbox::wait(const std::shared_ptr<Message>& m, int64_t timeout_ns) {
   const int64_t until = timeout_ns < 0 ? INT64_MAX : now_ns() + timeout_ns;
   Signal& bell = control_.bell(me_);
   const int64_t spin_until = now_ns() + group_->config().spin_ns;
+  struct Waiting {
+    Mailbox& box;
+    explicit Waiting(Mailbox& b) : box(b) {
+      std::lock_guard<std::mutex> lock(box.mutex_);
+      ++box.waiting_;
+    }
+    ~Waiting() {
+      std::lock_guard<std::mutex> lock(box.mutex_);
+      --box.waiting_;
+      if (box.wanted()) box.wake();
+    }
+  };
+  if (m->done) return true;
+  Waiting waiting(*this);
   while (!m->done) {
     uint32_t seen = bell.value.load(std::memory_order_acquire);
     {
@@ -75,22 +95,34 @@ bool Mailbox::notify(const std::shared_ptr<Message>& m, uint64_t id) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (m->done) return false;
   m->notify = id;
-  if (!thread_.joinable()) thread_ = std::thread(&Mailbox::run, this);
-  wanted_.notify_one();
+  hurry_ = parked_ = true;
+  wake();
   return true;
 }
 
-// Drives the messages whose futures somebody holds.
+void Mailbox::wake() {
+  if (!parked_) return;
+  parked_ = false;
+  wanted_.notify_one();
+}
+
 void Mailbox::run() {
   std::unique_lock<std::mutex> lock(mutex_);
   while (!stop_) {
-    wanted_.wait(lock, [&] { return stop_ || !sends_.empty() || !receives_.empty(); });
-    if (stop_) return;
-    uint32_t seen = control_.bell(me_).value.load(std::memory_order_acquire);
-    if (progress()) continue;
-    lock.unlock();
-    control_.bell(me_).sleep(seen, SLICE_NS);
-    lock.lock();
+    if (!wanted()) {
+      parked_ = true;
+      wanted_.wait(lock, [&] { return stop_ || !parked_; });
+    }
+    // Who starts a message and waits for it at once is quicker alone, and so is a stream of such messages.
+    wanted_.wait_for(lock, std::chrono::nanoseconds(GRACE_NS), [&] { return stop_ || hurry_; });
+    while (!stop_ && wanted()) {
+      uint32_t seen = control_.bell(me_).value.load(std::memory_order_acquire);
+      if (progress()) continue;
+      lock.unlock();
+      control_.bell(me_).sleep(seen, SLICE_NS);
+      lock.lock();
+    }
+    hurry_ = false;
   }
 }
 
@@ -103,7 +135,7 @@ void Mailbox::close() {
     std::lock_guard<std::mutex> lock(mutex_);
     if (stop_) return;
     stop_ = true;
-    fail_open({Code::ABORTED, "group '" + group_->config().name + "' was closed on this rank"});
+    fail_open(closed());
   }
   wanted_.notify_all();
   if (!thread_.joinable()) return;
@@ -111,13 +143,16 @@ void Mailbox::close() {
   thread_.join();
 }
 
+Status Mailbox::closed() const {
+  return {Code::ABORTED, "group '" + group_->config().name + "' was closed on this rank"};
+}
+
 void Mailbox::finish(Message& m, Status s) {
   m.outcome.status = std::move(s);
   uint64_t id = m.notify;
   m.done = true;
   if (id) Completions::instance().push(id);
-  // Threads of this process may sleep on the bell for exactly this message.
-  if (control_.bell(me_).sleepers.load()) control_.bell(me_).ring();
+  control_.bell(me_).ring();  // threads of this process may be about to sleep for exactly this message
 }
 
 void Mailbox::fail_open(const Status& s) {
@@ -127,7 +162,7 @@ void Mailbox::fail_open(const Status& s) {
   }
 }
 
-bool Mailbox::progress() {
+bool Mailbox::progress(bool last_look) {
   bool moved = false;
   if (sends_.empty() && receives_.empty()) return false;
 
@@ -197,6 +232,8 @@ bool Mailbox::progress() {
         for (int r = 0; r < n_; ++r) living += r != me_ && group_->check_alive(r).ok();
         if (!living && n_ > 1) alive = {Code::DEAD, "every other rank ended or left"};
       }
+      // It may have sent, or read, after we looked and before it ended.
+      if (!alive.ok() && !last_look) return progress(true);
       std::string text;
       if (!alive.ok())
         text = describe(*m) + " cannot complete: " + alive.text;

@@ -5,7 +5,8 @@
 // memory is copied to a pooled block first, and the send is done at once (up to a backlog), so two ranks that both send
 // before they receive do not block each other.
 //
-// Whoever waits drives `progress`; a thread does so only while requests are open that nobody waits for.
+// Whoever waits drives `progress`; a thread does so while requests are open and nobody waits: what was started comes to
+// its end whatever this rank does meanwhile.
 #pragma once
 #include <condition_variable>
 #include <deque>
@@ -58,14 +59,17 @@ class Mailbox {
     bool pooled;
     std::shared_ptr<Message> message;  // null for staged sends, which were done when they were posted
   };
-  bool progress();  // under mutex_; true if anything moved
+  bool progress(bool last_look = false);  // under mutex_; true if anything moved
   bool try_post(Message& m);
   bool deliver(Message& m, int from, const Envelope& e);
+  Status closed() const;
   void finish(Message& m, Status s);
   void fail_open(const Status& s);
   Status take_block(size_t bytes, Block& b);
   void give_block(Block b);
   std::string describe(const Message& m) const;
+  bool wanted() const { return !waiting_ && (!sends_.empty() || !receives_.empty()); }
+  void wake();  // under mutex_
   void run();
 
   const std::shared_ptr<HostGroup> group_;
@@ -77,7 +81,8 @@ class Mailbox {
   std::vector<std::deque<Envelope>> arrived_;             // by sender, taken from the ring and not yet received
   std::multimap<size_t, size_t> pool_;                    // bytes -> offset of free blocks
   size_t pooled_ = 0, backlog_ = 0;
-  bool stop_ = false;
+  int waiting_ = 0;  // threads in wait()
+  bool stop_ = false, parked_ = false, hurry_ = false;  // parked: the thread sleeps until it is woken
   std::thread thread_;
   std::condition_variable wanted_;
 };
