@@ -166,6 +166,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("control_bytes", &Control::bytes);
   m.def("control_resident_bytes", &Control::resident_bytes);
   m.attr("MAX_RANKS") = MAX_RANKS;
+  m.def("push_completion", [](uint64_t id) { Completions::instance().push(id); });
   m.def(
       "next_completion",
       [](double seconds) -> py::object {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -112,13 +113,22 @@ class GlooChannel:
         self.name = name
         self._labels = labels
         self._store = store
-        self._gloo = process_group(dist.PrefixStore("gloo/", store), rank, self.size, timeout, master)
+        # gloo's threads must not outlive the interpreter: what is still connected at exit is let go there.
+        self._connections: dict[str, Any] = {}
+        weakref.finalize(self, self._connections.clear)
+        self._connections["all"] = process_group(dist.PrefixStore("gloo/", store), rank, self.size, timeout, master)
         self._runner = Runner(f"gloo-{name}")
         self._topology = topology
         self._late: dict[str, tuple[list[float], int]] = {}
         self._sequence = 0
         self._broken: CollectiveError | None = None
         self._compare = settings.switch("DISTLIB_FINGERPRINT", True)
+
+    @property
+    def _gloo(self) -> Any:
+        if "all" not in self._connections:
+            raise CollectiveError(f"group '{self.name}' was closed on this rank")
+        return self._connections["all"]
 
     # ------------------------------------------------------------ collectives
 
@@ -330,7 +340,7 @@ class GlooChannel:
 
     def close(self) -> None:
         self._runner.close()
-        self._gloo = None
+        self._connections.clear()
 
 
 @dataclass
@@ -369,7 +379,7 @@ class _Message:
     def notify(self, id: int) -> bool:
         def tell() -> None:
             self.wait(self.seconds)
-            completions.deliver(id)
+            completions.push(id)
 
         threading.Thread(target=tell, name="distlib-message", daemon=True).start()
         return True

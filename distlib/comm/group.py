@@ -19,7 +19,7 @@ from distlib.comm import interfaces, membership
 from distlib.comm.c10d import C10dChannel
 from distlib.comm.channel import Channel, Collective
 from distlib.comm.gloo import GlooChannel
-from distlib.comm.host import HostChannel
+from distlib.comm.host import HostChannel, usable_cores
 from distlib.comm.ledger import ledger
 from distlib.comm.memory import arena_empty
 from distlib.comm.spanning import SpanningChannel
@@ -404,7 +404,8 @@ def _host_channel(
     offset = int(membership.collect(store, [key], who, f"group '{name}'", timeout)[0])
     doors = [members.cards[r].door for r in local]
     labels = [members.ranks[r] for r in local]
-    return HostChannel(name, local.index(rank), doors, labels, 0, offset, block)
+    cores = usable_cores(members.cards[r].cores for r in local)
+    return HostChannel(name, local.index(rank), doors, labels, 0, offset, cores, block)
 
 
 def _wrap_foreign(pg: dist.ProcessGroup) -> Group:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,22 +24,40 @@ def span(tensor: torch.Tensor) -> Span:
     return (tensor.data_ptr(), tensor.numel() * tensor.element_size())
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def usable_cores(masks: Iterable[str]) -> int:
+    """Cores that ranks with these affinity masks (hexadecimal) may use together, less where a container has a quota."""
+    together = 0
+    for mask in masks:
+        together |= int(mask, 16)
+    cores = together.bit_count() or os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as f:
+            quota, period = f.read().split()
+    except (OSError, ValueError):  # no cgroup v2 here, or its root: no quota
+        return cores
+    return cores if quota == "max" else min(cores, max(1, int(quota) // int(period)))
 
 
 class HostChannel:
     """Collectives over shared memory between `doors`, one per rank, this process's own among them.
 
     leader: the rank in whose arena the control block lies, `control`: its offset there. labels: what messages call the
-    ranks (their global ranks). Waits spin briefly before they sleep, but never where ranks outnumber cores.
+    ranks (their global ranks). cores: how many its ranks may use together. Waits spin briefly before they sleep, but
+    never where ranks outnumber cores.
     """
 
     _graveyard: list[HostChannel] = []  # closed here, but maybe still read by others
 
     def __init__(
-        self, name: str, rank: int, doors: list[str], labels: list[int], leader: int, control: int, block: Any = None
+        self,
+        name: str,
+        rank: int,
+        doors: list[str],
+        labels: list[int],
+        leader: int,
+        control: int,
+        cores: int,
+        block: Any = None,
     ) -> None:
         host = Host.here()
         assert host.core is not None
@@ -53,7 +72,7 @@ class HostChannel:
             arena=host.arena,
             leader=leader,
             control_offset=control,
-            spin_ns=_SPIN_NS if self.size <= usable_cores() else 0,
+            spin_ns=_SPIN_NS if self.size <= cores else 0,
             slot_bytes=settings.integer("DISTLIB_STAGING_KB", 1024, 64, "KiB") << 10,
         )
         self._mailbox: Any = None

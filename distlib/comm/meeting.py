@@ -40,6 +40,7 @@ class Card:
     pretend_node: int  # DISTLIB_NODES splits one host into several
     door: str  # "" where the core cannot be used
     pid: int
+    cores: str  # those it may run on, as a hexadecimal mask
 
     def encode(self) -> str:
         return json.dumps(asdict(self))
@@ -94,6 +95,7 @@ class Host:
         self.core = native.core()
         self.peers: dict[str, Any] = {}  # door -> native Peer
         self.door = ""
+        self._refused: dict[str, str] = {}  # door -> why its memory and ours could not be exchanged
         self._changed = threading.Condition()
         if self.core is None:
             return
@@ -118,7 +120,9 @@ class Host:
         with open("/proc/sys/kernel/random/boot_id") if os.path.exists("/proc") else open(os.devnull) as f:
             boot = f.read().strip()
         network = os.stat("/proc/self/ns/net").st_ino if os.path.exists("/proc/self/ns/net") else 0
-        return Card(boot, network, os.geteuid(), pretend_node(rank, size), self.door, self.pid)
+        mask = sum(1 << core for core in os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        node = pretend_node(rank, size)
+        return Card(boot, network, os.geteuid(), node, self.door, self.pid, f"{mask:x}")
 
     # ------------------------------------------------------------ meeting
 
@@ -136,7 +140,10 @@ class Host:
             if r < me and cards[r].door not in self.peers:
                 self._knock(r, cards[r])
         for r in likely:
-            if not self._came(cards[r].door, until):
+            came = self._came(cards[r].door, until)
+            if cards[r].door in self._refused:
+                raise RuntimeError(f"rank {r} (pid {cards[r].pid}) is on this host: {self._refused[cards[r].door]}")
+            if not came:
                 raise RuntimeError(
                     f"rank {r} (pid {cards[r].pid}) of this host did not come to the meeting within {timeout:.0f} s. "
                     "Did it end or hang while starting? Look at its output"
@@ -145,7 +152,8 @@ class Host:
 
     def _came(self, door: str, until: float) -> bool:
         with self._changed:
-            return self._changed.wait_for(lambda: door in self.peers, max(0.0, until - time.monotonic()))
+            known = lambda: door in self.peers or door in self._refused  # noqa: E731
+            return self._changed.wait_for(known, max(0.0, until - time.monotonic()))
 
     def _knock(self, rank: int, card: Card) -> None:
         who = f"rank {rank} (pid {card.pid})"
@@ -158,7 +166,7 @@ class Host:
             self._send(sock, {"door": self.door, "size": self.arena.size, "at": block.offset}, self.arena.fd)
             hello, fd = self._receive(sock, who)
             self._expect(hello["nonce"] == bytes(memoryview(block)[:_NONCE]).hex(), who)
-            peer = self.core.Peer(fd, hello["size"], os.dup(sock.fileno()), pid)
+            peer = self._map(sock, fd, hello["size"], pid)
             self._send(sock, {"nonce": peer.peek(hello["at"], _NONCE).hex()})
             done, _ = self._receive(sock, who, wants_fd=False)
             self._expect(bool(done.get("welcome")), who)
@@ -170,6 +178,14 @@ class Host:
         finally:
             sock.close()
         self._admit(card.door, peer)
+
+    def _map(self, sock: socket.socket, fd: int, size: int, pid: int) -> Any:
+        """The peer's arena, mapped; if that fails, the peer is told why before this rank raises."""
+        try:
+            return self.core.Peer(fd, size, os.dup(sock.fileno()), pid)
+        except (MemoryError, RuntimeError) as error:
+            self._send(sock, {"error": f"pid {self.pid}: {error}"})
+            raise RuntimeError(str(error)) from error
 
     def _welcome(self) -> None:
         """Answers the door, for as long as the process lives."""
@@ -188,13 +204,19 @@ class Host:
     def _answer(self, sock: socket.socket) -> None:
         pid = self._check_user(sock, "the process at the door")
         hello, fd = self._receive(sock, "the process at the door")
-        peer = self.core.Peer(fd, hello["size"], os.dup(sock.fileno()), pid)
-        block = self._nonce()
-        nonce = peer.peek(hello["at"], _NONCE).hex()
-        self._send(sock, {"size": self.arena.size, "at": block.offset, "nonce": nonce}, self.arena.fd)
-        proof, _ = self._receive(sock, f"pid {pid}", wants_fd=False)
-        self._expect(proof["nonce"] == bytes(memoryview(block)[:_NONCE]).hex(), f"pid {pid}")
-        self._send(sock, {"welcome": True})
+        try:
+            peer = self._map(sock, fd, hello["size"], pid)
+            block = self._nonce()
+            nonce = peer.peek(hello["at"], _NONCE).hex()
+            self._send(sock, {"size": self.arena.size, "at": block.offset, "nonce": nonce}, self.arena.fd)
+            proof, _ = self._receive(sock, f"pid {pid}", wants_fd=False)
+            self._expect(proof["nonce"] == bytes(memoryview(block)[:_NONCE]).hex(), f"pid {pid}")
+            self._send(sock, {"welcome": True})
+        except RuntimeError as error:
+            with self._changed:
+                self._refused[hello["door"]] = str(error)
+                self._changed.notify_all()
+            raise
         self._admit(hello["door"], peer)
 
     def _admit(self, door: str, peer: Any) -> None:
@@ -230,6 +252,9 @@ class Host:
     @staticmethod
     def _receive(sock: socket.socket, who: str, wants_fd: bool = True) -> tuple[dict[str, Any], int]:
         data, fds, _, _ = socket.recv_fds(sock, 4096, 1, socket.MSG_CMSG_CLOEXEC)
+        message = json.loads(data) if data else {}
+        if "error" in message:
+            raise RuntimeError(f"{who} cannot share memory: {message['error']}")
         if not data or (wants_fd and not fds):
             raise OSError(f"{who} hung up during the handshake")
-        return json.loads(data), fds[0] if fds else -1
+        return message, fds[0] if fds else -1

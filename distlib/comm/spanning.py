@@ -113,11 +113,15 @@ class SpanningChannel(GlooChannel):
         self._hosts = len(topology.nodes)
         self._host = topology.node_of(rank)
         self._rails = min(len(node) for node in topology.nodes)
-        self._rail: Any = None
         self._scratch: dict[tuple[torch.dtype, int], list[_Scratch]] = {}
         if self._local_rank < self._rails:
             rail_store = dist.PrefixStore(f"rail{self._local_rank}/", store)
-            self._rail = process_group(rail_store, self._host, self._hosts, timeout, master)
+            self._connections["rail"] = process_group(rail_store, self._host, self._hosts, timeout, master)
+
+    @property
+    def _rail(self) -> Any:
+        """gloo between the ranks with this one's place in their hosts; None for ranks without a rail."""
+        return self._connections.get("rail")
 
     def use_inside(self, channel: HostChannel | None) -> None:
         """The channel between the ranks of this host; None where it has one rank of the group."""
@@ -256,4 +260,3 @@ class SpanningChannel(GlooChannel):
         super().close()
         if self._inside is not None:
             self._inside.close()
-        self._rail = None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from distlib import native
 from distlib.comm.work import CollectiveError, completions
+
+_PATIENCE = 5.0  # seconds
 
 
 @dataclass
@@ -43,7 +46,7 @@ class Step:
             id = self._notify
         self._event.set()
         if id:
-            completions.deliver(id)
+            completions.push(id)
 
     def wait(self, seconds: float) -> bool:
         return self._event.wait(min(seconds, threading.TIMEOUT_MAX))
@@ -57,11 +60,13 @@ class Step:
 
 
 class Runner:
-    """One thread that executes steps in the order they were given. Starts with the first, ends with `close`."""
+    """One thread that executes steps in the order they were given. Starts with the first, ends with `close`, or with
+    the interpreter: a thread that is still inside gloo then would take the process down with it."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._queue: queue.SimpleQueue[Step | None] = queue.SimpleQueue()
+        self._abandon = threading.Event()
         self._thread: threading.Thread | None = None
         self._sequence = 0
 
@@ -70,14 +75,12 @@ class Runner:
         self._sequence += 1
         step.sequence = self._sequence
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name=f"distlib-{self._name}", daemon=True)
+            arguments = (self._queue, self._abandon)
+            self._thread = threading.Thread(target=_work, args=arguments, name=f"distlib-{self._name}", daemon=True)
             self._thread.start()
+            weakref.finalize(self, _abandon, *arguments, self._thread)
         self._queue.put(step)
         return step
-
-    def _work(self) -> None:
-        while (step := self._queue.get()) is not None:
-            step.execute()
 
     def close(self) -> None:
         """Runs what is queued, then ends the thread."""
@@ -86,3 +89,16 @@ class Runner:
             if self._thread is not threading.current_thread():
                 self._thread.join()
             self._thread = None
+
+
+def _work(steps: queue.SimpleQueue[Step | None], abandon: threading.Event) -> None:
+    while (step := steps.get()) is not None and not abandon.is_set():
+        step.execute()
+
+
+def _abandon(steps: queue.SimpleQueue[Step | None], abandon: threading.Event, thread: threading.Thread) -> None:
+    """Ends the thread after the step that it is in; waits for that a while."""
+    abandon.set()
+    steps.put(None)
+    if thread is not threading.current_thread():
+        thread.join(_PATIENCE)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
+import os
+import queue
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,6 +16,7 @@ import torch.distributed as dist
 
 from distlib import native
 
+_STOP = 0  # not the id of any work
 _FOREVER = 1e9  # seconds; operations carry their own timeout
 
 
@@ -49,41 +53,81 @@ class Operation(Protocol):
     def notify(self, id: int) -> bool: ...
 
 
+class _Queue:
+    """The core's queue of completions, where there is no core."""
+
+    def __init__(self) -> None:
+        self._ids: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.push_completion = self._ids.put
+
+    def next_completion(self, seconds: float) -> int | None:
+        try:
+            return self._ids.get(timeout=seconds)
+        except queue.Empty:
+            return None
+
+
 class _Completions:
-    """Tells works that hold a future when their operation is done: one daemon thread, started by the first future."""
+    """Tells works that hold a future when their operation is done.
+
+    Callbacks of a future run on the thread that tells, and may wait for other futures. So while one thread runs
+    callbacks, another waits for what completes next: there is always one more than there are busy ones.
+    """
 
     def __init__(self) -> None:
         self._ids = itertools.count(1)
         self._works: dict[int, Work] = {}
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
+        self._idle = 0
+        self._pid = 0
         self._lock = threading.Lock()
+        self._queue: Any = native.core() or _Queue()
 
     def watch(self, work: Work) -> bool:
         """True if `work` will be told; False if its operation is done already."""
         id = next(self._ids)
         self._works[id] = work
-        with self._lock:
-            if self._thread is None and native.core() is not None:
-                self._thread = threading.Thread(target=self._deliver_all, name="distlib-futures", daemon=True)
-                self._thread.start()
+        if self._pid != os.getpid():  # the first future, here or in a forked child
+            with self._lock:
+                if self._pid != os.getpid():
+                    # A thread that is still in the core when the interpreter ends would take the process with it.
+                    atexit.register(self._stop)
+                    self._pid, self._threads, self._idle = os.getpid(), [], 0
+                    self._start()
         if work.operation.notify(id):
             return True
         self._works.pop(id)
         return False
 
-    def on_its_thread(self) -> bool:
-        """Whether the caller runs on the thread that tells."""
-        return threading.current_thread() is self._thread
+    def push(self, id: int) -> None:
+        """An operation that is not the core's is done, and was asked to notify."""
+        self._queue.push_completion(id)
 
-    def deliver(self, id: int) -> None:
-        self._works.pop(id).complete()
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._run, name="distlib-futures", daemon=True)
+        self._threads.append(thread)
+        self._idle += 1
+        thread.start()
 
-    def _deliver_all(self) -> None:
-        core = native.core()
-        while True:
-            id = core.next_completion(1.0)
-            if id is not None:
-                self.deliver(id)
+    def _run(self) -> None:
+        while (id := self._queue.next_completion(60.0)) != _STOP:
+            if id is None:
+                continue
+            with self._lock:
+                self._idle -= 1
+                if not self._idle:
+                    self._start()
+            self._works.pop(id).complete()
+            with self._lock:
+                self._idle += 1
+        self.push(_STOP)  # for the next thread
+
+    def _stop(self) -> None:
+        if self._pid == os.getpid():
+            self.push(_STOP)
+            for thread in self._threads:
+                if thread is not threading.current_thread():
+                    thread.join()
 
 
 completions = _Completions()
@@ -200,10 +244,6 @@ class Work(dist.Work):
                 self._trigger = trigger
         if self._trigger is None:
             trigger.set_result(None)
-        elif completions.on_its_thread():
-            # A callback of another future asks for this one: the thread that would settle it is this thread.
-            self.operation.wait(_FOREVER)
-            self.complete()
         elif not completions.watch(self):
             self.complete()
         return future
