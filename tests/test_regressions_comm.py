@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import signal
 import time
 from datetime import timedelta
 
@@ -15,6 +17,7 @@ from ranks import process_group, run_ranks, store
 from distlib import native
 from distlib.comm.group import Group
 from distlib.comm.meeting import Host
+from distlib.topology import Topology
 
 pytestmark = pytest.mark.skipif(native.core() is None, reason=native.why_not())
 
@@ -129,3 +132,63 @@ def meets_first(rank: int, n: int) -> float:
 
 def test_a_started_receive_takes_its_message_while_its_rank_is_in_a_collective() -> None:
     assert run_ranks(2, meets_first) == [1.0, 1.0]
+
+
+# ---------------------------------------------------------------- tensors in flight
+
+
+def interrupts_a_queued_call(rank: int, n: int) -> float:
+    def stop(*_: object) -> None:
+        raise InterruptedError
+
+    with process_group(rank, n):
+        group, shared = Group.of(), store()
+        first, x = group.registered_empty(1 << 18), group.registered_empty(1 << 18).fill_(1)
+        if rank == 1:
+            shared.wait(["interrupted"])
+            group.all_reduce(first)
+            group.all_reduce(x)
+            group.barrier()
+            return 5.0
+        work = group.all_reduce(first, async_op=True)
+        signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with contextlib.suppress(InterruptedError):
+            group.all_reduce(x)  # waits for its turn behind the first
+        del x
+        gc.collect()
+        other = group.registered_empty(1 << 18).fill_(5)
+        shared.set("interrupted", "1")
+        work.wait()
+        group.barrier()  # after the second
+        return float(other.mean())
+
+
+def test_an_interrupted_call_keeps_its_tensors_until_it_is_over() -> None:
+    assert run_ranks(2, interrupts_a_queued_call) == [5.0, 5.0]
+
+
+class _Sweeps:
+    """A work whose completion calls back into the group, as futures can."""
+
+    def __init__(self, group: Group) -> None:
+        self.group, self.entered = group, False
+
+    def is_completed(self) -> bool:
+        if not self.entered:
+            self.entered = True
+            self.group.sweep()
+        return True
+
+
+class _Open:
+    def is_completed(self) -> bool:
+        return False
+
+
+def test_a_group_lets_go_of_no_work_that_is_under_way() -> None:
+    group = Group("alone", 0, [0], Topology(((0,),)), None, 1.0)  # type: ignore[arg-type]
+    under_way = _Open()
+    group._in_flight.extend([_Sweeps(group), under_way])  # type: ignore[list-item]
+    group.sweep()
+    assert list(group._in_flight) == [under_way]

@@ -3,6 +3,7 @@ ledger."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 import weakref
@@ -286,8 +287,10 @@ class Group:
 
     def sweep(self) -> None:
         """Completes works that are done and that nobody waited for."""
-        while self._in_flight and self._in_flight[0].is_completed():
-            self._in_flight.popleft()
+        # Another thread may sweep too, and so may a callback of a work that completes here.
+        with contextlib.suppress(IndexError, ValueError):
+            while (oldest := self._in_flight[0]).is_completed():
+                self._in_flight.remove(oldest)
 
     def lateness(self) -> dict[str, dict[int, tuple[float, int]]]:
         """By label, then global rank: seconds by which it was ready for collectives after the first, and their
@@ -343,7 +346,12 @@ class Group:
             self.sweep()
             self._in_flight.append(work)
             return work
-        work.wait()
+        try:
+            work.wait()
+        except BaseException:
+            if not work.is_completed():  # an interrupt: the tensors are still in use
+                self._in_flight.append(work)
+            raise
         if begin is not None:
             ledger().add_wait(time.perf_counter_ns() - begin)
         return None
