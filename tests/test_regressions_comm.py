@@ -6,6 +6,8 @@ import contextlib
 import gc
 import os
 import signal
+import subprocess
+import sys
 import time
 from datetime import timedelta
 
@@ -192,3 +194,32 @@ def test_a_group_lets_go_of_no_work_that_is_under_way() -> None:
     group._in_flight.extend([_Sweeps(group), under_way])  # type: ignore[list-item]
     group.sweep()
     assert list(group._in_flight) == [under_way]
+
+
+# ---------------------------------------------------------------- the end of a process
+
+SENDS_AND_ENDS = """
+import sys, time, torch, torch.distributed as dist
+rank, port, leaves = map(int, sys.argv[1:])
+store = dist.TCPStore("127.0.0.1", port, is_master=False)
+dist.init_process_group("distlib", store=store, rank=rank, world_size=2)
+x = torch.full((1 << 18,), 3.0 - 3 * rank)
+if rank == 0:
+    dist.send(x, 1)
+else:
+    store.wait(["ended"])
+    dist.recv(x, 0)
+if rank == 1 or leaves:
+    dist.destroy_process_group()
+sys.exit(0 if bool((x == 3).all()) else "another message came")
+"""
+
+
+@pytest.mark.parametrize("leaves", [0, 1])
+def test_a_message_arrives_though_its_sender_has_ended_since(leaves: int) -> None:
+    shared = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    command = [sys.executable, "-W", "ignore", "-c", SENDS_AND_ENDS]
+    sender, receiver = (subprocess.Popen([*command, str(rank), str(shared.port), str(leaves)]) for rank in (0, 1))
+    assert sender.wait(60) == 0
+    shared.set("ended", "1")
+    assert receiver.wait(60) == 0

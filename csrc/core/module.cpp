@@ -58,12 +58,23 @@ auto without_gil(F f) {
   }
 }
 
-// A range of the arena that Python objects look into; given back with the last of them.
+bool interpreter_ends() {
+#if PY_VERSION_HEX >= 0x030D0000
+  return Py_IsFinalizing();
+#else
+  return _Py_IsFinalizing();
+#endif
+}
+
+// A range of the arena that Python objects look into; given back with the last of them. Not at the end of the process:
+// others may still read there what it said last, and the memory ends with the last process that maps it.
 struct Block {
   std::shared_ptr<Arena> arena;
   size_t offset, bytes;
   Block(std::shared_ptr<Arena> a, size_t o, size_t n) : arena(std::move(a)), offset(o), bytes(n) {}
-  ~Block() { arena->release(offset); }
+  ~Block() {
+    if (!interpreter_ends()) arena->release(offset);
+  }
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
 };
