@@ -8,6 +8,8 @@ namespace {
 
 constexpr int64_t SLICE_NS = 50 * 1000000;  // how long a wait sleeps before it looks for dead ranks, aborts and signals
 
+constexpr int64_t WRITING_NS = 1000000000;      // how long a rank may take to write why it ended the group
+
 const char* kind_name(uint8_t k) {
   static const char* names[] = {"barrier",    "all_reduce", "reduce", "reduce_scatter", "all_gather",
                                 "broadcast",  "gather",     "scatter", "all_to_all"};
@@ -156,7 +158,11 @@ void HostGroup::abort(const std::string& text) {
   if (left_) return;
   Header& h = control_.header();
   uint32_t running = RUNNING;
-  if (!h.abort.value.compare_exchange_strong(running, WRITING)) return;
+  if (h.abort.value.compare_exchange_strong(running, WRITING)) write_abort(text);
+}
+
+void HostGroup::write_abort(const std::string& text) {
+  Header& h = control_.header();
   size_t n = std::min(text.size(), sizeof h.text - 1);
   memcpy(h.text, text.data(), n);
   h.text[n] = 0;
@@ -177,9 +183,10 @@ bool HostGroup::aborted(std::string& text) const {
 Status HostGroup::fail(Code code, const std::string& text) {
   abort(text);
   std::string first;
-  // Another rank may have been quicker: then its words count, here as everywhere.
-  while (!aborted(first)) cpu_relax();
-  return {first == text ? code : Code::ABORTED, first};
+  // Another rank may have been quicker: then its words count, here as everywhere. Unless it ended while it wrote them.
+  for (int64_t until = now_ns() + WRITING_NS; !aborted(first); cpu_relax())
+    if (now_ns() > until) write_abort(text);
+  return {text.compare(0, first.size(), first) == 0 ? code : Code::ABORTED, first};
 }
 
 Status HostGroup::check() const {

@@ -154,6 +154,7 @@ class HostGroup {
   Status compare_pieces(Run& run);
   Status ensure_staging();
   Status fail(Code code, const std::string& text);
+  void write_abort(const std::string& text);
   std::string describe(const Descriptor& d) const;
   std::string missing(const Run& run, uint32_t epoch) const;
   void record_arrivals(const Run& run);
