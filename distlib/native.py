@@ -26,7 +26,8 @@ _DTYPES: dict[torch.dtype, tuple[int | None, int]] = {
     torch.complex128: (None, 11),
 }
 BYTES = 7  # moved, not reduced
-_OTHER = 255
+_OTHERS = sorted({d for d in vars(torch).values() if isinstance(d, torch.dtype)} - _DTYPES.keys(), key=str)
+_DTYPES.update((dtype, (None, code)) for code, dtype in enumerate(_OTHERS, len(_DTYPES)))  # only moved
 
 OPS = ("sum", "avg", "min", "max", "product", "band", "bor", "bxor")
 KINDS = (
@@ -72,7 +73,7 @@ def why_not() -> str:
 
 def dtype_codes(dtype: torch.dtype) -> tuple[int | None, int]:
     """The core's codes of a dtype: (for arithmetic, or None; for messages)."""
-    return _DTYPES.get(dtype, (None, _OTHER))
+    return _DTYPES[dtype]
 
 
 def reducible(dtype: torch.dtype, op: str) -> bool:

@@ -19,6 +19,7 @@ from ranks import process_group, run_ranks, store
 from distlib import native
 from distlib.comm.group import Group
 from distlib.comm.meeting import Host
+from distlib.comm.work import CollectiveError
 from distlib.topology import Topology
 
 pytestmark = pytest.mark.skipif(native.core() is None, reason=native.why_not())
@@ -223,3 +224,33 @@ def test_a_message_arrives_though_its_sender_has_ended_since(leaves: int) -> Non
     assert sender.wait(60) == 0
     shared.set("ended", "1")
     assert receiver.wait(60) == 0
+
+
+# ---------------------------------------------------------------- faults
+
+
+def ends_while_it_aborts(rank: int, n: int) -> float:
+    dist.init_process_group("distlib", store=store(), rank=rank, world_size=n, timeout=timedelta(seconds=1))
+    group = Group.of()
+    if rank == 0:  # as if a rank had been killed after it had claimed the abort and before it had written why
+        memoryview(group._channel._block)[0] = 1
+    begin = time.monotonic()
+    with pytest.raises(CollectiveError, match="ran into the timeout"):
+        group.all_reduce(torch.ones(4)) if rank else group.recv(torch.ones(4), 1)
+    return time.monotonic() - begin
+
+
+def test_a_rank_that_ends_while_it_aborts_holds_up_nobody() -> None:
+    assert max(run_ranks(2, ends_while_it_aborts, timeout=20)) < 5
+
+
+def names_another_dtype(rank: int, n: int) -> str:
+    dist.init_process_group("distlib", store=store(), rank=rank, world_size=n, timeout=timedelta(seconds=5))
+    with pytest.raises(CollectiveError) as caught:
+        Group.of().broadcast(torch.ones(64, dtype=(torch.uint16, torch.uint32)[rank]), 0)
+    return str(caught.value)
+
+
+def test_dtypes_that_are_only_moved_are_compared_too() -> None:
+    for text in run_ranks(2, names_another_dtype):
+        assert "ranks disagree" in text, text
