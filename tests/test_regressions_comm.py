@@ -162,6 +162,7 @@ def interrupts_a_queued_call(rank: int, n: int) -> float:
         gc.collect()
         other = group.registered_empty(1 << 18).fill_(5)
         shared.set("interrupted", "1")
+        assert work is not None
         work.wait()
         group.barrier()  # after the second
         return float(other.mean())
@@ -233,7 +234,7 @@ def ends_while_it_aborts(rank: int, n: int) -> float:
     dist.init_process_group("distlib", store=store(), rank=rank, world_size=n, timeout=timedelta(seconds=1))
     group = Group.of()
     if rank == 0:  # as if a rank had been killed after it had claimed the abort and before it had written why
-        memoryview(group._channel._block)[0] = 1
+        memoryview(group._channel._block)[0] = 1  # type: ignore[attr-defined]
     begin = time.monotonic()
     with pytest.raises(CollectiveError, match="ran into the timeout"):
         group.all_reduce(torch.ones(4)) if rank else group.recv(torch.ones(4), 1)
