@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,18 @@ def listed() -> dict[str, list[str]]:
     return sections
 
 
-CASES = [(section, name) for section, names in listed().items() for name in names]
+NOT_LIKE_GLOO = {
+    "test_ddp_profiling_torch_profiler": "wants profiler events that another thread ends, which only C++ can do safely"
+}
+
+
+def cases() -> Iterator[Any]:
+    for section, names in listed().items():
+        for name in names:
+            reason = NOT_LIKE_GLOO.get(name)
+            expected = BACKEND == "distlib" and reason
+            marks = [pytest.mark.xfail(reason=reason, strict=True)] if expected else []
+            yield pytest.param(section, name, id=f"{section.replace(' ', '-')}-{name}", marks=marks)
 
 
 @cache
@@ -68,7 +80,7 @@ def results(section: str, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.skipif(not torch.__version__.startswith(LISTED_FOR), reason=f"the list is for torch {LISTED_FOR}")
 @pytest.mark.timeout(600)  # the first test of a section waits for all of the section
-@pytest.mark.parametrize(("section", "name"), CASES, ids=lambda value: value.replace(" ", "-"))
+@pytest.mark.parametrize(("section", "name"), cases())
 def test_passes_as_on_gloo(section: str, name: str, request: pytest.FixtureRequest) -> None:
     selected = [
         item.callspec.params["name"]
