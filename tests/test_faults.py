@@ -202,7 +202,8 @@ def is_stopped(rank: int, n: int, victim: int) -> tuple[str, float]:
 def test_a_stopped_rank_is_named_after_the_timeout_and_raises_too_when_it_wakes() -> None:
     results = run_ranks(3, is_stopped, 2, timeout=30)
     for text, seconds in results[:2]:
-        assert "ran into the timeout of 2.0 s" in text and "waiting for: rank 2" in text and seconds < 6, (text, seconds)
+        assert "ran into the timeout of 2.0 s" in text and "waiting for: rank 2" in text, text
+        assert seconds < 6, seconds
     assert "waiting for: rank 2" in results[2][0], "the same words on the rank that was stopped"
 
 

@@ -1,5 +1,5 @@
-// The Python face of the core. Pointers come in as integers: tensors are unpacked by the caller, so that one build serves
-// every version of torch.
+// The Python face of the core. Pointers come in as integers: tensors are unpacked by the caller, so that one build
+// serves every version of torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -138,7 +138,9 @@ std::vector<Span> spans(const Spans& in) {
   return out;
 }
 
-int64_t nanoseconds(double seconds) { return seconds > 9e9 ? INT64_MAX / 4 : int64_t(seconds * 1e9); }
+int64_t nanoseconds(double seconds) {
+  return seconds > 9e9 ? INT64_MAX / 4 : int64_t(seconds * 1e9);
+}
 
 py::bytes peek(const char* base, size_t size, size_t offset, size_t n) {
   if (offset > size || n > size - offset) throw py::index_error("outside the arena");
@@ -290,9 +292,9 @@ PYBIND11_MODULE(_native, m) {
            py::kw_only(), py::arg("name"), py::arg("rank"), py::arg("labels"), py::arg("peers"), py::arg("arena"),
            py::arg("leader"), py::arg("control_offset"), py::arg("spin_ns"), py::arg("slot_bytes"))
       .def("start",
-           [](const std::shared_ptr<HostGroup>& g, int kind, int dtype, int dtype_name, int op, int root, uint64_t count,
-              int divisor, double timeout, const Spans& send, const Spans& recv, bool run_here, uint32_t label,
-              int64_t arrived_ns) -> std::shared_ptr<Operation> {
+           [](const std::shared_ptr<HostGroup>& g, int kind, int dtype, int dtype_name, int op, int root,
+              uint64_t count, int divisor, double timeout, const Spans& send, const Spans& recv, bool run_here,
+              uint32_t label, int64_t arrived_ns) -> std::shared_ptr<Operation> {
              auto o = std::make_shared<CollectiveOperation>();
              o->group = g;
              Call& c = o->task->call;

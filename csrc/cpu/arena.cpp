@@ -19,9 +19,13 @@ namespace {
 constexpr size_t PAGE = 4096;
 constexpr size_t CHECK_FROM = size_t(32) << 20;  // smaller wishes are not worth reading /proc for
 
-size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+size_t round_up(size_t n, size_t to) {
+  return (n + to - 1) / to * to;
+}
 
-std::string mib(size_t bytes) { return std::to_string(bytes >> 20) + " MiB"; }
+std::string mib(size_t bytes) {
+  return std::to_string(bytes >> 20) + " MiB";
+}
 
 // A number after `key` in a small text file; false where the file or the key is missing.
 bool read_number(const char* path, const char* key, unsigned long long& value) {
@@ -83,7 +87,8 @@ Status Arena::create(size_t bytes, std::shared_ptr<Arena>& out) {
   }
   std::string why = strerror(errno);
   close(fd);
-  return {Code::MEMORY, "cannot map 64 MiB of shared memory: " + why + " (is an address-space limit set? see ulimit -v)"};
+  return {Code::MEMORY,
+          "cannot map 64 MiB of shared memory: " + why + " (is an address-space limit set? see ulimit -v)"};
 }
 
 Arena::~Arena() {

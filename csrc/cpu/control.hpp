@@ -35,6 +35,7 @@ struct alignas(64) Descriptor {
   uint64_t max_staged;  // bytes of its largest staged piece
   int64_t arrived_ns;
   int32_t root;
+  uint32_t slot_bytes;  // ranks must cut alike
   uint8_t kind, dtype, op, any_direct;
 };
 

@@ -8,11 +8,11 @@ namespace {
 
 constexpr int64_t SLICE_NS = 50 * 1000000;  // how long a wait sleeps before it looks for dead ranks, aborts and signals
 
-constexpr int64_t WRITING_NS = 1000000000;      // how long a rank may take to write why it ended the group
+constexpr int64_t WRITING_NS = 1000000000;  // how long a rank may take to write why it ended the group
 
 const char* kind_name(uint8_t k) {
-  static const char* names[] = {"barrier",    "all_reduce", "reduce", "reduce_scatter", "all_gather",
-                                "broadcast",  "gather",     "scatter", "all_to_all"};
+  static const char* names[] = {"barrier",   "all_reduce", "reduce",  "reduce_scatter", "all_gather",
+                                "broadcast", "gather",     "scatter", "all_to_all"};
   return k < sizeof names / sizeof *names ? names[k] : "unknown operation";
 }
 const char* op_name(uint8_t o) {
@@ -24,10 +24,14 @@ const char* dtype_label(uint8_t d) {
                                 "int64",   "uint8",   "bool",    "int16",    "complex64", "complex128"};
   return d < sizeof names / sizeof *names ? names[d] : "other dtype";
 }
-bool reduces(Kind k) { return k == Kind::ALL_REDUCE || k == Kind::REDUCE || k == Kind::REDUCE_SCATTER; }
+bool reduces(Kind k) {
+  return k == Kind::ALL_REDUCE || k == Kind::REDUCE || k == Kind::REDUCE_SCATTER;
+}
 
 // All destinations get the same bytes, so they are staged once.
-bool shared_source(Kind k) { return k == Kind::ALL_REDUCE || k == Kind::ALL_GATHER || k == Kind::BROADCAST; }
+bool shared_source(Kind k) {
+  return k == Kind::ALL_REDUCE || k == Kind::ALL_GATHER || k == Kind::BROADCAST;
+}
 
 std::string seconds(int64_t ns) {
   char text[32];
@@ -44,15 +48,22 @@ struct HostGroup::Run {
   Outcome& out;
   Descriptor& mine;  // this rank's descriptor
   int64_t start, deadline;
+  bool on_caller;  // a caller's thread waits in this operation
+  bool direct;     // memory in the arena may be read in place
 };
 
 HostGroup::HostGroup(GroupConfig config)
-    : config_(std::move(config)), n_(int(config_.peers.size())), me_(config_.rank), owner_pid_(getpid()),
+    : config_(std::move(config)),
+      n_(int(config_.peers.size())),
+      me_(config_.rank),
+      owner_pid_(getpid()),
       control_(arena_of(config_.leader) + config_.control_offset, n_) {
   config_.slot_bytes = std::max<size_t>(config_.slot_bytes, size_t(n_) * 64) & ~size_t(63);
 }
 
-HostGroup::~HostGroup() { close(); }
+HostGroup::~HostGroup() {
+  close();
+}
 
 // ---------------------------------------------------------------- the queue
 
@@ -67,7 +78,7 @@ void HostGroup::submit(const std::shared_ptr<Task>& task, bool inline_ok) {
   if (inline_ok && queue_.empty() && !busy_ && !stop_) {
     busy_ = true;
     lock.unlock();
-    task->outcome = execute(task->call);
+    task->outcome = execute(task->call, true);
     task->done = true;
     lock.lock();
     busy_ = false;
@@ -94,7 +105,7 @@ void HostGroup::work() {
     queue_.pop_front();
     busy_ = true;
     lock.unlock();
-    Outcome outcome = execute(task->call);
+    Outcome outcome = execute(task->call, false);
     uint64_t notify;
     {
       std::lock_guard<std::mutex> guard(task->mutex);
@@ -134,7 +145,8 @@ void HostGroup::leave() {
 // Whether every rank has come as far as `state` on its way out. A process that ended has.
 bool HostGroup::all_are(ExitState state) const {
   for (int r = 0; r < n_; ++r)
-    if (control_.line(r).exit.load(std::memory_order_acquire) < state && (r == me_ || config_.peers[size_t(r)]->alive()))
+    if (control_.line(r).exit.load(std::memory_order_acquire) < state &&
+        (r == me_ || config_.peers[size_t(r)]->alive()))
       return false;
   return true;
 }
@@ -208,8 +220,7 @@ std::string HostGroup::rank_name(int r) const {
 Status HostGroup::check_alive(int r) const {
   if (r == me_) return {};
   if (control_.line(r).exit.load(std::memory_order_acquire)) return {Code::DEAD, rank_name(r) + " left the group"};
-  if (!config_.peers[size_t(r)]->alive())
-    return {Code::DEAD, rank_name(r) + " ended (it exited, or was killed)"};
+  if (!config_.peers[size_t(r)]->alive()) return {Code::DEAD, rank_name(r) + " ended (it exited, or was killed)"};
   return {};
 }
 
@@ -254,8 +265,10 @@ Status HostGroup::wait_for(Run& run, int r, uint32_t epoch) {
   uint32_t v;
   if (come(v)) return {};
   int64_t begin = now_ns();
-  if (config_.spin_ns > 0)
-    for (int64_t until = begin + config_.spin_ns; now_ns() < until;)
+  // On the progress thread, spinning would take the core from the computation that the operation runs beside.
+  const int64_t spin = run.on_caller ? config_.spin_ns : 0;
+  if (spin > 0)
+    for (int64_t until = begin + spin; now_ns() < until;)
       for (int i = 0; i < 32; ++i) {
         cpu_relax();
         if (come(v)) {
@@ -285,8 +298,8 @@ Status HostGroup::wait_for(Run& run, int r, uint32_t epoch) {
       if (!alive.ok() && !come(v)) return fail(Code::DEAD, what() + " cannot complete: " + alive.text);
     }
     if (now >= run.deadline)
-      return fail(Code::TIMEOUT, what() + " ran into the timeout of " + seconds(run.call.timeout_ns) + " on " + rank_name(me_) +
-                                     ", waiting for: " + missing(run, epoch));
+      return fail(Code::TIMEOUT, what() + " ran into the timeout of " + seconds(run.call.timeout_ns) + " on " +
+                                     rank_name(me_) + ", waiting for: " + missing(run, epoch));
     signal.sleep(v, std::max<int64_t>(1000, std::min(SLICE_NS, run.deadline - now)));
   }
 }
@@ -308,7 +321,7 @@ Status HostGroup::compare(Run& run) {
   for (int r = 0; r < n_; ++r) {
     const Descriptor& b = control_.line(r).descriptor[sequence_ & 1];
     same = same && a.sequence == b.sequence && a.kind == b.kind && a.dtype == b.dtype && a.op == b.op &&
-           a.root == b.root && a.count == b.count;
+           a.root == b.root && a.count == b.count && a.slot_bytes == b.slot_bytes;
   }
   if (same) return {};
   std::string text = "ranks disagree in call #" + std::to_string(sequence_) + " of group '" + config_.name + "': ";
@@ -317,7 +330,8 @@ Status HostGroup::compare(Run& run) {
     text += "rank " + std::to_string(config_.labels[size_t(r)]) + " called " +
             describe(control_.line(r).descriptor[sequence_ & 1]);
   }
-  return fail(Code::MISMATCH, text + ". Every rank must make the same calls in the same order");
+  return fail(Code::MISMATCH,
+              text + ". Every rank must make the same calls in the same order, with the same DISTLIB_STAGING_KB");
 }
 
 // Every pair's sizes, by every rank: a pair that disagrees ends the operation for all.
@@ -367,27 +381,27 @@ char* HostGroup::slot(int r, uint64_t epoch) const {
 
 // ---------------------------------------------------------------- operations
 
-Outcome HostGroup::execute(const Call& call) {
+Outcome HostGroup::execute(const Call& call, bool on_caller) {
   Outcome out;
   out.status = check();
   if (!out.status.ok()) return out;
   out.sequence = ++sequence_;
   int64_t start = now_ns();
   Descriptor& d = control_.line(me_).descriptor[sequence_ & 1];
-  Run run{call, out, d, start, start + call.timeout_ns};
+  Run run{call, out, d, start, start + call.timeout_ns, on_caller, true};
   d.count = call.count;
   d.offset = STAGED;
   d.max_staged = 0;
   d.arrived_ns = call.arrived_ns ? call.arrived_ns : start;
   d.root = call.root;
+  d.slot_bytes = uint32_t(config_.slot_bytes);
   d.kind = uint8_t(call.kind);
   d.dtype = call.dtype_name;
   d.op = uint8_t(call.op);
   d.any_direct = 0;
   d.sequence = sequence_;
   out.status = call.kind == Kind::ALL_REDUCE || call.kind == Kind::REDUCE ? reduce_all(run) : exchange(run);
-  if (out.status.code == Code::MEMORY)
-    out.status = fail(Code::MEMORY, rank_name(me_) + ": " + out.status.text);
+  if (out.status.code == Code::MEMORY) out.status = fail(Code::MEMORY, rank_name(me_) + ": " + out.status.text);
   return out;
 }
 
@@ -406,7 +420,8 @@ Status HostGroup::exchange(Run& run) {
   for (int d = 0; d < n_; ++d) {
     const Span& s = call.send[size_t(d)];
     size_t offset = 0;
-    bool direct = total >= config_.direct_from && s.bytes && config_.arena->contains(s.p, s.bytes, offset);
+    bool direct =
+        run.direct && total >= config_.direct_from && s.bytes && config_.arena->contains(s.p, s.bytes, offset);
     mine[d] = {direct ? offset : STAGED, s.bytes, call.recv[size_t(d)].bytes};
     if (d == me_ || !s.bytes) continue;
     if (direct) {
@@ -501,12 +516,8 @@ Status HostGroup::reduce_all(Run& run) {
     whole.send.assign(size_t(n_), in);
     whole.recv.assign(size_t(n_), out);
     // Read while the others write their result in place: staged, even where it lies in the arena.
-    size_t keep = config_.direct_from;
-    config_.direct_from = ~size_t(0);
-    Run inner{whole, run.out, run.mine, run.start, run.deadline};
-    Status s = exchange(inner);
-    config_.direct_from = keep;
-    return s;
+    Run inner{whole, run.out, run.mine, run.start, run.deadline, run.on_caller, false};
+    return exchange(inner);
   }
 
   size_t offset = 0;
@@ -520,7 +531,8 @@ Status HostGroup::reduce_all(Run& run) {
   std::vector<uint64_t> offsets;
   for (int r = 0; r < n_; ++r) offsets.push_back(control_.line(r).descriptor[sequence_ & 1].offset);
   bool direct = std::find(offsets.begin(), offsets.end(), STAGED) == offsets.end();
-  return direct ? reduce_direct(run, offsets, count) : reduce_staged(run, count);
+  if (direct) return reduce_direct(run, offsets, count);
+  return n_ == 2 && to_all ? reduce_pair(run, count) : reduce_staged(run, count);
 }
 
 Status HostGroup::reduce_direct(Run& run, const std::vector<uint64_t>& offsets, size_t count) {
@@ -544,6 +556,25 @@ Status HostGroup::reduce_direct(Run& run, const std::vector<uint64_t>& offsets, 
     run.out.peer_bytes += (end - begin) * element * size_t(n_ - 1);
   }
   return publish(run);
+}
+
+// Between two ranks each may as well sum everything: the same bytes move, and no sum has to be copied home.
+Status HostGroup::reduce_pair(Run& run, size_t count) {
+  const Call& call = run.call;
+  const size_t element = element_size(call.dtype), chunk = config_.slot_bytes / element, bytes = count * element;
+  for (size_t from = 0; from < bytes; from += chunk * element) {
+    const size_t length = std::min(chunk * element, bytes - from);
+    copy(slot(me_, epoch_ + 1), call.send[0].p + from, length);
+    Status s = publish(run);
+    if (!s.ok()) return s;
+    const void* sources[2];
+    sources[me_] = call.send[0].p + from;
+    sources[1 - me_] = slot(1 - me_, epoch_);
+    void* result = call.recv[0].p + from;
+    reduce(&result, 1, sources, 2, length / element, call.dtype, call.op, call.divisor);
+    run.out.peer_bytes += length;
+  }
+  return {};
 }
 
 // A pipeline over chunks; in each step a rank stages chunk t, sums its slice of chunk t-1, and takes chunk t-2 home.

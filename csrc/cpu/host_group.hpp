@@ -1,13 +1,13 @@
 // Collectives between the ranks of one group on one host, over shared memory.
 //
-// The protocol. Each rank owns a counter, its epoch. An operation is a sequence of steps; in each a rank writes what the
-// others need, publishes (epoch + 1), waits until all epochs have come as far, then reads what the others wrote. The first
-// publication of an operation carries its descriptor, which every rank compares with its own: ranks that disagree all see
-// the same disagreement and all raise.
+// The protocol. Each rank owns a counter, its epoch. An operation is a sequence of steps; in each a rank writes what
+// the others need, publishes (epoch + 1), waits until all epochs have come as far, then reads what the others wrote.
+// The first publication of an operation carries its descriptor, which every rank compares with its own: ranks that
+// disagree all see the same disagreement and all raise.
 //
-// Data is pulled. A piece that lies in its owner's arena is read where it lies (one copy less: "direct"); any other piece
-// goes through the owner's staging slots, chunk by chunk, small enough to stay in cache. Three slots take turns by epoch:
-// a rank that writes slot e+3 has passed the wait of e+2, so all have finished reading e.
+// Data is pulled. A piece that lies in its owner's arena is read where it lies (one copy less: "direct"); any other
+// piece goes through the owner's staging slots, chunk by chunk, small enough to stay in cache. Three slots take turns
+// by epoch: a rank that writes slot e+3 has passed the wait of e+2, so all have finished reading e.
 #pragma once
 #include <unistd.h>
 
@@ -100,8 +100,8 @@ struct GroupConfig {
   size_t control_offset = 0;  // in the leader's arena
   int64_t spin_ns = 0;        // how long a wait spins before it sleeps; 0 where ranks outnumber cores
   size_t slot_bytes = size_t(1) << 20;
-  size_t direct_from = size_t(128) << 10;   // bytes from which arena memory is read in place
-  size_t oneshot_to = size_t(512) << 10;    // bytes (times ranks) up to which every rank reduces everything itself
+  size_t direct_from = size_t(128) << 10;  // bytes from which arena memory is read in place
+  size_t oneshot_to = size_t(512) << 10;   // bytes (times ranks) up to which every rank reduces everything itself
 };
 
 class HostGroup {
@@ -135,18 +135,19 @@ class HostGroup {
   const Control& control() const { return control_; }
   char* arena_of(int r) const { return r == me_ ? config_.arena->base() : config_.peers[size_t(r)]->base(); }
   bool foreign() const { return getpid() != owner_pid_; }  // in a child forked after the group was made
-  Status check() const;                  // forked, closed or aborted
-  Status check_alive(int r) const;       // that rank lives and has not left
-  std::string rank_name(int r) const;    // "rank 3 (pid 77)"
+  Status check() const;                                    // forked, closed or aborted
+  Status check_alive(int r) const;                         // that rank lives and has not left
+  std::string rank_name(int r) const;                      // "rank 3 (pid 77)"
   // Set around a call that may block the main thread: returns true when a signal handler wants it to end.
   static thread_local bool (*interrupted)();
 
  private:
   struct Run;  // one operation under way
-  Outcome execute(const Call& call);
+  Outcome execute(const Call& call, bool on_caller);
   Status exchange(Run& run);
   Status reduce_all(Run& run);
   Status reduce_direct(Run& run, const std::vector<uint64_t>& offsets, size_t count);
+  Status reduce_pair(Run& run, size_t count);
   Status reduce_staged(Run& run, size_t count);
   Status publish(Run& run);  // publish this rank's step and wait for all the others'
   Status wait_for(Run& run, int r, uint32_t epoch);

@@ -15,8 +15,12 @@ constexpr int64_t GRACE_NS = 1000000;  // before the thread drives what nobody w
 }  // namespace
 
 Mailbox::Mailbox(std::shared_ptr<HostGroup> group)
-    : group_(std::move(group)), control_(group_->control()), n_(group_->size()), me_(group_->rank()),
-      sent_(size_t(n_)), arrived_(size_t(n_)) {}
+    : group_(std::move(group)),
+      control_(group_->control()),
+      n_(group_->size()),
+      me_(group_->rank()),
+      sent_(size_t(n_)),
+      arrived_(size_t(n_)) {}
 
 Mailbox::~Mailbox() {
   close();

@@ -457,3 +457,19 @@ def _split(name: str, tensor: torch.Tensor, sizes: list[int] | None, ranks: int)
     if len(sizes) != ranks or sum(sizes) != rows:
         raise ValueError(f"all_to_all_single: {name} splits {sizes} do not cover {rows} rows for {ranks} ranks")
     return list(tensor.split(sizes))
+
+
+def _hide_from_dynamo() -> None:
+    """torch.compile must not trace into these methods: they reach into the core."""
+    from torch._C._dynamo import eval_frame
+
+    if not hasattr(eval_frame, "set_code_exec_strategy"):  # before torch 2.8 methods of process groups are not traced
+        return
+    skip = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
+    for cls in (ProcessGroup, Work):
+        for member in vars(cls).values():
+            if hasattr(member, "__code__"):
+                eval_frame.set_code_exec_strategy(member.__code__, skip)
+
+
+_hide_from_dynamo()

@@ -55,7 +55,8 @@ struct World {
         c.labels.push_back(r);
         std::shared_ptr<Peer> peer;
         if (r != me)
-          require(Peer::map(dup(ranks[r].arena->fd()), ranks[r].arena->size(), sockets[me][r], getpid(), peer).ok(), "map");
+          require(Peer::map(dup(ranks[r].arena->fd()), ranks[r].arena->size(), sockets[me][r], getpid(), peer).ok(),
+                  "map");
         c.peers.push_back(peer);
       }
       // The leader's control block is reached through its own mapping by itself, through a peer's mapping by others.
@@ -91,7 +92,9 @@ Status wait(const std::shared_ptr<Task>& task) {
   return task->outcome.status;
 }
 
-Span span(std::vector<float>& v) { return {reinterpret_cast<char*>(v.data()), v.size() * 4}; }
+Span span(std::vector<float>& v) {
+  return {reinterpret_cast<char*>(v.data()), v.size() * 4};
+}
 
 // All-reduces of ordinary and of arena memory, small, staged and direct, several in flight.
 void reductions(int me, Rank& rank) {
@@ -120,7 +123,8 @@ void pieces(int me, Rank& rank) {
   for (int r = 0; r < N; ++r) homes.push_back({reinterpret_cast<char*>(all.data() + 50000 * r), 200000});
   require(wait(start(rank, Kind::ALL_GATHER, std::vector<Span>(N, span(mine)), homes, 50000, true)).ok(), "all_gather");
   for (int r = 0; r < N; ++r) require(all[size_t(50000 * r + 49999)] == float(r), "gathered");
-  require(wait(start(rank, Kind::REDUCE_SCATTER, homes, std::vector<Span>(N, span(mine)), 50000, false)).ok(), "scatter");
+  require(wait(start(rank, Kind::REDUCE_SCATTER, homes, std::vector<Span>(N, span(mine)), 50000, false)).ok(),
+          "scatter");
   require(mine[0] == float(N * me), "reduced part");
   require(wait(start(rank, Kind::BARRIER, std::vector<Span>(N), std::vector<Span>(N), 0, true)).ok(), "barrier");
 }
