@@ -227,7 +227,9 @@ def test_closing_the_pool_leaves_no_process() -> None:
 
 KILLED_SESSION = """
 import sys
+import signal
 import ranks, test_ranks
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell in the background had ignored
 ranks.run_ranks(2, test_ranks._tell_pid_and_hang, sys.argv[1])
 """
 

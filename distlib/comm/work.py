@@ -133,6 +133,11 @@ class _Completions:
 completions = _Completions()
 
 
+# Memory of failed operations. A rank that was stopped inside one may wake and still write into it: nobody else may
+# get it. The group is of no further use then, so this does not grow.
+_quarantine: list[object] = []
+
+
 class Work(dist.Work):
     """A started collective. `wait()` blocks, then raises CollectiveError if it failed on any rank.
 
@@ -173,6 +178,7 @@ class Work(dist.Work):
             if code:
                 self._error = CollectiveError(self.operation.text, native.CODES[code])
                 self._error.__cause__ = getattr(self.operation, "cause", None)
+                _quarantine.append(self._keep)
             else:
                 if self._finish is not None:
                     self._finish()
