@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -72,19 +73,19 @@ def _must_agree(inner: Launch, outer: Launch) -> None:
         )
 
 
-class Launcher:
+class Launcher(ABC):
     """What all launchers share: reading variables so that each complaint names variable, launcher and fix."""
 
     name: str
     fix: str
 
+    @abstractmethod
     def present(self, env: Env) -> bool:
         """Whether this launcher left its mark in `env`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, env: Env) -> Launch:
         """The launch it describes; LaunchError when a variable is missing or wrong."""
-        raise NotImplementedError
 
     def may_run_inside(self, other: "Launcher", env: Env) -> bool:
         """Whether `other` may have started this launcher, so that its numbers count daemons, not ranks."""
