@@ -255,3 +255,56 @@ def names_another_dtype(rank: int, n: int) -> str:
 def test_dtypes_that_are_only_moved_are_compared_too() -> None:
     for text in run_ranks(2, names_another_dtype):
         assert "ranks disagree" in text, text
+
+
+# ---------------------------------------------------------------- groups over gloo, and of other backends
+
+
+def disagrees_on_sizes(rank: int, n: int) -> str:
+    dist.init_process_group("distlib", store=store(), rank=rank, world_size=n, timeout=timedelta(seconds=5))
+    given = [torch.ones(3) for _ in range(n)]
+    found = [torch.zeros(4 if (src, rank) == (1, 0) else 3) for src in range(n)]
+    with pytest.raises(CollectiveError) as caught:
+        Group.of().all_to_all(found, given)
+    assert caught.value.code == "mismatch"
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("where", [{"DISTLIB_CORE": "0"}, {"DISTLIB_NODES": "2"}, {}])
+def test_sizes_of_an_all_to_all_are_compared_before_bytes_travel(where: dict[str, str]) -> None:
+    for text in run_ranks(2, disagrees_on_sizes, env=where, timeout=20):
+        assert "rank 1 sends 12 bytes to rank 0, which expects 16" in text, text
+
+
+def aborts_after_it_left(rank: int, n: int) -> None:
+    dist.init_process_group("distlib", store=store(), rank=rank, world_size=n, timeout=timedelta(seconds=5))
+    group = Group.of()
+    group.barrier()
+    group.close()
+    group.abort("too late")
+    with pytest.raises(CollectiveError, match="was closed on this rank"):
+        group.barrier()
+
+
+@pytest.mark.parametrize("where", [{"DISTLIB_CORE": "0"}, {"DISTLIB_NODES": "2"}, {}])
+def test_a_group_that_was_left_can_still_be_aborted(where: dict[str, str]) -> None:
+    run_ranks(2, aborts_after_it_left, env=where)
+
+
+def polls_another_backend(rank: int, n: int) -> float:
+    with process_group(rank, n, "gloo"):
+        group, x = Group.of(), torch.full((4,), float(2 * rank))
+        works = [group.all_reduce(x, "avg", async_op=True), group.barrier(async_op=True)]
+        until = time.monotonic() + 5
+        while not all(work is not None and work.is_completed() for work in works) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert all(work is not None and work.is_success() for work in works)
+        for work in works:
+            assert work is not None and work.wait()
+        group.sweep()
+        assert not group._in_flight
+        return float(x[0])
+
+
+def test_a_collective_of_another_backend_completes_though_nobody_waits_for_it() -> None:
+    assert run_ranks(2, polls_another_backend) == [1.0, 1.0]

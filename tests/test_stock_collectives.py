@@ -296,6 +296,43 @@ def test_collectives_in_compiled_programs(backend: str) -> None:
     run_ranks(2, compiled, backend)
 
 
+def gathered_into(x: torch.Tensor, out: torch.Tensor, n: int, group: str) -> torch.Tensor:
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.all_gather_into_tensor_out(x, n, group, out=out))
+
+
+def gathers_into_given_memory(rank: int, n: int, backend: str) -> None:
+    with process_group(rank, n, backend):
+        everything = torch.cat([of_rank(r, 2, 3) for r in range(n)])
+        for each in (dist.group.WORLD, dist.new_group(backend="gloo")):
+            room = torch.empty(3 * n, 3)
+            result = gathered_into(of_rank(rank, 3, 2).t(), room[: 2 * n], n, each.group_name)
+            strided = torch.cat([of_rank(r, 3, 2).t() for r in range(n)])
+            assert torch.equal(result, strided) and result.data_ptr() == room.data_ptr()
+            program = torch.compile(gathered_into, backend="aot_eager")
+            assert torch.equal(program(of_rank(rank, 2, 3), torch.empty(2 * n, 3), n, each.group_name), everything)
+        dist.barrier()
+
+
+@BACKENDS
+def test_compiled_programs_gather_into_memory_of_their_own(backend: str) -> None:
+    run_ranks(2, gathers_into_given_memory, backend)
+
+
+def gathers_without_the_other(rank: int, n: int, backend: str) -> None:
+    with process_group(rank, n, backend, timeout=2):
+        ops = torch.ops._c10d_functional
+        if rank == 0:
+            out = ops.all_gather_into_tensor_out(of_rank(rank, 2), n, dist.group.WORLD.group_name, out=torch.empty(4))
+            with pytest.raises(RuntimeError):
+                ops.wait_tensor(out)
+
+
+@BACKENDS
+def test_a_gather_into_given_memory_raises_where_it_is_waited_for(backend: str) -> None:
+    run_ranks(2, gathers_without_the_other, backend)
+
+
 def tensor_parallel(rank: int, n: int, backend: str) -> None:
     with process_group(rank, n, backend):
         mesh = init_device_mesh("cpu", (n,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from datetime import timedelta
 from typing import Any
@@ -37,13 +38,23 @@ class _C10dOperation:
         self._work = work
         self._what = what
         self._after = after
-        self.done = False
+        self._lock = threading.Lock()
+        self._over = False
         self.code = 0
         self.text = ""
         self.source = -1
 
+    @property
+    def done(self) -> bool:
+        """Asks the backend, as nobody may ever wait. (gloo ends messages only in their wait().)"""
+        if not self._over and self._work.is_completed():
+            self.wait(1e8)
+        return self._over
+
     def wait(self, seconds: float) -> bool:
-        if not self.done:
+        with self._lock:
+            if self._over:
+                return True
             try:
                 self._work.wait(timedelta(seconds=min(seconds, 1e8)))
                 if self._after is not None:
@@ -51,8 +62,8 @@ class _C10dOperation:
                 self.source = self._work._source_rank() if self._what == "recv" else -1
             except RuntimeError as error:
                 self.code, self.text = native.CODES.index("aborted"), f"{self._what}: {error}"
-            self.done = True
-        return True
+            self._over = True
+            return True
 
     def notify(self, id: int) -> bool:
         self.wait(1e8)

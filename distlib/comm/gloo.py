@@ -219,7 +219,25 @@ class GlooChannel:
         options.timeout = limit
         return self._gloo.alltoall_base(out, given, out_sizes, sizes, options)
 
+    def _agree_on_pieces(self, c: Collective, limit: timedelta) -> None:
+        """All ranks compare what each sends to each with what that one expects: gloo would not survive a mismatch."""
+        mine = torch.tensor([[t.nbytes for t in c.send], [t.nbytes for t in c.recv]])
+        all = torch.empty(self.size, 2, self.size, dtype=mine.dtype)
+        self._gather_bytes(all, mine, limit)
+        sent, expected = all[:, 0], all[:, 1].t()
+        for src, dst in (sent != expected).nonzero()[:1].tolist():
+            raise CollectiveError(
+                f"{c.describe()} #{self._sequence} of group '{self.name}': rank {self._labels[src]} sends "
+                f"{sent[src, dst]} bytes to rank {self._labels[dst]}, which expects {expected[src, dst]}",
+                "mismatch",
+            )
+
     def _all_to_all(self, c: Collective, limit: timedelta) -> Sent:
+        if self._compare and self.size > 1:
+            self._agree_on_pieces(c, limit)
+        return self._swap(c, limit)
+
+    def _swap(self, c: Collective, limit: timedelta) -> Sent:
         given = [as_bytes(t) for t in c.send]
         sizes, out_sizes = [t.numel() for t in given], [t.numel() * t.element_size() for t in c.recv]
         out = torch.empty(sum(out_sizes), dtype=torch.uint8)
@@ -230,7 +248,7 @@ class GlooChannel:
 
     def _reduce_scatter(self, c: Collective, limit: timedelta) -> Sent:
         pieces = [torch.empty_like(t) for t in [c.recv[0]] * self.size]
-        sent = self._all_to_all(Collective("all_to_all", c.send, pieces), limit)
+        sent = self._swap(Collective("all_to_all", c.send, pieces), limit)
         reduce_in_order(c.recv[0], pieces, c.op, self.size)
         return sent
 
@@ -336,7 +354,8 @@ class GlooChannel:
     def abort(self, text: str) -> None:
         """Later calls fail here; the others see this rank's connections close."""
         self._broken = self._broken or CollectiveError(text)
-        self._gloo.abort()
+        if (connection := self._connections.get("all")) is not None:
+            connection.abort()
 
     def close(self) -> None:
         self._runner.close()

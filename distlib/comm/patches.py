@@ -7,12 +7,14 @@ import warnings
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch._C import _distributed_c10d
 from torch.distributed import distributed_c10d as c10d
 from torch.nn.parallel import DistributedDataParallel
 
 c10d_core: Any = _distributed_c10d  # parts that its type stubs do not mention
+_kernels = torch.library.Library("_c10d_functional", "IMPL", "CPU")  # what it holds is served while it lives
 
 
 def _own(group: Any) -> Any:
@@ -73,3 +75,21 @@ def patch_torch() -> None:
     DistributedDataParallel._register_builtin_comm_hook = register_builtin_hook
     dist.monitored_barrier = c10d.monitored_barrier = barrier
     c10d._set_pg_timeout = set_pg_timeout
+
+
+def gather_into(input: torch.Tensor, group_size: int, group: Any, *, out: torch.Tensor) -> torch.Tensor:
+    """torch's `all_gather_into_tensor_out`, as compiled programs call it. torch's own asks for a C++ backend; this one
+    calls the group. It calls the C++ base class, which finds our method, and whose work keeps ours alive."""
+    base: Any = dist.ProcessGroup
+    pg = c10d_core._resolve_process_group(group) if isinstance(group, str) else group
+    if _own(pg) is not None:
+        work = base.allgather_into_tensor_coalesced(pg, [out], [input.contiguous()])
+    else:
+        work = base._allgather_base(pg, out, input.contiguous(), c10d_core.AllgatherOptions())
+    c10d_core._register_work(out, work)
+    return out
+
+
+def patch_functional() -> None:
+    """Registers `gather_into` for tensors on the CPU; with the first group of ours, so that others keep torch's."""
+    _kernels.impl("all_gather_into_tensor_out", gather_into)

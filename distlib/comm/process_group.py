@@ -20,6 +20,7 @@ from torch.distributed import distributed_c10d as c10d
 from distlib.comm.c10d import OPS
 from distlib.comm.group import Group
 from distlib.comm.monitored import monitored_barrier
+from distlib.comm.patches import patch_functional
 from distlib.comm.sparse import all_reduce_sparse
 from distlib.comm.work import Work, finished
 
@@ -473,3 +474,4 @@ def _hide_from_dynamo() -> None:
 
 
 _hide_from_dynamo()
+patch_functional()

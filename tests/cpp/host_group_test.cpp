@@ -4,6 +4,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -73,10 +74,11 @@ struct World {
 };
 
 std::shared_ptr<Task> start(Rank& rank, Kind kind, std::vector<Span> send, std::vector<Span> recv, uint64_t count,
-                            bool inline_ok, int64_t timeout_ms = 20000) {
+                            bool inline_ok, int64_t timeout_ms = 20000, int root = 0) {
   auto task = std::make_shared<Task>();
   task->call.kind = kind;
   task->call.dtype = DType::F32;
+  task->call.root = root;
   task->call.count = count;
   task->call.divisor = N;
   task->call.timeout_ns = timeout_ms * 1000000;
@@ -129,6 +131,70 @@ void pieces(int me, Rank& rank) {
   require(wait(start(rank, Kind::BARRIER, std::vector<Span>(N), std::vector<Span>(N), 0, true)).ok(), "barrier");
 }
 
+// What only some ranks send or receive, from and to a root; once through slots, once from the arena.
+void rooted(int me, Rank& rank) {
+  constexpr int ROOT = 1;
+  constexpr int64_t LIMIT = 20000;
+  const std::vector<Span> none(N);
+  for (size_t count : {size_t(7), size_t(70000)}) {
+    const bool inline_ok = count == 7;
+    const size_t bytes = count * 4;
+    size_t offset = 0;
+    require(rank.arena->allocate(bytes, true, offset).ok(), "allocate");
+    auto* mine = reinterpret_cast<float*>(rank.arena->base() + offset);
+    auto fill = [&](float value) { std::fill(mine, mine + count, value); };
+    const Span own{reinterpret_cast<char*>(mine), bytes};
+    std::vector<float> all(count * N);
+    std::vector<Span> homes, to = none, of = none;
+    for (int r = 0; r < N; ++r) homes.push_back({reinterpret_cast<char*>(all.data() + count * size_t(r)), bytes});
+    auto run = [&](Kind kind, const std::vector<Span>& send, const std::vector<Span>& recv) {
+      require(wait(start(rank, kind, send, recv, count, inline_ok, LIMIT, ROOT)).ok(), "rooted");
+    };
+
+    fill(float(me));
+    for (int r = 0; me == ROOT && r < N; ++r)
+      if (r != me) to[size_t(r)] = own;
+    if (me != ROOT) of[ROOT] = own;
+    run(Kind::BROADCAST, to, of);
+    require(mine[0] == ROOT && mine[count - 1] == ROOT, "broadcast");
+
+    fill(float(me));
+    to = none;
+    to[ROOT] = own;
+    run(Kind::GATHER, to, me == ROOT ? homes : none);
+    for (int r = 0; me == ROOT && r < N; ++r) require(all[count * size_t(r + 1) - 1] == float(r), "gather");
+
+    of = none;
+    of[ROOT] = own;
+    fill(-1);
+    run(Kind::SCATTER, me == ROOT ? homes : none, of);
+    require(mine[count - 1] == float(me), "scatter");
+
+    run(Kind::REDUCE, {own}, {own});
+    require(me != ROOT || mine[count - 1] == 3, "reduce");
+    rank.arena->release(offset);
+  }
+}
+
+// Rank r sends (r + d + 1) * 100 floats to rank d; then a pair that disagrees ends the group.
+void exchange(int me, Rank& rank) {
+  std::vector<std::vector<float>> out, in;
+  std::vector<Span> send, recv;
+  for (int r = 0; r < N; ++r) {
+    out.emplace_back(size_t(r + me + 1) * 100, float(10 * me + r));
+    in.emplace_back(size_t(r + me + 1) * 100, -1.0f);
+  }
+  for (int r = 0; r < N; ++r) {
+    send.push_back(span(out[size_t(r)]));
+    recv.push_back(span(in[size_t(r)]));
+  }
+  require(wait(start(rank, Kind::ALL_TO_ALL, send, recv, 0, me == 1)).ok(), "all_to_all");
+  for (int r = 0; r < N; ++r) require(in[size_t(r)].back() == float(10 * r + me), "exchanged");
+  if (me == 2) recv[0].bytes -= 4;
+  Status s = wait(start(rank, Kind::ALL_TO_ALL, send, recv, 0, me == 1));
+  require(s.code == Code::MISMATCH && s.text.find("rank 0 sends") != std::string::npos, "the pair is named");
+}
+
 std::shared_ptr<Message> message(Rank& rank, bool sending, int peer, int tag, std::vector<float>& v) {
   auto m = std::make_shared<Message>();
   m->sending = sending;
@@ -164,6 +230,25 @@ void timeout(int me, Rank& rank) {
   require(!s.ok() && s.text.find("waiting for: rank 2") != std::string::npos, "the missing rank is named");
 }
 
+// A thread of rank 0 ends the group while the others wait in a collective, in a queued one and in a message.
+void abort(int me, Rank& rank) {
+  std::vector<float> v(10), w(10);
+  std::vector<std::shared_ptr<Task>> tasks;
+  if (me == 0) {
+    std::thread([&] {
+      usleep(50000);
+      rank.group->abort("enough");
+    }).join();
+  } else {
+    for (int k = 0; k < 2; ++k) tasks.push_back(start(rank, Kind::ALL_REDUCE, {span(v)}, {span(v)}, 10, false));
+    auto m = message(rank, false, 0, 5, w);
+    require(rank.box->wait(m, -1) && !m->outcome.status.ok(), "the message fails");
+  }
+  for (auto& t : tasks) require(wait(t).text.find("enough") != std::string::npos, "says why");
+  require(wait(start(rank, Kind::BARRIER, std::vector<Span>(N), std::vector<Span>(N), 0, true)).code == Code::ABORTED,
+          "later calls fail");
+}
+
 }  // namespace
 
 int main() {
@@ -171,6 +256,7 @@ int main() {
     World world;
     for (int round = 0; round < 3; ++round) world.run(reductions);
     world.run(pieces);
+    world.run(rooted);
     world.run(messages);
     world.run(timeout);
     world.run([](int, Rank& rank) {
@@ -180,6 +266,14 @@ int main() {
     require(!world.ranks[0].group->reap(), "others still look at the leader's control block");
     for (int r = 1; r < N; ++r) require(world.ranks[size_t(r)].group->reap(), "all left");
     require(world.ranks[0].group->reap(), "all are gone");
+  }
+  for (auto fault : {exchange, abort}) {
+    World world;
+    world.run(fault);
+    world.run([](int, Rank& rank) {
+      rank.box->close();
+      rank.group->close();
+    });
   }
   puts("host_group_test: ok");
   return 0;
