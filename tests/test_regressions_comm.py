@@ -260,20 +260,21 @@ def test_dtypes_that_are_only_moved_are_compared_too() -> None:
 # ---------------------------------------------------------------- groups over gloo, and of other backends
 
 
-def disagrees_on_sizes(rank: int, n: int) -> str:
+def disagrees_on_sizes(rank: int, n: int, src: int) -> str:
     dist.init_process_group("distlib", store=store(), rank=rank, world_size=n, timeout=timedelta(seconds=5))
     given = [torch.ones(3) for _ in range(n)]
-    found = [torch.zeros(4 if (src, rank) == (1, 0) else 3) for src in range(n)]
+    found = [torch.zeros(4 if (r, rank) == (src, 0) else 3) for r in range(n)]
     with pytest.raises(CollectiveError) as caught:
         Group.of().all_to_all(found, given)
     assert caught.value.code == "mismatch"
     return str(caught.value)
 
 
+@pytest.mark.parametrize("src", [0, 1])  # rank 0 itself, and the other
 @pytest.mark.parametrize("where", [{"DISTLIB_CORE": "0"}, {"DISTLIB_NODES": "2"}, {}])
-def test_sizes_of_an_all_to_all_are_compared_before_bytes_travel(where: dict[str, str]) -> None:
-    for text in run_ranks(2, disagrees_on_sizes, env=where, timeout=20):
-        assert "rank 1 sends 12 bytes to rank 0, which expects 16" in text, text
+def test_sizes_of_an_all_to_all_are_compared_before_bytes_travel(where: dict[str, str], src: int) -> None:
+    for text in run_ranks(2, disagrees_on_sizes, src, env=where, timeout=20):
+        assert f"rank {src} sends 12 bytes to rank 0, which expects 16" in text, text
 
 
 def aborts_after_it_left(rank: int, n: int) -> None:

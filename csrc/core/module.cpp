@@ -79,6 +79,12 @@ struct Block {
   Block& operator=(const Block&) = delete;
 };
 
+// A range of another rank's arena that Python objects look into; the mapping lives as long as they do.
+struct PeerView {
+  std::shared_ptr<Peer> peer;
+  size_t offset, bytes;
+};
+
 // A started collective or message.
 struct Operation {
   virtual ~Operation() = default;
@@ -154,8 +160,11 @@ void poke(char* base, size_t size, size_t offset, const std::string& data) {
 
 }  // namespace
 
+void bind_optimizers(py::module_& m);  // optimizers.cpp
+
 PYBIND11_MODULE(_native, m) {
   m.doc() = "distlib's torch-free core: shared-memory arenas, collectives and reduction kernels.";
+  bind_optimizers(m);
   m.def("simd_name", &simd_name);
   m.def("simd_error", &simd_error);
   m.def("now_ns", &now_ns, "CLOCK_MONOTONIC, the clock that all ranks of a host share.");
@@ -226,6 +235,11 @@ PYBIND11_MODULE(_native, m) {
       .def("peek", [](const Arena& a, size_t o, size_t n) { return peek(a.base(), a.size(), o, n); })
       .def("poke", [](const Arena& a, size_t o, const std::string& d) { poke(a.base(), a.size(), o, d); });
 
+  py::class_<PeerView>(m, "PeerView", py::buffer_protocol()).def_buffer([](PeerView& v) {
+    return py::buffer_info(v.peer->base() + v.offset, 1, py::format_descriptor<uint8_t>::format(),
+                           py::ssize_t(v.bytes));
+  });
+
   py::class_<Peer, std::shared_ptr<Peer>>(m, "Peer")
       .def(py::init([](int fd, size_t bytes, int socket, int pid) {
              std::shared_ptr<Peer> p;
@@ -237,6 +251,11 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("alive", &Peer::alive)
       .def_property_readonly("pid", &Peer::pid)
       .def("forget_socket", &Peer::forget_socket)
+      .def("view",
+           [](const std::shared_ptr<Peer>& p, size_t offset, size_t bytes) {
+             if (offset > p->size() || bytes > p->size() - offset) throw py::value_error("outside of the arena");
+             return std::make_unique<PeerView>(PeerView{p, offset, bytes});
+           })
       .def("peek", [](const Peer& p, size_t o, size_t n) { return peek(p.base(), o + n, o, n); })
       .def("poke", [](const Peer& p, size_t o, const std::string& d) { poke(p.base(), o + d.size(), o, d); });
 

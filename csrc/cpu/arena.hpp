@@ -64,6 +64,7 @@ class Peer {
   bool alive() const;
   void forget_socket();  // in a forked child, which must not keep the parent's connection open
   char* base() const { return base_; }
+  size_t size() const { return size_; }
   int pid() const { return pid_; }
 
  private:

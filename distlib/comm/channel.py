@@ -33,6 +33,7 @@ class Collective:
     op: str = "sum"
     root: int = 0
     label: str = ""  # lateness is kept by label
+    hierarchical: bool = False  # all_gather, reduce_scatter: in levels, inside hosts and between them
     arrived_ns: int = 0  # when this rank was ready for it (native.now_ns()); 0: now
 
     @property

@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 
 from distlib import native
+from distlib.comm import hierarchical as levels
 from distlib.comm import interfaces, membership
 from distlib.comm.c10d import C10dChannel
 from distlib.comm.channel import Channel, Collective
+from distlib.comm.counting import CountingChannel, is_fake, pretend_topology
 from distlib.comm.gloo import GlooChannel
 from distlib.comm.host import HostChannel, usable_cores
 from distlib.comm.ledger import ledger
@@ -62,6 +64,9 @@ class Group:
         self.timeout = timeout
         self.closed = False
         self._channel = channel
+        self._why_flat = levels.why_flat(topology)
+        if isinstance(channel, C10dChannel):
+            self._why_flat = "its collectives are another backend's"
         self._in_flight: deque[Work] = deque()
         self._late_before: dict[str, tuple[list[float], int]] = {}
         ledger()._groups.add(self)
@@ -103,7 +108,8 @@ class Group:
     @staticmethod
     def of(process_group: dist.ProcessGroup | None = None) -> Group:
         """The Group behind a c10d process group (None: the world's). On a backend other than "distlib" its collectives
-        go through that backend; then the first call for a group must be made by all its ranks."""
+        go through that backend; then the first call for a group must be made by all its ranks. On torch's "fake"
+        backend nothing moves, and the ledger counts what would (counting.py)."""
         pg = process_group if process_group is not None else dist.group.WORLD
         if pg is None:
             raise RuntimeError("there is no process group yet: call distlib.init() first")
@@ -111,7 +117,7 @@ class Group:
         if own is not None:
             return own
         if pg not in _foreign:
-            _foreign[pg] = _wrap_foreign(pg)
+            _foreign[pg] = _wrap_fake(pg) if is_fake(pg) else _wrap_foreign(pg)
         return _foreign[pg]
 
     # ------------------------------------------------------------ collectives
@@ -155,12 +161,20 @@ class Group:
         input: torch.Tensor,
         async_op: bool = False,
         timeout: Timeout = None,
+        hierarchical: bool | None = None,
     ) -> Work | None:
-        """Copies every rank's `input` to every rank: into one flat `output` in rank order, or a list of tensors."""
+        """Copies every rank's `input` to every rank: into one flat `output` in rank order, or a list of tensors.
+
+        hierarchical: between hosts on one rail per local rank, then inside hosts (MiCS, arXiv 2205.00119); None: where
+        the group has equally many ranks, at least 2, on each of several hosts, and the message is large enough. The
+        same on all ranks.
+        """
         pieces, finish = self._outputs("all_gather", output, input.numel())
         given = _readable([input])
         result = [output] if isinstance(output, torch.Tensor) else list(output)
-        return self._start(Collective("all_gather", given, pieces), result, finish, async_op, timeout)
+        call = Collective("all_gather", given, pieces)
+        call.hierarchical = self._goes_in_levels(call, input.nbytes, hierarchical)
+        return self._start(call, result, finish, async_op, timeout)
 
     def reduce_scatter(
         self,
@@ -169,12 +183,19 @@ class Group:
         op: str = "sum",
         async_op: bool = False,
         timeout: Timeout = None,
+        hierarchical: bool | None = None,
     ) -> Work | None:
-        """Reduces the r-th part of all ranks' `input` (one flat tensor, or a list) into `output` of rank r."""
+        """Reduces the r-th part of all ranks' `input` (one flat tensor, or a list) into `output` of rank r.
+
+        hierarchical: as for all_gather, inside hosts first. It never changes a bit: a group that spans hosts always
+        sums ranks in order inside hosts, then hosts in order.
+        """
         native.require_reducible("reduce_scatter", output.dtype, op)
         given = self._inputs("reduce_scatter", input, output.numel())
         inner, finish = _writable([output])
-        return self._start(Collective("reduce_scatter", given, inner, op), [output], finish, async_op, timeout)
+        call = Collective("reduce_scatter", given, inner, op)
+        call.hierarchical = self._goes_in_levels(call, output.nbytes, hierarchical)
+        return self._start(call, [output], finish, async_op, timeout)
 
     def gather(
         self,
@@ -361,6 +382,17 @@ class Group:
         for row in self._channel.traffic(kind, root, sent, received, operation):
             ledger().add(kind, self.name, row.link, row.bytes, row.expected)
 
+    def _goes_in_levels(self, call: Collective, piece: int, asked: bool | None) -> bool:
+        """Whether a gather or scatter of pieces of so many bytes goes in levels."""
+        if asked is None:
+            return not self._why_flat and levels.pays(call.kind, call.dtype, piece * self.size, self.topology)
+        if asked and self._why_flat:
+            raise ValueError(
+                f"{call.kind}: hierarchical=True is not possible in group '{self.name}': {self._why_flat}. It needs "
+                "several hosts with equally many of its ranks, at least 2; leave it None to choose by that"
+            )
+        return asked
+
     def _check_rank(self, what: str, argument: str, rank: int) -> None:
         if not 0 <= rank < self.size:
             raise ValueError(f"{what}: {argument}={rank} is not a rank of group '{self.name}', which has {self.size}")
@@ -427,6 +459,13 @@ def _wrap_foreign(pg: dist.ProcessGroup) -> Group:
     topology = Topology.from_colocation(dict(enumerate(gathered)))
     name = str(getattr(pg, "group_name", "group"))
     return Group(name, pg.rank(), ranks, topology, C10dChannel(pg), 1800.0)
+
+
+def _wrap_fake(pg: dist.ProcessGroup) -> Group:
+    ranks = dist.get_process_group_ranks(pg)
+    topology = pretend_topology(ranks, dist.get_world_size())
+    name = "world" if pg is dist.group.WORLD else str(getattr(pg, "group_name", "group"))
+    return Group(name, pg.rank(), ranks, topology, CountingChannel(name, pg.rank(), topology), 1800.0)
 
 
 def _readable(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

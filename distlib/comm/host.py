@@ -64,6 +64,7 @@ class HostChannel:
         self.size = len(doors)
         self.rank = rank
         self._block = block  # the control block, where this rank is the leader
+        self._doors = doors
         self._group = host.core.HostGroup(
             name=name,
             rank=rank,
@@ -85,6 +86,10 @@ class HostChannel:
         host = Host.here()
         assert host.core is not None
         return host.arena.allocate(host.core.control_bytes(size), False)
+
+    def peer(self, rank: int) -> Any:
+        """The mapped arena of another rank."""
+        return Host.here().peers[self._doors[rank]]
 
     def start(self, collective: Collective, timeout: float, sync: bool) -> Operation:
         c = collective

@@ -6,11 +6,13 @@
 
 so that each byte crosses the network once per host, not once per rank. Long tensors go in chunks, the network
 working on one chunk while memory works on its neighbours. Sums run in rank order inside hosts, and in host order
-between them; half types travel between hosts as fp32 and are rounded once.
+between them; half types travel between hosts as fp32 and are rounded once. All-gather and reduce-scatter go in levels
+too where that pays (hierarchical.py); a reduce-scatter has the bits of the all-reduce, whichever way it goes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,18 +21,24 @@ import torch
 import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 
-from distlib import native, settings
-from distlib.comm.arithmetic import reduce_in_order
 from distlib.comm.channel import BETWEEN_HOSTS, SAME_HOST, Collective, Traffic
-from distlib.comm.gloo import GlooChannel, flat, process_group
+from distlib.comm.gloo import GlooChannel, Sent, flat, process_group
+from distlib.comm.hierarchical import (
+    CHUNK_BYTES,
+    LAG,
+    Levels,
+    Moved,
+    reduce_by_host,
+    reduce_rows,
+    run_inside,
+    why_flat,
+    wire_dtype,
+)
 from distlib.comm.host import HostChannel, Span
 from distlib.comm.memory import arena_empty
 from distlib.comm.threads import Step
 from distlib.comm.work import CollectiveError, Operation
 from distlib.topology import Topology
-
-CHUNK_BYTES = settings.integer("DISTLIB_CHUNK_KB", 4096, 64, "KiB") << 10
-LAG = 2  # turns between two stages of one chunk: as many transfers of each stage are under way at once
 
 
 @dataclass(frozen=True)
@@ -83,18 +91,31 @@ class _Chunk:
     work: Any = None
 
 
-@dataclass
-class _Moved:
-    """Bytes of this rank in one all-reduce, counted and by formula."""
+def expected_moved(count: int, dtype: torch.dtype, topology: Topology, rank: int) -> tuple[int, int]:
+    """Bytes (between hosts, inside its host) of a rank in an all-reduce of so many elements, by formula.
 
-    inside: int = 0
-    between: int = 0
-    inside_expected: int = 0
-    between_expected: int = 0
+    Between hosts M (h-1) / (h k) for each of the two directions, M bytes over k rails between h hosts, in whole parts;
+    inside (l-1) shares of the l local ranks to sum, and all but its own share to take home.
+    """
+    local = topology.local_ranks(rank)
+    me, rails, hosts = local.index(rank), min(len(node) for node in topology.nodes), len(topology.nodes)
+    wire, between, inside = wire_dtype(dtype).itemsize, 0, 0
+    for length in _chunks(count, dtype):
+        shares = Shares(length, rails, hosts)
+        begin, end = shares.of(me)
+        inside += (end - begin) * wire * (len(local) - 1) + (length - (end - begin)) * dtype.itemsize
+        between += shares.part * (hosts - 1) * (wire + dtype.itemsize) if me < rails else 0
+    return between, inside
+
+
+def _chunks(count: int, dtype: torch.dtype) -> list[int]:
+    """The lengths of the chunks of so many elements."""
+    step = max(1, CHUNK_BYTES // dtype.itemsize)
+    return [min(step, count - begin) for begin in range(0, count, step)]
 
 
 class SpanningChannel(GlooChannel):
-    """As a GlooChannel, except for all-reduce."""
+    """As a GlooChannel, except for all-reduce, and for gather and scatter where they go in levels."""
 
     def __init__(
         self,
@@ -117,6 +138,7 @@ class SpanningChannel(GlooChannel):
         if self._local_rank < self._rails:
             rail_store = dist.PrefixStore(f"rail{self._local_rank}/", store)
             self._connections["rail"] = process_group(rail_store, self._host, self._hosts, timeout, master)
+        self._levels: Levels | None = None
 
     @property
     def _rail(self) -> Any:
@@ -126,17 +148,39 @@ class SpanningChannel(GlooChannel):
     def use_inside(self, channel: HostChannel | None) -> None:
         """The channel between the ranks of this host; None where it has one rank of the group."""
         self._inside = channel
+        if channel is not None and not why_flat(self._topology):
+            self._levels = Levels(self._topology, self.rank, channel, self._connections)
 
     def start(self, collective: Collective, timeout: float, sync: bool) -> Operation:
         if collective.kind == "all_reduce":
-            return self.start_step(collective, timeout, self._hierarchical)
+            return self.start_step(collective, timeout, self._in_levels)
+        if collective.hierarchical:
+            assert self._levels is not None
+            return self.start_step(collective, timeout, getattr(self._levels, collective.kind))
         return super().start(collective, timeout, sync)
 
-    def _hierarchical(self, c: Collective, limit: timedelta) -> _Moved:
-        whole, moved = flat(c.send[0]), _Moved()
-        step = max(1, CHUNK_BYTES // whole.element_size())
-        pieces = list(whole.split(step)) if whole.numel() else []
-        scratch = self._take_scratch(whole.dtype, min(step, whole.numel()))
+    def _guarded(self, c: Collective, timeout: float, run: Callable[[Collective, timedelta], object]) -> object:
+        """A rank that fails tells the others at once: those of its host wait for it in memory, not on a connection."""
+        try:
+            return super()._guarded(c, timeout, run)
+        except Exception as error:
+            if not isinstance(error, CollectiveError) or error.code != "mismatch":  # a mismatch is seen by all
+                self.abort(str(error))
+            raise
+
+    def _reduce_scatter(self, c: Collective, limit: timedelta) -> Sent:
+        pieces = [torch.empty_like(t) for t in [c.recv[0]] * self.size]
+        sent = self._swap(Collective("all_to_all", c.send, pieces), limit)
+        reduce_by_host(c.recv[0], pieces, c.op, self.size, self._topology)
+        return sent
+
+    def _in_levels(self, c: Collective, limit: timedelta) -> Moved:
+        whole = flat(c.send[0])
+        between, inside = expected_moved(whole.numel(), whole.dtype, self._topology, self.rank)
+        moved = Moved(between_expected=between, inside_expected=inside)
+        lengths = _chunks(whole.numel(), whole.dtype)
+        pieces = list(whole.split(lengths)) if lengths else []
+        scratch = self._take_scratch(whole.dtype, max(lengths, default=0))
         chunks = [
             _Chunk(piece, c.op, Shares(piece.numel(), self._rails, self._hosts), scratch[i % len(scratch)])
             for i, piece in enumerate(pieces)
@@ -154,7 +198,7 @@ class SpanningChannel(GlooChannel):
         shares = Shares(chunk, self._rails, self._hosts)
         key = (dtype, shares.part)
         if key not in self._scratch:
-            wire = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+            wire = wire_dtype(dtype)
             empty = torch.empty if self._inside is None else arena_empty
 
             def one() -> _Scratch:
@@ -171,7 +215,7 @@ class SpanningChannel(GlooChannel):
         return self._scratch[key]
 
     # 1. inside; then each host sends every other its part
-    def _sum_inside(self, k: _Chunk, moved: _Moved, limit: timedelta) -> None:
+    def _sum_inside(self, k: _Chunk, moved: Moved, limit: timedelta) -> None:
         begin, end = k.shares.of(self._local_rank)
         mine = k.scratch.mine[: k.shares.share]
         whole = k.whole.to(mine.dtype)
@@ -181,8 +225,7 @@ class SpanningChannel(GlooChannel):
             send = [self._span(whole, k.shares, r) for r in range(self._local_size)]
             recv = [(mine.data_ptr(), (end - begin) * mine.element_size())] * self._local_size
             like = Collective("all_reduce", [whole], [whole], "sum" if k.op == "avg" else k.op)
-            moved.inside += self._run_inside("reduce_scatter", send, recv, like, limit)
-            moved.inside_expected += recv[0][1] * (self._local_size - 1)
+            moved.inside += run_inside(self._inside, "reduce_scatter", send, recv, like, limit)
         if self._rail is None:
             return
         options = c10d.AllToAllOptions()
@@ -190,29 +233,23 @@ class SpanningChannel(GlooChannel):
         pieces = k.scratch.pieces.view(-1)[: k.shares.share]
         k.work = self._rail.alltoall_base(pieces.view(torch.uint8), mine.view(torch.uint8), [], [], options)
         moved.between += mine.nbytes - mine.nbytes // self._hosts
-        moved.between_expected += self._expected_between(k, mine.element_size())
 
     # 2. between: sum in host order; then each host sends every other its sum
-    def _sum_between(self, k: _Chunk, moved: _Moved, limit: timedelta) -> None:
+    def _sum_between(self, k: _Chunk, moved: Moved, limit: timedelta) -> None:
         if self._rail is None:
             return
         k.work.wait()
         pieces = k.scratch.pieces.view(-1)[: k.shares.share].view(self._hosts, k.shares.part)
         total = k.scratch.total[: k.shares.part]
-        if total.dtype == pieces.dtype:
-            reduce_in_order(total, list(pieces.unbind(0)), k.op, self.size)
-        else:
-            reduce_in_order(pieces[0], list(pieces.unbind(0)), k.op, self.size)
-            total.copy_(pieces[0])
+        reduce_rows(total, list(pieces.unbind(0)), k.op, self.size)
         options = c10d.AllgatherOptions()
         options.timeout = limit
         rows = flat(k.scratch.gathered)[: k.shares.share].view(torch.uint8).view(self._hosts, -1)
         k.work = self._rail.allgather([list(rows.unbind(0))], [total.view(torch.uint8)], options)
         moved.between += total.nbytes * (self._hosts - 1)
-        moved.between_expected += self._expected_between(k, total.element_size())
 
     # 3. inside: the shares come home
-    def _spread_inside(self, k: _Chunk, moved: _Moved, limit: timedelta) -> None:
+    def _spread_inside(self, k: _Chunk, moved: Moved, limit: timedelta) -> None:
         if self._rail is not None:
             k.work.wait()
         begin, end = k.shares.of(self._local_rank)
@@ -223,28 +260,15 @@ class SpanningChannel(GlooChannel):
         mine = (gathered.data_ptr(), (end - begin) * gathered.element_size())
         recv = [self._span(k.whole, k.shares, r) for r in range(self._local_size)]
         like = Collective("all_reduce", [k.whole], [k.whole])
-        moved.inside += self._run_inside("all_gather", [mine] * self._local_size, recv, like, limit)
-        moved.inside_expected += k.whole.nbytes - mine[1]
-
-    def _expected_between(self, k: _Chunk, element: int) -> int:
-        """M (h-1) / (h k) for M bytes over k rails between h hosts, in whole elements."""
-        return -(-k.whole.numel() // (self._rails * self._hosts)) * (self._hosts - 1) * element
+        moved.inside += run_inside(self._inside, "all_gather", [mine] * self._local_size, recv, like, limit)
 
     def _span(self, whole: torch.Tensor, shares: Shares, local_rank: int) -> Span:
         begin, end = shares.of(local_rank)
         return (whole.data_ptr() + begin * whole.element_size(), (end - begin) * whole.element_size())
 
-    def _run_inside(self, kind: str, send: list[Span], recv: list[Span], like: Collective, limit: timedelta) -> int:
-        """A part of the collective among the ranks of this host. Returns the bytes moved."""
-        assert self._inside is not None
-        operation = self._inside.start_reduction(kind, send, recv, like, 1, limit.total_seconds())
-        if operation.code:
-            raise CollectiveError(operation.text, native.CODES[operation.code])
-        return operation.peer_bytes
-
     def traffic(self, kind: str, root: int, sent: int, received: int, operation: Operation) -> list[Traffic]:
         moved = operation.result if isinstance(operation, Step) else None
-        if not isinstance(moved, _Moved):
+        if not isinstance(moved, Moved):
             return super().traffic(kind, root, sent, received, operation)
         rows = [Traffic(BETWEEN_HOSTS, moved.between, moved.between_expected)]
         if self._inside is not None:
@@ -255,6 +279,8 @@ class SpanningChannel(GlooChannel):
         if self._inside is not None:
             self._inside.abort(text)
         super().abort(text)
+        if self._rail is not None:
+            self._rail.abort()
 
     def close(self) -> None:
         super().close()
