@@ -15,10 +15,12 @@ __version__ = "0.1.0"
 __distribution__ = _clash.DISTRIBUTION  # how distlib_autoload tells this package from its namesake
 
 if TYPE_CHECKING:
+    from distlib.checkpoint import export, load, save
     from distlib.comm.group import Group
     from distlib.comm.ledger import Ledger, ledger
     from distlib.comm.memory import registered_empty
     from distlib.data_parallel import DataParallel
+    from distlib.sharded import MixedPrecision, ShardedDataParallel, suggest_partition
     from distlib.topology import Topology
     from distlib.world import World, init, shutdown
 
@@ -26,25 +28,37 @@ __all__ = [
     "DataParallel",
     "Group",
     "Ledger",
+    "MixedPrecision",
+    "ShardedDataParallel",
     "Topology",
     "World",
     "__version__",
+    "export",
     "init",
     "ledger",
+    "load",
     "registered_empty",
+    "save",
     "shutdown",
+    "suggest_partition",
 ]
 
 _HOME = {
     "DataParallel": "distlib.data_parallel",
     "Group": "distlib.comm.group",
     "Ledger": "distlib.comm.ledger",
+    "MixedPrecision": "distlib.sharded",
+    "ShardedDataParallel": "distlib.sharded",
     "Topology": "distlib.topology",
     "World": "distlib.world",
+    "export": "distlib.checkpoint",
     "init": "distlib.world",
     "ledger": "distlib.comm.ledger",
+    "load": "distlib.checkpoint",
     "registered_empty": "distlib.comm.memory",
+    "save": "distlib.checkpoint",
     "shutdown": "distlib.world",
+    "suggest_partition": "distlib.sharded",
 }
 
 

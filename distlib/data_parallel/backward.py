@@ -27,7 +27,7 @@ class BackwardWatch:
 
     def outputs(self, output: object) -> None:
         """Watch the tensors of a forward's output."""
-        for tensor in _tensors(output, set()):
+        for tensor in tensors_in(output, set()):
             if tensor.grad_fn is not None:
                 tensor.register_hook(self._visited)
 
@@ -68,7 +68,7 @@ class _End:
         self._watch._over(self._number, reached=False)
 
 
-def _tensors(value: object, seen: set[int]) -> list[torch.Tensor]:
+def tensors_in(value: object, seen: set[int]) -> list[torch.Tensor]:
     """The tensors in an output made of mappings, sequences, and objects with attributes."""
     if isinstance(value, torch.Tensor):
         return [value]
@@ -81,4 +81,4 @@ def _tensors(value: object, seen: set[int]) -> list[torch.Tensor]:
         children = list(value)
     else:
         children = list(getattr(value, "__dict__", {}).values())
-    return [tensor for child in children for tensor in _tensors(child, seen)]
+    return [tensor for child in children for tensor in tensors_in(child, seen)]

@@ -1,0 +1,189 @@
+"""From a module to its flats: what can be sharded, how it is divided, and where first values come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from distlib.comm.shared import can_share, shared_zeros
+from distlib.data_parallel.naming import Transparent
+from distlib.data_parallel.replicas import describe
+from distlib.sharded.flat import Flat
+from distlib.sharded.gather import UnitState
+from distlib.sharded.groups import Grid
+from distlib.sharded.layout import LINE
+from distlib.sharded.options import Options
+from distlib.sharded.units import Place, Unit, places
+
+Init = Callable[[nn.Module], None]
+
+
+def check_module(module: nn.Module) -> None:
+    """Modules that cannot be sharded: ValueError, naming the parameter and the fix."""
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+            raise ValueError(f"{name!r} has no shape yet: run one forward of the lazy module before wrapping")
+        if tensor.layout is not torch.strided:
+            raise ValueError(f"{name!r} has layout {tensor.layout}; only strided tensors can be sharded")
+        if tensor.device.type not in ("cpu", "meta"):
+            raise ValueError(f"{name!r} is on {tensor.device}: sharded models run on the CPU in this version")
+    for name, parameter in module.named_parameters():
+        if parameter.is_complex():
+            raise ValueError(f"{name!r} is complex: shard torch.view_as_real() of it")
+    for prefix, part in module.named_modules():
+        if isinstance(part, (Transparent, nn.parallel.DistributedDataParallel)):
+            raise ValueError(
+                f"{prefix or 'the module'!r} is wrapped in {type(part).__name__} already: wrap the plain module"
+            )
+        if getattr(part, "sparse", False) is True and isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
+            raise ValueError(f"'{prefix}.weight' would have sparse gradients: build the embedding with sparse=False")
+    if not any(True for _ in module.parameters()):
+        raise ValueError("the module has no parameters: there is nothing to shard")
+
+
+def facts(module: nn.Module, units: Sequence[Unit], options: Options) -> list[tuple[str, str]]:
+    """What must be equal on all ranks, as (name, description)."""
+    found = [(f"parameter {name}", describe(p, with_strides=False)) for name, p in module.named_parameters()]
+    found += [(f"trained {name}", str(p.requires_grad)) for name, p in module.named_parameters()]
+    found += [(f"buffer {name}", describe(b, with_strides=False)) for name, b in module.named_buffers()]
+    found.append(("units", ", ".join(unit.name or "root" for unit in units)))
+    found += [(f"option {name}", str(value)) for name, value in vars(options).items() if name != "offload"]
+    found.append(("option offload", str(options.offload is not None)))
+    return found
+
+
+def make_flats(module: nn.Module, units: Sequence[Unit], grid: Grid, options: Options) -> list[UnitState]:
+    """One flat per unit, dtype, and whether it is trained."""
+    hangs = places(module)
+    states = []
+    for unit in units:
+        kinds: dict[tuple[torch.dtype, bool], list[nn.Parameter]] = {}
+        for parameter in unit.parameters:
+            kinds.setdefault((parameter.dtype, parameter.requires_grad), []).append(parameter)
+        flats = [Flat(group, [hangs[p] for p in group], grid, options) for group in kinds.values()]
+        states.append(UnitState(unit.name, flats, unit is units[0]))
+    return states
+
+
+def shares_memory(grid: Grid) -> bool:
+    """Whether the ranks of the partition group can have one mapping of whole parameters."""
+    return grid.gather is None or can_share(grid.gather)
+
+
+def check_place(options: Options, grid: Grid) -> None:
+    """Options that have no effect where the ranks are: ValueError, saying why."""
+    p = grid.partition_size
+    kept = options.reshard_after_forward
+    if shares_memory(grid):
+        why = f"the {p} ranks of a partition group share one host's memory, so that gathers move nothing"
+        if options.gather_dtype is not None:
+            raise ValueError(f"gather_dtype={options.gather_dtype} has no effect: {why}")
+        if not isinstance(kept, bool):
+            raise ValueError(f"reshard_after_forward={kept} has no effect: {why}; give True or False")
+    elif not isinstance(kept, bool) and not (1 < kept < p and p % kept == 0):
+        raise ValueError(
+            f"reshard_after_forward={kept}: a secondary partition needs a size that divides partition_size={p}, larger "
+            "than 1 and smaller than it"
+        )
+    if options.hierarchical is True:
+        topology = None if grid.gather is None else grid.gather.topology
+        if topology is None or len(topology.nodes) < 2 or not topology.is_uniform or len(topology.nodes[0]) < 2:
+            raise ValueError(
+                "hierarchical=True has no effect: a partition group does not span several hosts with equally many "
+                'ranks, two or more, on each. Give "auto", or another partition_size'
+            )
+
+
+def settle(states: Sequence[UnitState], grid: Grid, stage: int, offload: Path | None) -> None:
+    """Gives every flat its memory. A collective of the partition group."""
+    flats = [flat for state in states for flat in state.flats]
+    if shares_memory(grid) and grid.gather is not None:
+        starts, end = [], 0
+        for flat in flats:
+            starts.append(end)
+            end += -(-flat.layout.numel * flat.compute.itemsize // LINE) * LINE
+        mapping = shared_zeros(grid.gather, end, torch.uint8)
+        for flat, start in zip(flats, starts, strict=True):
+            nbytes = flat.layout.numel * flat.compute.itemsize
+            flat.settle(mapping[start : start + nbytes].view(flat.compute), False, offload)
+        return
+    freed = stage == 3 and not shares_memory(grid)
+    for flat in flats:
+        whole = torch.empty(flat.layout.numel, dtype=flat.compute)
+        flat.settle(whole, freed, offload)
+        if freed:
+            whole.untyped_storage().resize_(0)
+        else:
+            whole.zero_()
+
+
+@torch.no_grad()
+def load_values(
+    module: nn.Module, units: Sequence[Unit], states: Sequence[UnitState], grid: Grid, init: Init | None
+) -> None:
+    """Every rank's shards take the values that rank 0's module has, or gets by `init`, one unit after the other.
+
+    Then the module holds pieces. No more than one unit is whole at a time.
+    """
+    hangs = places(module)
+    _check_meta(module, hangs, units, init)
+    for unit, state in zip(units, states, strict=True):
+        originals = {hangs[p][0].name: p for p in unit.parameters}
+        wholes = [torch.zeros(flat.layout.numel, dtype=flat.dtype) for flat in state.flats]
+        if grid.world.rank == 0:
+            meta: list[nn.Module] = []
+            for flat, whole in zip(state.flats, wholes, strict=True):
+                for name, view, hung in zip(flat.names, flat.view_on(whole), flat.places, strict=True):
+                    original = originals[name]
+                    if original.device.type != "meta":
+                        view.copy_(original)
+                        continue
+                    for place in hung:
+                        place.owner._parameters[place.key] = nn.Parameter(view, requires_grad=False)
+                        meta.append(place.owner)
+            for owner in dict.fromkeys(meta):
+                (init or _reset)(owner)
+        for flat, whole in zip(state.flats, wholes, strict=True):
+            if grid.world.size > 1:
+                grid.world.broadcast(whole, 0)
+            flat.load(whole)
+            for name, piece, leaf in zip(flat.names, flat.pieces, flat.full, strict=True):
+                for made in (piece, leaf):
+                    for key, value in vars(originals[name]).items():
+                        made.__dict__.setdefault(key, value)
+        for flat in state.flats:
+            flat.show_pieces()
+
+
+def _reset(owner: nn.Module) -> None:
+    owner.reset_parameters()  # type: ignore[operator]
+
+
+def _check_meta(
+    module: nn.Module, hangs: dict[nn.Parameter, list[Place]], units: Sequence[Unit], init: Init | None
+) -> None:
+    """Modules on the meta device that nobody can initialise, by name; their buffers become zeros."""
+    home = {parameter: unit for unit in units for parameter in unit.parameters}
+    for prefix, owner in module.named_modules():
+        parameters = [p for p in owner._parameters.values() if p is not None and p.device.type == "meta"]
+        buffers = [b for b in owner._buffers.values() if b is not None and b.device.type == "meta"]
+        if not (parameters or buffers):
+            continue
+        if init is None and not hasattr(owner, "reset_parameters"):
+            raise ValueError(
+                f"{prefix or 'the module'} ({type(owner).__name__}) is on the meta device and has no reset_parameters(): "
+                "give init=, a function that initialises the parameters and buffers of a module"
+            )
+        if len({id(home[p]) for p in parameters}) > 1:
+            raise ValueError(
+                f"{prefix} is on the meta device and its parameters belong to several units, because some are shared "
+                "with other modules: build this module on the CPU"
+            )
+        for key, buffer in owner._buffers.items():
+            if buffer is not None and buffer.device.type == "meta":
+                owner._buffers[key] = torch.zeros_like(buffer, device="cpu")
+        if buffers and not parameters:
+            (init or _reset)(owner)

@@ -1,0 +1,118 @@
+"""The grid of ranks: partition groups that hold one copy of the model, replication groups that hold the same pieces."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from distlib.comm.group import Group
+from distlib.topology import Topology
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where this rank stands, and the groups it is in. Groups of one rank are None: there is nothing to exchange.
+
+    partition_size, replicas: p and r of p * r = n ranks. part: this rank's place in its partition group, replica: in
+    its replication group. gather and reduce have the same ranks: two groups, so that the gathers of a backward need not
+    wait for its reductions.
+    """
+
+    world: Group
+    partition_size: int
+    replicas: int
+    part: int
+    replica: int
+    gather: Group | None
+    reduce: Group | None
+    replication: Group | None
+
+    def abort(self, message: str) -> None:
+        """Ends all groups: ranks that wait for this one are told why."""
+        for group in (self.gather, self.reduce, self.replication, self.world):
+            if group is not None and group.size > 1:
+                group.abort(message)
+
+
+def partition_of(topology: Topology, size: int | str | None) -> list[tuple[int, ...]]:
+    """The partition groups, as ranks of the world group: neighbours by host, so that few groups span hosts.
+
+    Args:
+        size: ranks per group; "node": the ranks of one host; None: all.
+
+    Raises:
+        ValueError: a size that does not divide the number of ranks, or "node" with hosts of different sizes.
+    """
+    n = topology.size
+    if size is None:
+        size = n
+    if size == "node":
+        if not topology.is_uniform:
+            raise ValueError(
+                f'partition_size="node": the hosts hold {sorted({len(node) for node in topology.nodes})} ranks each, '
+                "and partition groups must be equal. Give a number that divides the ranks of every host"
+            )
+        size = len(topology.nodes[0])
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise ValueError(f'partition_size={size!r}: must be None (all ranks), "node" or a number of ranks')
+    if not 1 <= size <= n or n % size:
+        fits = [p for p in range(1, n + 1) if n % p == 0]
+        raise ValueError(f"partition_size={size} does not divide {n} ranks: choose one of {fits}")
+    order = [rank for node in topology.nodes for rank in node]
+    return [tuple(order[i : i + size]) for i in range(0, n, size)]
+
+
+_made: weakref.WeakKeyDictionary[Any, dict[int, Grid]] = weakref.WeakKeyDictionary()
+
+
+def make_grid(process_group: dist.ProcessGroup | None, partition_size: int | str | None) -> Grid:
+    """This rank's groups. Every rank of `process_group` (None: the world) must call, with the same size.
+
+    Groups are made once per process group and size, and shared by all models.
+    """
+    world = Group.of(process_group)
+    pg = process_group if process_group is not None else dist.group.WORLD
+    partitions = partition_of(world.topology, partition_size)
+    size = len(partitions[0])
+    made = _made.setdefault(pg, {})
+    if size not in made:
+        made[size] = _build(world, partitions)
+    return made[size]
+
+
+def _build(world: Group, partitions: Sequence[tuple[int, ...]]) -> Grid:
+    mine = next(i for i, ranks in enumerate(partitions) if world.rank in ranks)
+    part = partitions[mine].index(world.rank)
+    across = [ranks[part] for ranks in partitions]
+    return Grid(
+        world,
+        len(partitions[0]),
+        len(partitions),
+        part,
+        mine,
+        _subgroup(world, partitions[mine]),
+        _subgroup(world, partitions[mine]),
+        _subgroup(world, across),
+    )
+
+
+def _subgroup(world: Group, ranks: Sequence[int]) -> Group | None:
+    if len(ranks) == 1:
+        return None
+    members = [world.ranks[r] for r in ranks]
+    return Group.of(dist.new_group(members, use_local_synchronization=True))
+
+
+def secondary_group(grid: Grid, size: bool | int) -> Group | None:
+    """The ranks among which a whole unit is kept after forward: `size` neighbours in the partition group; None where
+    `size` is a bool. Every rank must call."""
+    if isinstance(size, bool):
+        return None
+    assert grid.gather is not None
+    first = grid.gather.rank // size * size
+    members = [grid.gather.ranks[r] for r in range(first, first + size)]
+    return Group.of(dist.new_group(members, use_local_synchronization=True))

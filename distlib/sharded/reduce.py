@@ -1,0 +1,295 @@
+"""The path of a gradient: it lands in its unit's buffer, hop 1 adds it up in the partition group, hop 2 across replicas.
+
+    backward   ... unit 2 ..... unit 1 ..... unit 0 .. root |          gradients land in the buffers of a small pool
+    hop 1          |-- 2 --|   |-- 1 --|   |-- 0 --|   |root|   reduce-scatter, every micro-step
+    hop 2                      |- bucket 0 (2, 1) -| |- bucket 1 -|   all-reduce, once a window
+
+A *window* is what one optimizer step sees: micro-steps under no_sync(), then one backward that synchronises. Flats are
+reduced in one order on all ranks: a flat that is complete waits for those before it. Both hops average.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from distlib.comm.work import Work
+from distlib.sharded.flat import Flat
+from distlib.sharded.gradients import Accumulator, BufferPool
+from distlib.sharded.groups import Grid
+from distlib.sharded.options import Options
+
+_HOLDS = 1  # its slice of the buffer holds a gradient
+_NOW = 2  # its gradient landed in this backward
+
+
+@dataclass(eq=False)
+class _Landing:
+    """A trained flat during a backward."""
+
+    flat: Flat
+    dtype: torch.dtype  # of the buffer: what travels in hop 1
+    left: int = 0  # parameters whose gradient has not landed in this backward
+    touched: bytearray = field(default_factory=bytearray)  # by parameter: _HOLDS, _NOW
+    used: bytearray = field(default_factory=bytearray)  # by parameter: it had a gradient in this window, on this rank
+    buffer: torch.Tensor | None = None
+    views: Sequence[torch.Tensor] = ()
+    launched: bool = False
+    filled: bool = False  # the accumulator holds something of this window
+
+    def reset(self) -> None:
+        """A backward begins."""
+        self.left = len(self.flat.names)
+        self.launched = False
+
+
+@dataclass
+class _Hop1:
+    """A reduce-scatter under way; `added`: to be added to the accumulator when it is there."""
+
+    landing: _Landing
+    work: Work | None
+    added: torch.Tensor | None
+
+
+class Reduction:
+    """Gradients of one model. flats: the trained ones, in the order in which they are reduced."""
+
+    def __init__(self, flats: Sequence[Flat], grid: Grid, options: Options) -> None:
+        self._grid = grid
+        self._whole_gradients = options.stage == 1
+        self._hierarchical = None if options.hierarchical == "auto" else bool(options.hierarchical)
+        reduce = options.mixed_precision.reduce
+        self._landings = [
+            _Landing(f, reduce if reduce is not None and f.compute.is_floating_point else f.compute) for f in flats
+        ]
+        self._pool = BufferPool(grid.reduce, self.poll)
+        self.accumulator = Accumulator(flats, grid)
+        self._inflight: deque[_Hop1] = deque()
+        self._next = 0  # the first landing that is not launched
+        self._hop2: list[Work] = []
+        self._carried: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._window_open = False  # there were micro-steps since gradients were last averaged
+        self._idle = True
+        self.paused = False  # inside no_sync()
+        self.forward_paused = False  # the last forward was
+        for landing in self._landings:
+            landing.used = bytearray(len(landing.flat.names))
+            landing.touched = bytearray(len(landing.flat.names))
+
+    @property
+    def window_open(self) -> bool:
+        """Whether an optimizer step is still owed micro-steps: parameters cannot have changed."""
+        return self._window_open
+
+    @property
+    def landings(self) -> int:
+        """The number of trained flats."""
+        return len(self._landings)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of gradient buffers."""
+        return self._pool.nbytes
+
+    @property
+    def _deferred(self) -> bool:
+        return self.paused or self.forward_paused
+
+    # ------------------------------------------------------------ during backward
+
+    def landed(self, index: int, i: int, full: torch.nn.Parameter) -> None:
+        """The gradient of parameter i of a flat is there. The hot path: once per parameter and backward."""
+        landing = self._landings[index]
+        gradient = full.grad
+        full.grad = None
+        if self._idle:
+            self._begin()
+        if landing.launched:
+            raise RuntimeError(
+                f"rank {self._grid.world.rank}: parameter {landing.flat.names[i]!r} received a second gradient in one "
+                "backward after its unit was reduced. Re-entrant checkpoints do that to shared parameters: use "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
+        if landing.buffer is None:
+            self._take_buffer(landing)
+        assert gradient is not None
+        if landing.touched[i] & _HOLDS:
+            landing.views[i].add_(gradient)
+        else:
+            landing.views[i].copy_(gradient)
+        if not landing.touched[i] & _NOW:
+            landing.touched[i] = _HOLDS | _NOW
+            landing.used[i] = 1
+            landing.left -= 1
+            if landing.left == 0:
+                self._advance()
+
+    def _take_buffer(self, landing: _Landing) -> None:
+        landing.buffer = self._pool.take(landing.flat.layout.numel, landing.dtype)
+        landing.views = landing.flat.view_on(landing.buffer)
+        for begin, end in landing.flat.layout.gaps():
+            landing.buffer[begin:end].zero_()
+
+    def _begin(self) -> None:
+        """The first gradient of a backward: what do `.grad`s hold, and does this window start anew?"""
+        self._idle = False
+        self._next = 0
+        for landing in self._landings:
+            landing.reset()
+            for i in range(len(landing.touched)):
+                landing.touched[i] &= _HOLDS
+        if self._window_open:
+            self._follow_zeroed()
+            return
+        self.accumulator.allocate()
+        self._carried = []
+        for landing in self._landings:
+            landing.filled = False
+            landing.used = bytearray(len(landing.used))
+            landing.touched = bytearray(len(landing.touched))
+            for piece, view in zip(landing.flat.pieces, self.accumulator.grads(landing.flat), strict=True):
+                if piece.grad is not None:  # accumulate onto what was averaged before
+                    self._carried.append((view, piece.grad.clone()))
+
+    def _follow_zeroed(self) -> None:
+        """Within a window: gradients that the user set to None start again from nothing."""
+        for landing in self._landings:
+            for i, piece in enumerate(landing.flat.pieces):
+                if not landing.used[i] or piece.grad is not None:
+                    continue
+                landing.used[i] = 0
+                if landing.touched[i] and landing.buffer is not None:
+                    landing.views[i].zero_()
+                if landing.filled:
+                    self.accumulator.clear(landing.flat, i)
+
+    def _advance(self) -> None:
+        """Launches what is complete and next in order."""
+        if self._whole_gradients and self._deferred:
+            return
+        while self._next < len(self._landings) and self._landings[self._next].left == 0:
+            self._launch(self._landings[self._next])
+            self._next += 1
+        self.poll()
+
+    def _launch(self, landing: _Landing) -> None:
+        """Hop 1 of one flat."""
+        landing.launched = True
+        if landing.buffer is None:
+            self._take_buffer(landing)
+        buffer = landing.buffer
+        assert buffer is not None
+        for i, touched in enumerate(landing.touched):
+            if not touched:
+                landing.views[i].zero_()
+        group = self._grid.reduce
+        target = self.accumulator.direct(landing.flat)
+        if group is None:
+            self._inflight.append(_Hop1(landing, None, buffer))
+            return
+        added = None
+        if landing.filled or target is None or target.dtype != landing.dtype:
+            # Halves are summed in fp32; rounded to what travels only where they cross a network.
+            target = added = self._pool.take(landing.flat.layout.part, landing.dtype)
+        work = group.reduce_scatter(target, buffer, op="avg", async_op=True, hierarchical=self._hierarchical)
+        self._inflight.append(_Hop1(landing, work, added))
+
+    def poll(self, wait: bool = False) -> bool:
+        """Finishes hop 1s that are done, in order; `wait`: the oldest one in any case. False: there is none."""
+        if wait and not self._inflight:
+            return False
+        while self._inflight and (wait or _is_done(self._inflight[0])):
+            self._finish_hop1(self._inflight.popleft())
+            wait = False
+        return True
+
+    def _finish_hop1(self, hop: _Hop1) -> None:
+        landing, buffer = hop.landing, hop.landing.buffer
+        assert buffer is not None
+        if hop.work is not None:
+            hop.work.wait()
+        if hop.added is not None:
+            self.accumulator.add(landing.flat, hop.added, landing.filled)
+            if hop.added is not buffer:
+                self._pool.give(hop.added)
+        landing.filled = True
+        self._pool.give(buffer)
+        landing.buffer, landing.views = None, ()
+        landing.touched = bytearray(len(landing.touched))
+        if not self._deferred:
+            self._hop2 += self.accumulator.arrived(landing.flat)
+
+    # ------------------------------------------------------------ the end of a backward
+
+    @property
+    def begun(self) -> bool:
+        """Whether a gradient landed in this backward."""
+        return not self._idle
+
+    def finish(self) -> None:
+        """The backward is over on this rank; a collective, unless nothing was to be trained."""
+        if self._idle:
+            if not self._landings:
+                return
+            self._begin()  # no gradient here, but the other ranks may have some
+        if not (self._whole_gradients and self._deferred):
+            for landing in self._landings[self._next :]:
+                self._launch(landing)
+            self._next = len(self._landings)
+        if self._deferred:
+            while self.poll(wait=True):
+                pass
+            self._window_open = True
+            self._hand_out([bytes(landing.used) for landing in self._landings])
+        else:
+            self._synchronise()
+        self._idle = True
+
+    def _synchronise(self) -> None:
+        used = b"".join(landing.used for landing in self._landings)
+        flags = torch.frombuffer(bytearray(used), dtype=torch.uint8)
+        agreed = None
+        if self._grid.world.size > 1:
+            agreed = self._grid.world.all_reduce(flags, "max", async_op=True)
+        while self.poll(wait=True):
+            pass
+        for work in self._hop2:
+            work.wait()
+        self._hop2 = []
+        self.accumulator.settle()
+        for view, before in self._carried:
+            view.add_(before)
+        self._carried = []
+        if agreed is not None:
+            agreed.wait()
+        self._window_open = False
+        raw, at, by_flat = flags.numpy().tobytes(), 0, []
+        for landing in self._landings:
+            by_flat.append(raw[at : at + len(landing.used)])
+            at += len(landing.used)
+        self._hand_out(by_flat)
+
+    def _hand_out(self, used: Sequence[bytes]) -> None:
+        """`.grad` of what had a gradient; what had none on any rank keeps None, so that optimizers skip it."""
+        for landing, flags in zip(self._landings, used, strict=True):
+            grads = self.accumulator.grads(landing.flat)
+            for i, piece in enumerate(landing.flat.pieces):
+                if flags[i]:
+                    piece.grad = grads[i]
+
+    def died(self) -> None:
+        """The backward raised on this rank: with hop 1s under way nothing can be undone, and the groups end."""
+        if any(landing.launched for landing in self._landings) and not self._idle:
+            self._grid.abort(
+                f"rank {self._grid.world.rank}: backward stopped with an exception after gradients were under way; "
+                "see that rank's own traceback"
+            )
+        self._idle = True
+
+
+def _is_done(hop: _Hop1) -> bool:
+    return hop.work is None or hop.work.is_completed()

@@ -1,0 +1,151 @@
+"""The module tree divided into units: what is gathered, reduced and freed as one.
+
+    GPT                          unit "" (root): all that belongs to no other unit
+      embedding, norm, head
+      blocks  (a ModuleList)
+        0  Block                 unit "blocks.0"
+        1  Block                 unit "blocks.1"
+
+"auto" makes one unit of each child of a repeated list: a ModuleList or Sequential with at least two children of the
+same class that have parameters. Small neighbours are joined until a unit is worth a message; children that are large
+and hold repeated lists themselves are divided further.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+SMALLEST = 1 << 20  # bytes: below it, latency counts for more than bandwidth
+LARGEST = 512 << 20  # bytes: above it, a unit's buffer is better divided
+
+
+@dataclass
+class Unit:
+    """Modules whose parameters are gathered together, and those parameters. The root has the empty name."""
+
+    name: str
+    modules: list[nn.Module]
+    parameters: list[nn.Parameter] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter hangs: `owner._parameters[key]`; its full name; whether `owner` intercepts assignment."""
+
+    owner: nn.Module
+    key: str
+    name: str
+
+    @property
+    def intercepts(self) -> bool:
+        """Modules such as nn.LSTM keep lists of their own of what is assigned to them."""
+        return type(self.owner).__setattr__ is not nn.Module.__setattr__
+
+
+def places(module: nn.Module) -> dict[nn.Parameter, list[Place]]:
+    """Every parameter with all the places where it hangs (tied parameters have several), in registration order."""
+    found: dict[nn.Parameter, list[Place]] = {}
+    for prefix, owner in module.named_modules():
+        for key, parameter in owner._parameters.items():
+            if parameter is not None:
+                name = f"{prefix}.{key}" if prefix else key
+                found.setdefault(parameter, []).append(Place(owner, key, name))
+    return found
+
+
+def divide(module: nn.Module, how: str | Sequence[type[nn.Module]]) -> list[Unit]:
+    """The units of a module in registration order, the root first. Every parameter is in exactly one.
+
+    A parameter that is used in several units (tied) belongs to the root.
+
+    Args:
+        how: "auto", or the classes of modules that are units. Units do not nest: the outermost counts.
+
+    Raises:
+        ValueError: `how` is neither, or a class that occurs nowhere in the module.
+    """
+    if isinstance(how, str):
+        if how != "auto":
+            raise ValueError(f'units={how!r}: must be "auto" or a list of module classes')
+        groups = list(_repeated(module, ""))
+    else:
+        groups = [[pair] for pair in _of_classes(module, how)]
+    owner: dict[nn.Module, Unit] = {}
+    root = Unit("", [module])
+    units = [root]
+    for group in groups:
+        unit = Unit(group[0][0], [part for _, part in group])
+        if any(part is module for part in unit.modules):
+            continue  # the root itself
+        units.append(unit)
+        for part in unit.modules:
+            for inner in part.modules():
+                owner.setdefault(inner, unit)
+    for parameter, hangs in places(module).items():
+        homes = {id(owner.get(place.owner, root)): owner.get(place.owner, root) for place in hangs}
+        home = next(iter(homes.values())) if len(homes) == 1 else root
+        home.parameters.append(parameter)
+    return [unit for unit in units if unit.parameters or unit is root]
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def _repeated(module: nn.Module, prefix: str) -> Iterator[list[tuple[str, nn.Module]]]:
+    """Groups of neighbouring children of repeated lists."""
+    for key, child in module.named_children():
+        name = f"{prefix}.{key}" if prefix else key
+        if not _is_repeated(child):
+            yield from _repeated(child, name)
+            continue
+        group: list[tuple[str, nn.Module]] = []
+        size = 0
+        for index, block in child.named_children():
+            if not any(True for _ in block.parameters()):
+                continue
+            inside = list(_repeated(block, f"{name}.{index}")) if _bytes(block) > LARGEST else []
+            if inside:
+                if group:
+                    yield group
+                group, size = [], 0
+                yield from inside
+                continue
+            group.append((f"{name}.{index}", block))
+            size += _bytes(block)
+            if size >= SMALLEST:
+                yield group
+                group, size = [], 0
+        if group:
+            yield group
+
+
+def _is_repeated(module: nn.Module) -> bool:
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+        return False
+    kinds = [type(child) for child in module.children() if any(True for _ in child.parameters())]
+    return any(kinds.count(kind) >= 2 for kind in kinds)
+
+
+def _of_classes(module: nn.Module, classes: Sequence[type[nn.Module]]) -> list[tuple[str, nn.Module]]:
+    chosen = tuple(classes)
+    for one in chosen:
+        if not (isinstance(one, type) and issubclass(one, nn.Module)):
+            raise ValueError(f"units={list(classes)}: {one!r} is not a class of modules")
+        if not any(isinstance(part, one) for part in module.modules()):
+            raise ValueError(f"units: the module has no {one.__name__}")
+    found: list[tuple[str, nn.Module]] = []
+
+    def walk(part: nn.Module, name: str) -> None:
+        if isinstance(part, chosen) and part is not module:
+            found.append((name, part))
+            return
+        for key, child in part.named_children():
+            walk(child, f"{name}.{key}" if name else key)
+
+    walk(module, "")
+    seen: set[int] = set()  # a module registered twice is one unit
+    return [pair for pair in found if not (id(pair[1]) in seen or seen.add(id(pair[1])))]  # type: ignore[func-returns-value]

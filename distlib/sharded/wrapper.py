@@ -1,0 +1,293 @@
+"""`ShardedDataParallel`: the module the user sees. ZeRO stages 1 to 3 and MiCS, one code for all."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from distlib.comm.group import Group
+from distlib.data_parallel import replicas
+from distlib.data_parallel.agreement import require_equal
+from distlib.data_parallel.naming import Transparent
+from distlib.sharded import build, options, state
+from distlib.sharded.gather import Gathers, SharedMapping, Source
+from distlib.sharded.groups import make_grid, secondary_group
+from distlib.sharded.memory import MemoryReport, PerParameter, formula
+from distlib.sharded.options import MixedPrecision, Options
+from distlib.sharded.reduce import Reduction
+from distlib.sharded.runtime import Runtime, trained_flats
+from distlib.sharded.units import divide
+from distlib.shards import shard_of
+
+_CPU = torch.device("cpu")
+
+
+class ShardedDataParallel(Transparent):
+    """Train one copy of `module` per partition group: each rank holds a part of what training needs in memory.
+
+    Every rank of the group must construct it, with the same module and options; values are those of group rank 0.
+    Afterwards `parameters()` are this rank's pieces: 1-D views of flat buffers, empty where the rank holds nothing of a
+    parameter (`distlib.shards.shard_of` tells what each is). Any optimizer that treats elements alike works on them,
+    with ordinary parameter groups. Forward and backward run as with the plain module; every rank must run them, in the
+    same order. Gradients are averaged over all ranks when backward() returns.
+
+    Where the ranks of a partition group share one host's memory, whole parameters are one mapping for all of them;
+    write to parameters only between steps, by an optimizer, `load_state_dict` or `summon_full_params`.
+
+    Papers: ZeRO (arXiv 1910.02054), MiCS (2205.00119), ZeRO++ (2306.10209). docs/sharding.md draws the paths.
+
+    Args:
+        module: on the CPU or the meta device (see `init`). Freeze parameters before wrapping.
+        stage: what is divided: 1 the optimizer's state, 2 gradients too, 3 parameters too.
+        partition_size: ranks that divide one copy: None: all (ZeRO); "node": those of a host; an int that divides the
+            number of ranks (MiCS). Copies are kept equal by one all-reduce per optimizer step.
+        units: "auto": one unit per repeated block; or classes of modules that are units.
+        mixed_precision: dtypes to compute and reduce in; see MixedPrecision.
+        reshard_after_forward: stage 3: free whole parameters after forward and gather them again for backward (True);
+            keep them (False); or keep a secondary partition among so many ranks (int: ZeRO++'s hpZ), from which
+            backward gathers.
+        hierarchical: gather and reduce in two levels where a partition group spans hosts; "auto" chooses by topology
+            and size.
+        prefetch: units gathered ahead of use.
+        offload: a folder: optimizers of distlib.optim keep their state in files there.
+        process_group: any c10d group; default: all ranks.
+        shard_optimizer: "world" divides the optimizer's state over all ranks, not over the partition group only.
+        gather_dtype: torch.int8: gather parameters block-quantized (ZeRO++'s qwZ): lossy.
+        ownership: "whole" (stage 1): every parameter belongs to one rank, in its own shape, for optimizers that need
+            whole matrices.
+        init: initialises a module whose parameters are on the meta device; default: its reset_parameters().
+
+    Raises:
+        ValueError: options that contradict each other or cannot take effect, a module that cannot be sharded.
+        RuntimeError: on all ranks, naming ranks and parameters, if modules or options differ between ranks.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        stage: int = 3,
+        partition_size: int | str | None = None,
+        units: str | Sequence[type[nn.Module]] = "auto",
+        mixed_precision: MixedPrecision | None = None,
+        reshard_after_forward: bool | int = True,
+        hierarchical: bool | str = "auto",
+        prefetch: int = 2,
+        offload: str | Path | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        *,
+        shard_optimizer: str = "partition",
+        gather_dtype: torch.dtype | None = None,
+        ownership: str = "flat",
+        init: build.Init | None = None,
+    ) -> None:
+        chosen = Options(
+            stage,
+            mixed_precision or MixedPrecision(),
+            reshard_after_forward,
+            hierarchical,
+            prefetch,
+            options.offload_folder(offload, _CPU),
+            shard_optimizer,
+            gather_dtype,
+            ownership,
+        )
+        options.check(chosen)
+        build.check_module(module)
+        super().__init__(module)
+        divided = divide(module, units)
+        world = Group.of(process_group)
+        require_equal(world, "ShardedDataParallel: parameters and options", build.facts(module, divided, chosen), _CPU)
+        self._grid = make_grid(process_group, partition_size)
+        self._options = chosen
+        build.check_place(chosen, self._grid)
+
+        self._units = build.make_flats(module, divided, self._grid, chosen)
+        build.settle(self._units, self._grid, stage, chosen.offload)
+        build.load_values(module, divided, self._units, self._grid, init)
+        buffers = replicas.ModuleBuffers(module, world, _CPU)
+        if len(buffers) and world.size > 1:
+            buffers.broadcast(0)
+
+        flats = [flat for unit in self._units for flat in unit.flats]
+        self._source: Source
+        if build.shares_memory(self._grid):
+            self._source = SharedMapping(flats, self._grid)
+        else:
+            secondary = secondary_group(self._grid, reshard_after_forward)
+            self._source = Gathers(self._units, self._grid, chosen, stage < 3, secondary)
+        self._reduction = Reduction(list(trained_flats(self._units)), self._grid, chosen)
+        modules = [[], *(unit.modules for unit in divided[1:])]
+        reshards = reshard_after_forward is not False
+        self._runtime = Runtime(self._units, modules, self._source, self._reduction, reshards, prefetch)
+
+    # ------------------------------------------------------------ training
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """The module's forward. Every rank must call it."""
+        if torch._C._current_graph_task_id() != -1:  # a checkpoint around the wrapper recomputes within a backward
+            raise RuntimeError(
+                "ShardedDataParallel was called within a backward: checkpoint modules inside of it, not the wrapper"
+            )
+        self._check_places()
+        dtype = self._options.mixed_precision.param
+        if dtype is not None:
+            inputs, kwargs = options.cast((inputs, kwargs), dtype)
+        self._runtime.begin()
+        try:
+            output = self.module(*inputs, **kwargs)
+        except BaseException:
+            self._runtime.rest()
+            raise
+        self._runtime.end(output)
+        wanted = self._options.mixed_precision.output
+        return output if wanted is None else options.cast(output, wanted)
+
+    def _check_places(self) -> None:
+        rank = self._grid.world.rank
+        for unit in self._units:
+            for flat in unit.flats:
+                for piece, places in zip(flat.pieces, flat.places, strict=True):
+                    name = places[0].name
+                    if any(place.owner._parameters.get(place.key) is not piece for place in places):
+                        raise RuntimeError(
+                            f"rank {rank}: parameter {name!r} was replaced after wrapping; change it in place, under "
+                            "model.summon_full_params(), or wrap again"
+                        )
+                    if piece.requires_grad is not flat.trained:
+                        raise RuntimeError(
+                            f"rank {rank}: requires_grad of parameter {name!r} was changed after wrapping: its place in "
+                            "the flat buffers depends on it. Freeze or unfreeze before wrapping"
+                        )
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within it, backwards are micro-steps: stages 2 and 3 make hop 1 only, stage 1 nothing.
+
+        The first backward whose forward and backward are both outside averages over all ranks what was accumulated.
+        """
+        before, self._reduction.paused = self._reduction.paused, True
+        try:
+            yield
+        finally:
+            self._reduction.paused = before
+
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> torch.Tensor:
+        """Scale the averaged gradients so that their total norm, over all ranks' pieces, is at most `max_norm`.
+
+        Every rank must call it: one scalar is summed over the partition group.
+
+        Returns:
+            The norm before scaling, a scalar tensor, the same on all ranks.
+
+        Raises:
+            RuntimeError: gradients are not averaged yet, or the norm is not finite and `error_if_nonfinite`.
+        """
+        from distlib.optim.norm import clip_grad_norm_
+
+        if self._reduction.window_open:
+            raise RuntimeError(
+                f"rank {self._grid.world.rank}: clip_grad_norm_ after a backward under no_sync(): gradients are not "
+                "averaged yet. Clip after the backward that averages them"
+            )
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        return clip_grad_norm_(trained, max_norm, norm_type, error_if_nonfinite)
+
+    # ------------------------------------------------------------ whole parameters
+
+    def full_state_dict(self, rank0_only: bool = False) -> dict[str, torch.Tensor]:
+        """The module's state dict with whole parameters (fp32 masters under mixed precision), copies, on the CPU.
+
+        Every rank must call it. rank0_only: the other ranks get an empty dict, and never hold more than one unit.
+        """
+        return state.full_state_dict(self.module, self._units, self._grid, rank0_only)
+
+    def summon_full_params(self, writeback: bool = True) -> contextlib.AbstractContextManager[None]:
+        """`with model.summon_full_params():` the module holds whole parameters, a copy on every rank.
+
+        Every rank must enter it. writeback: each rank keeps its part of what it changed, so all ranks must make the same
+        changes.
+        """
+        self._runtime.written = True
+        return state.summon(self._units, self._grid, writeback)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load whole parameters (as of the plain module), or this rank's pieces (as of `state_dict()`).
+
+        Raises:
+            ValueError: shapes that are neither, by name; `assign=True`, which would replace the pieces.
+        """
+        loaded = super().load_state_dict(state.cut(self.module, state_dict), strict=strict, assign=assign)
+        self.parameters_written()
+        return loaded
+
+    def parameters_written(self) -> None:
+        """Says that parameters were written by other means than an optimizer between two steps."""
+        self._runtime.written = True
+
+    # ------------------------------------------------------------ accounts
+
+    def memory_report(self, optimizer: torch.optim.Optimizer | None = None) -> MemoryReport:
+        """Bytes of this rank's parameters, gradients and optimizer state, counted and by formula."""
+        grid, chosen = self._grid, self._options
+        flats = [flat for unit in self._units for flat in unit.flats]
+        shared = build.shares_memory(grid)
+        keeps_whole = chosen.stage < 3 and not shared
+        parameters = sum(f.whole.nbytes if keeps_whole else f.shard.nbytes for f in flats)
+        master = sum(f.master.nbytes for f in flats if f.mixed)
+        expected = dict.fromkeys(("parameters", "gradients", "optimizer"), 0.0)
+        for flat in flats:
+            count = sum(entry.numel for entry in flat.layout.entries)
+            each = PerParameter.of(flat.dtype, flat.compute)
+            for kind, value in formula(
+                count, each, chosen.stage, grid.partition_size, grid.world.size, chosen.shard_optimizer
+            ).items():
+                if flat.trained or kind == "parameters":
+                    expected[kind] += value
+        held = 0
+        if optimizer is not None:
+            for own in optimizer.state.values():
+                held += sum(v.nbytes for v in own.values() if isinstance(v, torch.Tensor) and v.dim())
+        counted = {
+            "parameters": parameters,
+            "gradients": self._reduction.accumulator.nbytes,
+            "optimizer": held + master,
+            "unit buffers": self._reduction.buffer_bytes + self._gathered_bytes(),
+        }
+        return MemoryReport(counted, {kind: int(value) for kind, value in expected.items()})
+
+    def _gathered_bytes(self) -> int:
+        if not self._source.frees:
+            return 0
+        return sum(f.whole.untyped_storage().nbytes() for unit in self._units for f in unit.flats)
+
+    @property
+    def process_groups(self) -> dict[str, Group | None]:
+        """This rank's groups: "world", "partition" (gathers), "reduction" (hop 1), "replication" (hop 2)."""
+        grid = self._grid
+        return {
+            "world": grid.world,
+            "partition": grid.gather,
+            "reduction": grid.reduce,
+            "replication": grid.replication,
+        }
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ShardedDataParallel:
+        """`.to()`, `.half()`, `.cuda()`: refused where they would change pieces."""
+        before = [(p.data_ptr(), p.dtype, p.device) for p in self.module.parameters()]
+        probe = [fn(torch.empty(0, dtype=d, device=v)) for _, d, v in before]
+        for (_, dtype, device), after, (name, p) in zip(before, probe, self.module.named_parameters(), strict=True):
+            if after.dtype != dtype or after.device != device:
+                shard = shard_of(p)
+                raise RuntimeError(
+                    f"{shard.name if shard else name!r} cannot go from {dtype} on {device} to {after.dtype} on "
+                    f"{after.device} after wrapping: call .to() on the module before, or use mixed_precision="
+                )
+        return self
