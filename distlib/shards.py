@@ -28,7 +28,7 @@ class Shard:
 
     name: of the whole parameter in the module. shape: of the whole parameter. offset, numel: the piece, in elements
     of the whole parameter's row-major order. group: the ranks whose pieces together are the whole, each element
-    once. replica, replicas: several groups hold the same pieces; this rank is in the `replica`-th of `replicas`.
+    once; None: this rank holds all of it. replica, replicas: several groups hold the same pieces; this rank is in the `replica`-th of `replicas`.
     world: all ranks that train the model together.
 
     compute: where the model computes in another dtype than it is optimized in, the elements of the compute copy that
@@ -40,7 +40,7 @@ class Shard:
     shape: torch.Size
     offset: int
     numel: int
-    group: Group
+    group: Group | None
     world: Group
     replica: int = 0
     replicas: int = 1
@@ -64,7 +64,7 @@ def shard_of(parameter: torch.Tensor) -> Shard | None:
 
 def mark(parameter: torch.Tensor, shard: Shard) -> None:
     """Says what `parameter` is a piece of."""
-    parameter._distlib_shard = shard  # type: ignore[attr-defined]
+    parameter._distlib_shard = shard
 
 
 def boxes(shape: Iterable[int], offset: int, numel: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -68,7 +68,7 @@ def adamw(parameters: object) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.1, foreach=False)  # type: ignore[arg-type]
 
 
-def alone(n: int, steps: int, clip: float | None = None, micro_steps: int = 1, each: int = 2, **options: object):  # noqa: ANN201
+def alone(n: int, steps: int, clip: float | None = None, micro_steps: int = 1, each: int = 2, **options: object):
     """The oracle: one process on the whole batch. Returns losses, norms and the weights."""
     model = tiny(**options)
     optimizer = adamw(model.parameters())

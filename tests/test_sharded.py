@@ -11,7 +11,7 @@ from sharded_models import adamw, alone, loss_of, part_of, tiny
 import distlib
 
 
-def train(rank: int, n: int, stage: int, p: int, steps: int, **options: object):  # noqa: ANN201
+def train(rank: int, n: int, stage: int, p: int, steps: int, **options: object):
     """Losses of the whole batch, and the weights at the end."""
     model = distlib.ShardedDataParallel(tiny(), stage=stage, partition_size=p, **options)
     optimizer = adamw(model.parameters())
@@ -27,7 +27,7 @@ def train(rank: int, n: int, stage: int, p: int, steps: int, **options: object):
     return losses, model.full_state_dict()
 
 
-def curves(rank: int, n: int, stages: list[int], partitions: list[int], steps: int, options: dict[str, object]):  # noqa: ANN201
+def curves(rank: int, n: int, stages: list[int], partitions: list[int], steps: int, options: dict[str, object]):
     with process_group(rank, n):
         return {(s, p): train(rank, n, s, p, steps, **options) for s in stages for p in partitions}
 

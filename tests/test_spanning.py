@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from distlib import native
 from distlib.comm.gloo import broadcast_targets, expected_sent
 from distlib.comm.group import Group
 from distlib.comm.spanning import Shares
+from distlib.comm.work import CollectiveError
 
 NO_CORE = pytest.mark.skipif(native.core() is None, reason=native.why_not())
 
@@ -147,6 +149,32 @@ def test_bytes_counted_are_the_bytes_of_the_formula(kind: str, nodes: int) -> No
             assert between == 2 * 2 * size // 2, "each host sends M once: 2 M (h-1)/h over its rails"
 
 
+def one_loses_its_network(rank: int, n: int) -> tuple[float, str]:
+    """On rank 1 gloo fails between the two stages inside its host, where rank 0 then waits for it."""
+    with process_group(rank, n, timeout=50):
+        group = Group.of()
+        x = torch.ones(1000)
+        group.all_reduce(x)
+        if rank == 1:
+
+            def fail(*_: object) -> None:
+                raise RuntimeError("the cable was pulled")
+
+            group._channel._sum_between = fail  # type: ignore[attr-defined]
+        begin = time.monotonic()
+        with pytest.raises(CollectiveError) as caught:
+            group.all_reduce(x)
+        return time.monotonic() - begin, str(caught.value)
+
+
+@NO_CORE
+def test_a_rank_whose_network_fails_does_not_let_its_host_wait_in_memory() -> None:
+    ends = run_ranks(4, one_loses_its_network, env={"DISTLIB_NODES": "2"})
+    assert all(seconds < 15 for seconds, _ in ends), ends
+    assert "the cable was pulled" in ends[0][1] and "failed on rank 1" in ends[0][1], ends[0]
+    assert "the cable was pulled" in ends[1][1]
+
+
 def message_bytes(rank: int, n: int) -> dict[tuple[str, str], int]:
     with process_group(rank, n):
         group = Group.of()
@@ -189,8 +217,6 @@ def test_shares_cover_every_element_once(count: int, rails: int, hosts: int) -> 
 
 
 def lateness(rank: int, n: int) -> Any:
-    import time
-
     with process_group(rank, n):
         group = Group.of()
         group.barrier()

@@ -95,30 +95,42 @@ def expected_sent(kind: str, n: int, me: int, root: int, sent: int, received: in
     return {}
 
 
+@dataclass(frozen=True)
+class Seat:
+    """What a rank knows of a group that it joins.
+
+    labels: what messages call the ranks (their global ranks). timeout: seconds to meet. master: an address that the
+    others are reached by, which tells the network interface; None: gloo chooses.
+    """
+
+    store: dist.Store
+    name: str
+    rank: int
+    labels: list[int]
+    timeout: float
+    master: str | None
+    topology: Topology
+
+    def connect(self, prefix: str, rank: int, size: int) -> Any:
+        """gloo between some ranks of the group, this one being `rank` of `size`. All of them must call."""
+        return process_group(dist.PrefixStore(prefix, self.store), rank, size, self.timeout, self.master)
+
+
 class GlooChannel:
     """Collectives by gloo between all ranks of a group. Steps run in order on one thread of the group."""
 
-    def __init__(
-        self,
-        store: dist.Store,
-        name: str,
-        rank: int,
-        labels: list[int],
-        timeout: float,
-        master: str | None,
-        topology: Topology,
-    ) -> None:
-        self.size = len(labels)
-        self.rank = rank
-        self.name = name
-        self._labels = labels
-        self._store = store
+    def __init__(self, seat: Seat) -> None:
+        self.size = len(seat.labels)
+        self.rank = seat.rank
+        self.name = seat.name
+        self._labels = seat.labels
+        self._store = seat.store
         # gloo's threads must not outlive the interpreter: what is still connected at exit is let go there.
         self._connections: dict[str, Any] = {}
         weakref.finalize(self, self._connections.clear)
-        self._connections["all"] = process_group(dist.PrefixStore("gloo/", store), rank, self.size, timeout, master)
-        self._runner = Runner(f"gloo-{name}")
-        self._topology = topology
+        self._connections["all"] = seat.connect("gloo/", self.rank, self.size)
+        self._runner = Runner(f"gloo-{self.name}")
+        self._topology = seat.topology
         self._late: dict[str, tuple[list[float], int]] = {}
         self._sequence = 0
         self._broken: CollectiveError | None = None
@@ -160,19 +172,22 @@ class GlooChannel:
             raise self._broken from error
 
     def _agree(self, c: Collective, limit: timedelta) -> None:
-        """All ranks compare {kind, dtype, op, root, count}: whoever differs is named, on every rank."""
-        name = zlib.crc32(str(c.dtype).encode())
-        mine = torch.tensor([native.KINDS.index(c.kind), name, native.OPS.index(c.op), c.root, c.count, c.arrived_ns])
+        """All ranks compare {kind, dtype, op, root, count, chunk}: whoever differs is named, on every rank."""
+        name, chunk = zlib.crc32(str(c.dtype).encode()), self.chunk_bytes(c)
+        call = [native.KINDS.index(c.kind), name, native.OPS.index(c.op), c.root, c.count, chunk]
+        mine = torch.tensor([*call, c.arrived_ns])
         all = torch.empty(self.size, mine.numel(), dtype=mine.dtype)
         self._gather_bytes(all, mine, limit)
-        if bool((all[:, :5] == mine[:5]).all()):
+        if bool((all[:, :-1] == mine[:-1]).all()):
             late, before = self._late.get(c.label, ([0.0] * self.size, 0))
-            after = ((all[:, 5] - all[:, 5].min()) * 1e-9).tolist()
+            after = ((all[:, -1] - all[:, -1].min()) * 1e-9).tolist()
             self._late[c.label] = ([a + b for a, b in zip(late, after, strict=True)], before + 1)
             return
         calls = []
-        for r, (kind, _, op, root, count, _) in enumerate(all.tolist()):
+        for r, (kind, _, op, root, count, chunk, _) in enumerate(all.tolist()):
             mark = "" if all[r, 1] == mine[1] else ", another dtype"
+            if all[r, 5] != mine[5]:
+                mark += f", in two levels by {chunk >> 10} KiB" if chunk else ", flat"
             calls.append(
                 f"rank {self._labels[r]} called {native.KINDS[kind]}"
                 f"({count} elements, {native.OPS[op]}, root {root}{mark})"
@@ -182,6 +197,10 @@ class GlooChannel:
             "Every rank must make the same calls in the same order",
             "mismatch",
         )
+
+    def chunk_bytes(self, c: Collective) -> int:
+        """Bytes of the chunks in which a collective goes in two levels; 0: it goes flat, and whole."""
+        return 0
 
     def _explain(self, c: Collective, error: RuntimeError, seconds: float) -> CollectiveError:
         """Names the ranks that failed nowhere: those that ended, or hang."""

@@ -21,7 +21,7 @@ from distlib.comm import interfaces, membership
 from distlib.comm.c10d import C10dChannel
 from distlib.comm.channel import Channel, Collective
 from distlib.comm.counting import CountingChannel, is_fake, pretend_topology
-from distlib.comm.gloo import GlooChannel
+from distlib.comm.gloo import GlooChannel, Seat
 from distlib.comm.host import HostChannel, usable_cores
 from distlib.comm.ledger import ledger
 from distlib.comm.memory import arena_empty
@@ -100,7 +100,7 @@ class Group:
             one_network = len({(card.boot, card.network) for card in members.cards}) == 1
             master = "127.0.0.1" if one_network else interfaces.meeting_point(store)
             way = SpanningChannel if any(card.door for card in members.cards) else GlooChannel
-            channel = way(store, name, rank, list(ranks), limit, master, topology)
+            channel = way(Seat(store, name, rank, list(ranks), limit, master, topology))
             if isinstance(channel, SpanningChannel):
                 channel.use_inside(inside)
         return Group(name, rank, ranks, topology, channel, limit)

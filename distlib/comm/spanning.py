@@ -12,17 +12,17 @@ too where that pays (hierarchical.py); a reduce-scatter has the bits of the all-
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 
 from distlib.comm.channel import BETWEEN_HOSTS, SAME_HOST, Collective, Traffic
-from distlib.comm.gloo import GlooChannel, Sent, flat, process_group
+from distlib.comm.gloo import GlooChannel, Seat, Sent, flat
 from distlib.comm.hierarchical import (
     CHUNK_BYTES,
     LAG,
@@ -117,17 +117,9 @@ def _chunks(count: int, dtype: torch.dtype) -> list[int]:
 class SpanningChannel(GlooChannel):
     """As a GlooChannel, except for all-reduce, and for gather and scatter where they go in levels."""
 
-    def __init__(
-        self,
-        store: dist.Store,
-        name: str,
-        rank: int,
-        labels: list[int],
-        timeout: float,
-        master: str | None,
-        topology: Topology,
-    ) -> None:
-        super().__init__(store, name, rank, labels, timeout, master, topology)
+    def __init__(self, seat: Seat) -> None:
+        super().__init__(seat)
+        topology, rank = seat.topology, seat.rank
         self._inside: HostChannel | None = None
         local = topology.local_ranks(rank)
         self._local_rank, self._local_size = local.index(rank), len(local)
@@ -136,8 +128,7 @@ class SpanningChannel(GlooChannel):
         self._rails = min(len(node) for node in topology.nodes)
         self._scratch: dict[tuple[torch.dtype, int], list[_Scratch]] = {}
         if self._local_rank < self._rails:
-            rail_store = dist.PrefixStore(f"rail{self._local_rank}/", store)
-            self._connections["rail"] = process_group(rail_store, self._host, self._hosts, timeout, master)
+            self._connections["rail"] = seat.connect(f"rail{self._local_rank}/", self._host, self._hosts)
         self._levels: Levels | None = None
 
     @property
@@ -159,14 +150,32 @@ class SpanningChannel(GlooChannel):
             return self.start_step(collective, timeout, getattr(self._levels, collective.kind))
         return super().start(collective, timeout, sync)
 
+    def chunk_bytes(self, c: Collective) -> int:
+        return CHUNK_BYTES if c.hierarchical or c.kind == "all_reduce" else 0
+
     def _guarded(self, c: Collective, timeout: float, run: Callable[[Collective, timedelta], object]) -> object:
-        """A rank that fails tells the others at once: those of its host wait for it in memory, not on a connection."""
         try:
             return super()._guarded(c, timeout, run)
         except Exception as error:
-            if not isinstance(error, CollectiveError) or error.code != "mismatch":  # a mismatch is seen by all
-                self.abort(str(error))
+            if not isinstance(error, CollectiveError) or error.code != "mismatch":  # all ranks see a mismatch
+                self._tell(c, error)
             raise
+
+    def _explain(self, c: Collective, error: RuntimeError, seconds: float) -> CollectiveError:
+        self._tell(c, error)
+        return super()._explain(c, error, seconds)
+
+    def _tell(self, c: Collective, error: Exception) -> None:
+        """Says at once that this rank lives and has failed: to those that look for ranks that ended; on its host in
+        memory, where nobody sees connections close; and elsewhere by closing them."""
+        with contextlib.suppress(RuntimeError):  # the store went with rank 0: whoever looks for others says so
+            self._store.set(f"failed/{self._sequence}/{self.rank}", "1")
+        where = f"{c.describe()} #{self._sequence} of group '{self.name}' failed on rank {self._labels[self.rank]}"
+        text = str(error) if isinstance(error, CollectiveError) else f"{where}: {error}"
+        self._broken = self._broken or CollectiveError(text)
+        if self._inside is not None:
+            self._inside.abort(text)
+        self._connections.clear()  # gloo's own abort() closes nothing
 
     def _reduce_scatter(self, c: Collective, limit: timedelta) -> Sent:
         pieces = [torch.empty_like(t) for t in [c.recv[0]] * self.size]
@@ -279,8 +288,8 @@ class SpanningChannel(GlooChannel):
         if self._inside is not None:
             self._inside.abort(text)
         super().abort(text)
-        if self._rail is not None:
-            self._rail.abort()
+        if self._connections:  # closed after the step that this thread is in, which needs them
+            self._runner.start(self._connections.clear)
 
     def close(self) -> None:
         super().close()

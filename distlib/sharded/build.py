@@ -159,7 +159,7 @@ def load_values(
 
 
 def _reset(owner: nn.Module) -> None:
-    owner.reset_parameters()  # type: ignore[operator]
+    owner.reset_parameters()
 
 
 def _check_meta(
@@ -174,8 +174,8 @@ def _check_meta(
             continue
         if init is None and not hasattr(owner, "reset_parameters"):
             raise ValueError(
-                f"{prefix or 'the module'} ({type(owner).__name__}) is on the meta device and has no reset_parameters(): "
-                "give init=, a function that initialises the parameters and buffers of a module"
+                f"{prefix or 'the module'} ({type(owner).__name__}) is on the meta device and has no reset_parameters()"
+                ": give init=, a function that initialises the parameters and buffers of a module"
             )
         if len({id(home[p]) for p in parameters}) > 1:
             raise ValueError(

@@ -132,7 +132,7 @@ class Flat:
         if not self.mixed:
             return
         for piece in self.pieces:
-            shard: Shard = piece._distlib_shard  # type: ignore[attr-defined]
+            shard: Shard = piece._distlib_shard
             if piece.numel() and not shard.is_written(piece):
                 assert shard.compute is not None
                 shard.compute.copy_(piece.view(-1))

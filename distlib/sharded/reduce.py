@@ -1,4 +1,4 @@
-"""The path of a gradient: it lands in its unit's buffer, hop 1 adds it up in the partition group, hop 2 across replicas.
+"""The path of a gradient: it lands in its unit's buffer, hop 1 adds it up in the partition group, hop 2 between them.
 
     backward   ... unit 2 ..... unit 1 ..... unit 0 .. root |          gradients land in the buffers of a small pool
     hop 1          |-- 2 --|   |-- 1 --|   |-- 0 --|   |root|   reduce-scatter, every micro-step

@@ -181,8 +181,8 @@ def _alive(reference: weakref.ref[Runtime]) -> Runtime:
     runtime = reference()
     if runtime is None:
         raise RuntimeError(
-            "this module was sharded by a ShardedDataParallel that is gone: it holds pieces of its parameters. Keep the "
-            "wrapper, and take model.full_state_dict() for a module of its own"
+            "this module was sharded by a ShardedDataParallel that is gone: it holds pieces of its parameters. Keep "
+            "the wrapper, and take model.full_state_dict() for a module of its own"
         )
     return runtime
 
@@ -203,7 +203,7 @@ def _leaving(reference: weakref.ref[Runtime], unit: UnitState, last: bool) -> Ca
 
 def _landing(reference: weakref.ref[Runtime], index: int, i: int) -> Callable[[torch.Tensor], None]:
     def hook(leaf: torch.Tensor) -> None:
-        _alive(reference).landed(index, i, leaf)  # type: ignore[arg-type]
+        _alive(reference).landed(index, i, leaf)
 
     return hook
 

@@ -161,8 +161,8 @@ class ShardedDataParallel(Transparent):
                         )
                     if piece.requires_grad is not flat.trained:
                         raise RuntimeError(
-                            f"rank {rank}: requires_grad of parameter {name!r} was changed after wrapping: its place in "
-                            "the flat buffers depends on it. Freeze or unfreeze before wrapping"
+                            f"rank {rank}: requires_grad of parameter {name!r} was changed after wrapping: its place "
+                            "in the flat buffers depends on it. Freeze or unfreeze before wrapping"
                         )
 
     @contextlib.contextmanager
@@ -212,8 +212,8 @@ class ShardedDataParallel(Transparent):
     def summon_full_params(self, writeback: bool = True) -> contextlib.AbstractContextManager[None]:
         """`with model.summon_full_params():` the module holds whole parameters, a copy on every rank.
 
-        Every rank must enter it. writeback: each rank keeps its part of what it changed, so all ranks must make the same
-        changes.
+        Every rank must enter it. writeback: each rank keeps its part of what it changed, so all ranks must make
+        the same changes.
         """
         self._runtime.written = True
         return state.summon(self._units, self._grid, writeback)
