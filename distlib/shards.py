@@ -28,8 +28,8 @@ class Shard:
 
     name: of the whole parameter in the module. shape: of the whole parameter. offset, numel: the piece, in elements
     of the whole parameter's row-major order. group: the ranks whose pieces together are the whole, each element
-    once; None: this rank holds all of it. replica, replicas: several groups hold the same pieces; this rank is in the `replica`-th of `replicas`.
-    world: all ranks that train the model together.
+    once; None: this rank holds all of it. replica, replicas: several groups hold the same pieces; this rank is in the
+    `replica`-th of `replicas`. world: all ranks that train the model together.
 
     compute: where the model computes in another dtype than it is optimized in, the elements of the compute copy that
     belong to this piece, to be written with it; `wrote(parameter)` says that they were.
