@@ -15,12 +15,13 @@ __version__ = "0.1.0"
 __distribution__ = _clash.DISTRIBUTION  # how distlib_autoload tells this package from its namesake
 
 if TYPE_CHECKING:
+    from distlib import optim
     from distlib.checkpoint import export, load, save
     from distlib.comm.group import Group
     from distlib.comm.ledger import Ledger, ledger
     from distlib.comm.memory import registered_empty
     from distlib.data_parallel import DataParallel
-    from distlib.sharded import MixedPrecision, ShardedDataParallel, suggest_partition
+    from distlib.sharded import MemoryReport, MixedPrecision, ShardedDataParallel, suggest_partition
     from distlib.topology import Topology
     from distlib.world import World, init, shutdown
 
@@ -28,6 +29,7 @@ __all__ = [
     "DataParallel",
     "Group",
     "Ledger",
+    "MemoryReport",
     "MixedPrecision",
     "ShardedDataParallel",
     "Topology",
@@ -37,6 +39,7 @@ __all__ = [
     "init",
     "ledger",
     "load",
+    "optim",
     "registered_empty",
     "save",
     "shutdown",
@@ -47,6 +50,7 @@ _HOME = {
     "DataParallel": "distlib.data_parallel",
     "Group": "distlib.comm.group",
     "Ledger": "distlib.comm.ledger",
+    "MemoryReport": "distlib.sharded",
     "MixedPrecision": "distlib.sharded",
     "ShardedDataParallel": "distlib.sharded",
     "Topology": "distlib.topology",
@@ -63,6 +67,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> object:
+    if name == "optim":
+        return importlib.import_module("distlib.optim")  # which also sets the attribute
     if name not in _HOME:
         raise AttributeError(f"module 'distlib' has no attribute {name!r}; it has {', '.join(__all__)}")
     value = getattr(importlib.import_module(_HOME[name]), name)

@@ -3,9 +3,10 @@
     python examples/train_lm.py
     torchrun --nproc-per-node 2 examples/train_lm.py
     mpirun -np 2 python examples/train_lm.py
+    torchrun --nproc-per-node 4 examples/train_lm.py --strategy mics --partition-size 2
     torchrun --nproc-per-node 2 examples/train_lm.py --data my_texts/ --width 256 --steps 2000 --out run.json
 
-The parts lie beside it in lm/: settings, data, model, schedule, curve, checkpoint, report.
+The parts lie beside it in lm/: settings, data, model, strategy, schedule, curve, checkpoint, report.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from lm.data import Sampler, batch_of, count_windows, load_corpus
 from lm.model import GPT, generate, next_token_loss
 from lm.schedule import learning_rate
 from lm.settings import Settings, check, parse
+from lm.strategy import Parallel, wrap
 from torch import Tensor, nn
 
 import distlib
@@ -55,8 +57,10 @@ def train(settings: Settings, world: distlib.World) -> None:
             plain.load_state_dict(saved["model"])
             sampler.load_state_dict(saved["sampler"])
 
-    # The parallel strategy: gradients are averaged over all ranks while backward runs.
-    model = distlib.DataParallel(plain)
+    # The parallel strategy. Whatever it is, gradients are averaged over all ranks when backward returns.
+    parameters = sum(p.numel() for p in plain.parameters())
+    with together(world):
+        model = wrap(plain, settings)
     optimizer = make_optimizer(model, settings)
     curve = LossCurve(settings.steps, world.device)
     if saved:
@@ -64,7 +68,6 @@ def train(settings: Settings, world: distlib.World) -> None:
         curve.load_state_dict(saved["curve"])
     start = saved["step"] if saved else 0
 
-    parameters = sum(p.numel() for p in plain.parameters())
     speaker = report.Speaker(world, settings.steps, start)
     speaker.opening(world, threads, parameters, len(text), len(validation_text))
     seconds = 0.0  # of training; validation is not in it
@@ -94,14 +97,16 @@ def train(settings: Settings, world: distlib.World) -> None:
 
     sample = generate(model, settings.prompt.encode(), settings.sample, settings.context, settings.seed, world.device)
     speaker.sampled(sample)
-    summary = report.Summary.of(curve, parameters, seconds, tokens_per_second, report.gather(world))
+    summary = report.Summary.of(
+        curve, parameters, seconds, tokens_per_second, report.gather(world, model.memory_report(optimizer))
+    )
     speaker.summary(summary)
     if settings.out and world.rank == 0:
         report.write_json(settings.out, settings, world, threads, curve, summary)
 
 
 def train_step(
-    model: distlib.DataParallel,
+    model: Parallel,
     optimizer: torch.optim.Optimizer,
     rate: float,
     windows: np.ndarray,

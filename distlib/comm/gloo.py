@@ -186,7 +186,7 @@ class GlooChannel:
         calls = []
         for r, (kind, _, op, root, count, chunk, _) in enumerate(all.tolist()):
             mark = "" if all[r, 1] == mine[1] else ", another dtype"
-            if all[r, 5] != mine[5]:
+            if bool((all[:, 5] != mine[5]).any()):
                 mark += f", in two levels by {chunk >> 10} KiB" if chunk else ", flat"
             calls.append(
                 f"rank {self._labels[r]} called {native.KINDS[kind]}"
@@ -199,7 +199,7 @@ class GlooChannel:
         )
 
     def chunk_bytes(self, c: Collective) -> int:
-        """Bytes of the chunks in which a collective goes in two levels; 0: it goes flat, and whole."""
+        """Bytes of the chunks in which a collective goes in two levels (spanning.py); 0: it goes flat, and whole."""
         return 0
 
     def _explain(self, c: Collective, error: RuntimeError, seconds: float) -> CollectiveError:

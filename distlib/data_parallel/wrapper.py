@@ -18,6 +18,7 @@ from distlib.data_parallel.hooks import CommHook
 from distlib.data_parallel.join import ShadowHook, UnevenInputs
 from distlib.data_parallel.naming import Transparent
 from distlib.data_parallel.reducer import Options, Reducer
+from distlib.memory import MemoryReport, replicated_report
 
 
 class DataParallel(Transparent, Joinable):
@@ -174,6 +175,14 @@ class DataParallel(Transparent, Joinable):
     def bucket_arrivals(self) -> list[int]:
         """When each bucket was complete on this rank in the last averaged backward: time.monotonic_ns()."""
         return list(self._reducer.arrivals)
+
+    def memory_report(self, optimizer: torch.optim.Optimizer | None = None) -> MemoryReport:
+        """Bytes of this rank's parameters, gradients and optimizer state, counted and by formula."""
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        gradients = {p.grad.data_ptr(): p.grad.nbytes for p in trained if p.grad is not None}
+        return replicated_report(
+            list(self.module.parameters()), max(sum(gradients.values()), self._reducer.traffic()[1]), optimizer
+        )
 
     @property
     def traffic(self) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Sharded data parallelism: ZeRO stages 1 to 3 and MiCS. docs/sharding.md draws the paths."""
 
-from distlib.sharded.memory import MemoryReport
+from distlib.memory import MemoryReport
 from distlib.sharded.options import MixedPrecision
 from distlib.sharded.suggest import Suggestion, suggest_partition
 from distlib.sharded.wrapper import ShardedDataParallel

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distlib.sharded.memory import PerParameter, formula
+from distlib.memory import PerParameter, formula
 from distlib.sharded.options import MixedPrecision
 from distlib.sharded.units import divide
 

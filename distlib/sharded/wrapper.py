@@ -18,7 +18,7 @@ from distlib.data_parallel.naming import Transparent
 from distlib.sharded import build, options, state
 from distlib.sharded.gather import Gathers, SharedMapping, Source
 from distlib.sharded.groups import make_grid, secondary_group
-from distlib.sharded.memory import MemoryReport, PerParameter, formula
+from distlib.memory import MemoryReport, PerParameter, formula, state_bytes
 from distlib.sharded.options import MixedPrecision, Options
 from distlib.sharded.reduce import Reduction
 from distlib.sharded.runtime import Runtime, trained_flats
@@ -251,14 +251,10 @@ class ShardedDataParallel(Transparent):
             ).items():
                 if flat.trained or kind == "parameters":
                     expected[kind] += value
-        held = 0
-        if optimizer is not None:
-            for own in optimizer.state.values():
-                held += sum(v.nbytes for v in own.values() if isinstance(v, torch.Tensor) and v.dim())
         counted = {
             "parameters": parameters,
             "gradients": self._reduction.accumulator.nbytes,
-            "optimizer": held + master,
+            "optimizer": state_bytes(optimizer) + master,
             "unit buffers": self._reduction.buffer_bytes + self._gathered_bytes(),
         }
         return MemoryReport(counted, {kind: int(value) for kind, value in expected.items()})

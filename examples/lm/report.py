@@ -34,7 +34,9 @@ class RankReport:
     bytes_counted: int
     bytes_expected: int
     bytes_between_hosts: int  # of those counted
-    peak_bytes: int  # memory
+    state_bytes: int  # memory of parameters, gradients and optimizer state, counted
+    state_expected: int  # the same by formula
+    peak_bytes: int  # memory of the process
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Summary:
         return replace(sums, communication_seconds=sums.communication_seconds / len(self.ranks))
 
 
-def gather(world: distlib.World) -> list[RankReport]:
+def gather(world: distlib.World, memory: distlib.MemoryReport) -> list[RankReport]:
     """The reports of all ranks, on all ranks. Every rank must call it."""
     ledger = distlib.ledger()
     mine = RankReport(
@@ -73,6 +75,8 @@ def gather(world: distlib.World) -> list[RankReport]:
         bytes_counted=ledger.total_bytes(),
         bytes_expected=sum(row.bytes for row in ledger.expected()),
         bytes_between_hosts=ledger.total_bytes("between hosts"),
+        state_bytes=memory.total,
+        state_expected=sum(memory.formula.values()),
         peak_bytes=peak_bytes(world.device),
     )
     reports: list[Any] = [None] * world.size
@@ -166,7 +170,7 @@ class Speaker:
 
         between_hosts = len({rank.node for rank in summary.ranks}) > 1
         table = Table(box=box.SIMPLE, pad_edge=False)
-        columns = ["rank", "node", "communication", "bytes counted", "expected", "peak memory"]
+        columns = ["rank", "node", "communication", "bytes counted", "expected", "state", "by formula", "peak memory"]
         for column in columns + ["between hosts"] * between_hosts:
             table.add_column(column, justify="right")
         rows = [(str(r.rank), str(r.node), r) for r in summary.ranks[:SHOWN_RANKS]]
@@ -174,7 +178,9 @@ class Speaker:
             rows.append(("all", "", summary.all_ranks))
         for name, node, r in rows:
             row = [name, node, f"{r.communication_seconds:.2f} s", f"{r.bytes_counted:,}"]
-            row += [f"{r.bytes_expected:,}", f"{r.peak_bytes / 2**20:,.0f} MiB"]
+            row.append(f"{r.bytes_expected:,}")
+            row += [f"{size / 2**20:,.1f} MiB" for size in (r.state_bytes, r.state_expected)]
+            row.append(f"{r.peak_bytes / 2**20:,.0f} MiB")
             table.add_row(*row, *[f"{r.bytes_between_hosts:,}"] * between_hosts)
         self.console.print(table)
 

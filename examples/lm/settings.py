@@ -12,6 +12,7 @@ AT_LEAST_ONE = (
     "steps", "batch", "accumulate", "context", "layers", "width", "heads", "validate_every",
     "validation_windows", "report_every",
 )  # fmt: skip
+STRATEGIES = ("replicated", "sharded", "mics")
 
 
 def option(default: Any, text: str, *more_names: str) -> Any:
@@ -26,6 +27,9 @@ class Settings:
     out: Path | None = option(None, "write settings, loss curves and final numbers here, as JSON")
     steps: int = option(1000, "optimizer steps")
     batch: int = option(8, "windows in a step, over all ranks together", "--global-batch")
+    strategy: str = option("replicated", "how ranks share the work: replicated, sharded (ZeRO) or mics")
+    stage: int = option(3, "what is sharded: 1 optimizer state, 2 gradients too, 3 parameters too")
+    partition_size: int = option(0, "ranks that share one copy under mics; 0: those of a host")
     accumulate: int = option(1, "micro-batches that a rank does its part of a step in")
     context: int = option(128, "bytes in a window")
     layers: int = option(4, "transformer blocks")
@@ -80,6 +84,14 @@ def check(settings: Settings, ranks: int) -> None:
         raise ValueError(f"--lr {settings.lr} and --clip {settings.clip} must be more than 0")
     if min(settings.save_every, settings.warmup, settings.sample, settings.weight_decay, settings.seed) < 0:
         raise ValueError("--save-every, --warmup, --sample, --weight-decay and --seed must not be negative")
+    if settings.strategy not in STRATEGIES:
+        raise ValueError(f"--strategy {settings.strategy!r} must be one of {', '.join(STRATEGIES)}")
+    if settings.partition_size and settings.strategy != "mics":
+        raise ValueError(f"--partition-size {settings.partition_size} has no effect without --strategy mics")
+    if settings.stage not in (1, 2, 3):
+        raise ValueError(f"--stage {settings.stage} must be 1, 2 or 3")
+    if settings.stage != 3 and settings.strategy == "replicated":
+        raise ValueError(f"--stage {settings.stage} has no effect without --strategy sharded or mics")
     if settings.save_every and settings.save is None:
         raise ValueError(f"--save-every {settings.save_every} has no effect without --save FILE")
     if not settings.prompt:

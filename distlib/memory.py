@@ -74,3 +74,26 @@ class MemoryReport:
             expected = self.formula.get(kind)
             table.add_row(kind, f"{counted:,}", "" if expected is None else f"{expected:,}")
         return table
+
+
+def state_bytes(optimizer: torch.optim.Optimizer | None) -> int:
+    """Bytes of an optimizer's state tensors; its scalars do not count."""
+    held = optimizer.state.values() if optimizer is not None else ()
+    return sum(v.nbytes for own in held for v in own.values() if isinstance(v, torch.Tensor) and v.dim())
+
+
+def replicated_report(
+    parameters: list[torch.nn.Parameter], gradient_bytes: int, optimizer: torch.optim.Optimizer | None
+) -> MemoryReport:
+    """The report of a model that every rank holds whole."""
+    expected = dict.fromkeys(KINDS, 0.0)
+    for p in parameters:
+        for kind, value in formula(p.numel(), PerParameter.of(p.dtype, None), 1, 1, 1).items():
+            if p.requires_grad or kind == "parameters":
+                expected[kind] += value
+    counted = {
+        "parameters": sum(p.nbytes for p in parameters),
+        "gradients": gradient_bytes,
+        "optimizer": state_bytes(optimizer),
+    }
+    return MemoryReport(counted, {kind: int(value) for kind, value in expected.items()})
