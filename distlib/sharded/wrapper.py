@@ -15,10 +15,10 @@ from distlib.comm.group import Group
 from distlib.data_parallel import replicas
 from distlib.data_parallel.agreement import require_equal
 from distlib.data_parallel.naming import Transparent
+from distlib.memory import MemoryReport, PerParameter, formula, state_bytes
 from distlib.sharded import build, options, state
 from distlib.sharded.gather import Gathers, SharedMapping, Source
 from distlib.sharded.groups import make_grid, secondary_group
-from distlib.memory import MemoryReport, PerParameter, formula, state_bytes
 from distlib.sharded.options import MixedPrecision, Options
 from distlib.sharded.reduce import Reduction
 from distlib.sharded.runtime import Runtime, trained_flats
