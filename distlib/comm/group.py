@@ -20,7 +20,7 @@ from distlib.comm import hierarchical as levels
 from distlib.comm import interfaces, membership
 from distlib.comm.c10d import C10dChannel
 from distlib.comm.channel import Channel, Collective
-from distlib.comm.counting import CountingChannel, is_fake, pretend_topology
+from distlib.comm.counting import CountingChannel, is_fake
 from distlib.comm.gloo import GlooChannel, Seat
 from distlib.comm.host import HostChannel, usable_cores
 from distlib.comm.ledger import ledger
@@ -119,6 +119,11 @@ class Group:
         if pg not in _foreign:
             _foreign[pg] = _wrap_fake(pg) if is_fake(pg) else _wrap_foreign(pg)
         return _foreign[pg]
+
+    @property
+    def counts_only(self) -> bool:
+        """Whether nothing moves in this group (torch's "fake" backend): ranks cannot compare notes."""
+        return isinstance(self._channel, CountingChannel)
 
     # ------------------------------------------------------------ collectives
 
@@ -462,10 +467,8 @@ def _wrap_foreign(pg: dist.ProcessGroup) -> Group:
 
 
 def _wrap_fake(pg: dist.ProcessGroup) -> Group:
-    ranks = dist.get_process_group_ranks(pg)
-    topology = pretend_topology(ranks, dist.get_world_size())
-    name = "world" if pg is dist.group.WORLD else str(getattr(pg, "group_name", "group"))
-    return Group(name, pg.rank(), ranks, topology, CountingChannel(name, pg.rank(), topology), 1800.0)
+    channel = CountingChannel(pg)
+    return Group(channel.name, channel.rank, channel.ranks, channel.topology, channel, 1800.0)
 
 
 def _readable(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
