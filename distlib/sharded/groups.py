@@ -63,10 +63,11 @@ def partition_of(topology: Topology, size: int | str | None) -> list[tuple[int, 
         fits = [p for p in range(1, n + 1) if n % p == 0]
         raise ValueError(f"partition_size={size} does not divide {n} ranks: choose one of {fits}")
     order = [rank for node in topology.nodes for rank in node]
-    return [tuple(order[i : i + size]) for i in range(0, n, size)]
+    return [tuple(sorted(order[i : i + size])) for i in range(0, n, size)]  # new_group sorts, too
 
 
 _made: weakref.WeakKeyDictionary[Any, dict[int, Grid]] = weakref.WeakKeyDictionary()
+_secondary: weakref.WeakKeyDictionary[Group, dict[int, Group]] = weakref.WeakKeyDictionary()
 
 
 def make_grid(process_group: dist.ProcessGroup | None, partition_size: int | str | None) -> Grid:
@@ -87,13 +88,13 @@ def make_grid(process_group: dist.ProcessGroup | None, partition_size: int | str
 def _build(world: Group, partitions: Sequence[tuple[int, ...]]) -> Grid:
     mine = next(i for i, ranks in enumerate(partitions) if world.rank in ranks)
     part = partitions[mine].index(world.rank)
-    across = [ranks[part] for ranks in partitions]
+    across = sorted(ranks[part] for ranks in partitions)
     return Grid(
         world,
         len(partitions[0]),
         len(partitions),
         part,
-        mine,
+        across.index(world.rank),
         _subgroup(world, partitions[mine]),
         _subgroup(world, partitions[mine]),
         _subgroup(world, across),
@@ -113,6 +114,10 @@ def secondary_group(grid: Grid, size: bool | int) -> Group | None:
     if isinstance(size, bool):
         return None
     assert grid.gather is not None
+    made = _secondary.setdefault(grid.gather, {})
+    if size in made:
+        return made[size]
     first = grid.gather.rank // size * size
     members = [grid.gather.ranks[r] for r in range(first, first + size)]
-    return Group.of(dist.new_group(members, use_local_synchronization=True))
+    made[size] = Group.of(dist.new_group(members, use_local_synchronization=True))
+    return made[size]
