@@ -19,7 +19,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import torch.distributed as dist
-from lm import checkpoint, report
+from lm import report
+from lm.checkpoint import Checkpoints
 from lm.curve import LossCurve
 from lm.data import Sampler, batch_of, count_windows, load_corpus
 from lm.model import GPT, generate, next_token_loss
@@ -52,10 +53,6 @@ def train(settings: Settings, world: distlib.World) -> None:
         windows = count_windows(text, settings.context)
         sampler = Sampler(windows, settings.batch, world.rank, world.size, settings.seed)
         plain = GPT(settings.layers, settings.width, settings.heads, settings.tied).to(world.device)
-        saved = checkpoint.load(settings.resume, settings, world.device) if settings.resume else None
-        if saved:
-            plain.load_state_dict(saved["model"])
-            sampler.load_state_dict(saved["sampler"])
 
     # The parallel strategy. Whatever it is, gradients are averaged over all ranks when backward returns.
     parameters = sum(p.numel() for p in plain.parameters())
@@ -63,15 +60,14 @@ def train(settings: Settings, world: distlib.World) -> None:
         model = wrap(plain, settings)
     optimizer = make_optimizer(model, settings)
     curve = LossCurve(settings.steps, world.device)
-    if saved:
-        optimizer.load_state_dict(saved["optimizer"])
-        curve.load_state_dict(saved["curve"])
-    start = saved["step"] if saved else 0
+    checkpoints = Checkpoints(settings, model, optimizer, sampler, curve)
+    with together(world):
+        start = checkpoints.resume(settings.resume) if settings.resume else 0
 
     speaker = report.Speaker(world, settings.steps, start)
     speaker.opening(world, threads, parameters, len(text), len(validation_text))
     seconds = 0.0  # of training; validation is not in it
-    with speaker:
+    with speaker, checkpoints:
         for step in range(start, settings.steps):
             if step % settings.validate_every == 0:
                 curve.validation.append((step, validate(model, validation_text, settings, world)))
@@ -88,10 +84,8 @@ def train(settings: Settings, world: distlib.World) -> None:
             tokens_per_second = (done - start) * settings.batch * settings.context / seconds
             if loss is not None:
                 speaker.trained(done, loss, rate, tokens_per_second)
-            if saves and settings.save and world.rank == 0:
-                parts = {"model": model, "optimizer": optimizer, "sampler": sampler, "curve": curve}
-                states = {name: part.state_dict() for name, part in parts.items()}
-                checkpoint.save(settings.save, settings, step=done, **states)
+            if saves and settings.save:
+                checkpoints.save(done)
         curve.validation.append((settings.steps, validate(model, validation_text, settings, world)))
         speaker.validated(*curve.validation[-1])
 

@@ -1,50 +1,70 @@
-"""A run on disk, as one file: what it continues from, on this or any other number of ranks."""
+"""A run on disk: what it continues from, on this or any other number of ranks, under this or any other strategy."""
 
 from __future__ import annotations
 
-import os
-import pickle
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
 
+import distlib
+from lm.curve import LossCurve
+from lm.data import Sampler
 from lm.settings import Settings
 
-FORMAT = "distlib examples/train_lm 1"
-SHAPE = (
-    "context",
-    "layers",
-    "width",
-    "heads",
-    "tied",
-)  # settings that weights and positions fit only if equal
+SHAPE = ("context", "layers", "width", "heads", "tied")  # settings that weights and positions fit only if equal
 
 
-def save(path: Path, settings: Settings, **state: Any) -> None:
-    """Write tensors, numbers, lists and dicts. One rank calls it. Renamed into place: whole or not at all."""
-    aside = path.with_name(path.name + ".partial")
-    shape = {name: getattr(settings, name) for name in SHAPE}
-    torch.save({"format": FORMAT, "shape": shape, **state}, aside)
-    os.replace(aside, path)
+class Checkpoints:
+    """Saves to --save in the background, and continues from --resume. Every rank makes one and calls it alike.
 
+    Around the training loop it is a context manager: at its end, however it comes, the last save is on disk.
+    """
 
-def load(path: Path, settings: Settings, device: torch.device) -> dict[str, Any]:
-    """What `save` wrote. Every rank reads it. Raises OSError; ValueError for a file that does not fit."""
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"--resume {path}: not a checkpoint of this script, or damaged") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"--resume {path}: not a checkpoint of this script ({FORMAT})")
-    for name in SHAPE:
-        if state["shape"][name] != getattr(settings, name):
+    def __init__(
+        self, settings: Settings, model: nn.Module, optimizer: torch.optim.Optimizer, sampler: Sampler, curve: LossCurve
+    ) -> None:
+        self._settings = settings
+        self._parts = {"model": model, "optimizer": optimizer}
+        self._places = {"sampler": sampler, "curve": curve}
+        self._last: distlib.checkpoint.SaveHandle | None = None
+
+    def save(self, step: int) -> None:
+        """Copies what to save and returns; a thread writes it."""
+        assert self._settings.save is not None
+        shape = {name: getattr(self._settings, name) for name in SHAPE}
+        extra = {"shape": shape, **self._places}
+        self._last = distlib.save(self._settings.save, **self._parts, step=step, extra=extra, asynchronous=True)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._last is not None:
+            self._last.wait()
+
+    def resume(self, path: Path) -> int:
+        """Weights, optimizer, place in the data and curve as saved. Returns the steps that lie behind.
+
+        Raises ValueError for what cannot be continued from.
+        """
+        try:
+            state = distlib.load(path, **self._parts)
+        except RuntimeError as error:
+            raise ValueError(f"--resume {path}: {error}") from error
+        shape = state.extra.get("shape")
+        if state.step is None or not isinstance(shape, dict):
+            raise ValueError(f"--resume {path}: not a checkpoint of this script")
+        for name in SHAPE:
+            if shape[name] != getattr(self._settings, name):
+                raise ValueError(
+                    f"--resume {path} was trained with --{name} {shape[name]}, and this run has "
+                    f"{getattr(self._settings, name)}: give it the same"
+                )
+        if state.step >= self._settings.steps:
             raise ValueError(
-                f"--resume {path} was trained with --{name} {state['shape'][name]}, and this run has "
-                f"{getattr(settings, name)}: give it the same"
+                f"--resume {path} has {state.step} steps behind it: ask for more than --steps {self._settings.steps}"
             )
-    if state["step"] >= settings.steps:
-        raise ValueError(
-            f"--resume {path} has {state['step']} steps behind it: ask for more than --steps {settings.steps}"
-        )
-    return state
+        for name, part in self._places.items():
+            part.load_state_dict(state.extra[name])
+        return state.step

@@ -43,7 +43,9 @@ class Settings:
     validate_every: int = option(250, "steps between validations")
     validation_windows: int = option(512, "windows in a validation, over all ranks together")
     report_every: int = option(20, "steps between reports of the loss")
-    save: Path | None = option(None, "write a checkpoint here at the end, and after every --save-every steps")
+    save: Path | None = option(
+        None, "write a checkpoint (a folder) here at the end, and after every --save-every steps"
+    )
     save_every: int = option(0, "steps between checkpoints; 0: only at the end")
     resume: Path | None = option(None, "continue from this checkpoint, on any number of ranks")
     prompt: str = option("def ", "what the generated sample begins with")

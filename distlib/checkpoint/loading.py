@@ -1,0 +1,265 @@
+"""`load()`: check everything, then write the parameters, then the optimizer and the rest."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from distlib.checkpoint import folder, random_state
+from distlib.checkpoint.layout import Piece
+from distlib.checkpoint.model_state import MODEL, ModelState, model_state
+from distlib.checkpoint.optimizer_state import GROUPS, STATE, groups_for, kind_of, ordered, restore
+from distlib.checkpoint.ranks import Ranks
+from distlib.checkpoint.reader import Checkpoint, Target
+
+log = logging.getLogger("distlib.checkpoint")
+_SHOWN = 8  # names in a message
+
+
+@dataclass(frozen=True)
+class LoadedState:
+    """What `load` found beside the model and the optimizer.
+
+    step: as given to `save`. world_size: the ranks that saved. extra: by key, what was saved of it; where ranks
+    differed, this rank's, and nothing if the world size is another one now. extra_by_rank: by key, what each rank that
+    saved had, where they differed. rng: whether the random number generators were set.
+    """
+
+    step: int | None
+    world_size: int
+    extra: dict[str, Any] = field(default_factory=dict)
+    extra_by_rank: dict[str, list[Any]] = field(default_factory=dict)
+    rng: bool = False
+
+
+@dataclass
+class _Plan:
+    """What this rank reads, and where it goes."""
+
+    checkpoint: Checkpoint
+    parameters: list[tuple[Target, torch.Tensor]]  # the tensor, where it is not contiguous, gets the target's copy
+    groups: list[dict[str, Any]]
+    state_targets: list[Target]
+    states: dict[int, dict[str, Any]]
+    found: LoadedState
+    scaler: Any = None
+    generators: dict[str, Any] | None = None
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    scaler: Any = None,
+    extra: dict[str, Any] | None = None,
+    rng: bool = True,
+    process_group: dist.ProcessGroup | None = None,
+) -> LoadedState:
+    """Load what `save` wrote into `model` and the rest, in whatever layout they are now. Every rank must call it.
+
+    The world size, the partition and the wrapper need not be those of the save. Each rank reads only the chunks that
+    its pieces need. Everything is checked on all ranks before anything is changed: names, shapes, dtypes, and the
+    checksums of all that will be read. Parameters are written in place.
+
+    `extra` and `scaler` are read by pickle, which runs code that the files name: load only what you trust.
+
+    Args:
+        model: of the same names, shapes and ties as when saved; parameters of the same dtypes.
+        optimizer: of the same class over the model's parameters; it need not have stepped. Groups may be others, as
+            long as no group mixes parameters whose saved hyperparameters differ.
+        scaler: gets load_state_dict() with what was saved.
+        extra: objects that get load_state_dict() with what was saved under their key. The values of all keys come back
+            in the LoadedState, too.
+        rng: set the random number generators, if the world size is that of the save; otherwise they stay as they are.
+        process_group: the ranks that hold the model; default: all.
+
+    Raises:
+        ValueError: on all ranks, for what is no checkpoint, of another version, or does not fit: naming file,
+            parameter, both shapes or dtypes. RuntimeError: for what is missing or damaged. Model and optimizer are
+            then as they were, unless the file system fails between the check and the reading.
+    """
+    ranks = Ranks.of(process_group)
+    target = folder.real(path)
+    what = f"load from {target}"
+    if ranks.rank == 0:
+        ranks.agree(None, None, lambda notes: folder.recover(target), what)
+    else:
+        ranks.agree(None, None, lambda notes: None, what)
+    plan = ranks.together(lambda: _plan(ranks, target, model, optimizer, scaler, extra, rng), what)
+
+    def read() -> None:
+        plan.checkpoint.read(plan.state_targets, check=False)  # summed just now
+        plan.checkpoint.read([into for into, _ in plan.parameters], check=False)
+        with torch.no_grad():
+            for into, tensor in plan.parameters:
+                if tensor.numel() and into.flat.data_ptr() != tensor.data_ptr():
+                    tensor.copy_(into.flat.view(tensor.shape))
+        if optimizer is not None:
+            restore(optimizer, plan.groups, plan.states)
+        if scaler is not None:
+            scaler.load_state_dict(plan.scaler)
+        for key, value in (extra or {}).items():
+            value.load_state_dict(plan.found.extra[key])
+        if plan.generators is not None:
+            random_state.restore(plan.generators)
+
+    ranks.together(read, what)
+    written = getattr(model, "parameters_written", None)
+    if callable(written):
+        written()
+    log.info("loaded %s, saved by %d ranks at step %s", target, plan.found.world_size, plan.found.step)
+    return plan.found
+
+
+def _plan(
+    ranks: Ranks,
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    scaler: Any,
+    extra: dict[str, Any] | None,
+    rng: bool,
+) -> _Plan:
+    """Everything that can go wrong, before anything is changed."""
+    checkpoint = Checkpoint(path)
+    state = model_state(model, ranks.rank, ranks.size)
+    _check_model(checkpoint, state)
+    plan = _Plan(checkpoint, [_target(piece) for piece in state.pieces], [], [], {}, LoadedState(None, 0))
+    objects = []
+    if optimizer is not None:
+        objects += _plan_optimizer(plan, optimizer, state)
+    targets = [into for into, _ in plan.parameters] + plan.state_targets
+    manifest = checkpoint.manifest
+    same = manifest.world_size == ranks.size
+    if scaler is not None and not manifest.scaler:
+        raise ValueError(f"{path} was saved without a scaler: leave scaler= out, or save it")
+    if scaler is not None:
+        plan.scaler = checkpoint.object("scaler", trusted=True)
+    plan.found = _extra(checkpoint, ranks, extra or {}, rng and manifest.rng and same)
+    if plan.found.rng:
+        plan.generators = checkpoint.object(f"rng.{ranks.rank}")
+    elif rng and manifest.rng and ranks.rank == 0:
+        log.info(
+            "%s was saved by %d ranks, there are %d now: random number generators stay as they are",
+            path, manifest.world_size, ranks.size,
+        )  # fmt: skip
+    checkpoint.verify(targets, objects)
+    return plan
+
+
+def _target(piece: Piece) -> tuple[Target, torch.Tensor]:
+    tensor = piece.tensor
+    flat = (
+        tensor.view(-1)
+        if tensor.is_contiguous()
+        else torch.empty(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+    )
+    return Target(piece.name, piece.offset, flat), tensor
+
+
+def _check_model(checkpoint: Checkpoint, state: ModelState) -> None:
+    """Names, ties, shapes and dtypes."""
+    manifest, path = checkpoint.manifest, checkpoint.path
+    ties = {MODEL + alias: MODEL + name for alias, name in manifest.aliases.items()}
+    saved = {name for name in checkpoint.tensors if name.startswith(MODEL) and name not in ties}
+    own = {piece.name: piece for piece in state.pieces}
+    for theirs, mine, holder in ((ties, state.aliases, "the checkpoint"), (state.aliases, ties, "the model")):
+        other = "the model" if holder == "the checkpoint" else "the checkpoint"
+        for alias, name in theirs.items():
+            if mine.get(alias) != name:
+                raise ValueError(
+                    f"{path}: '{alias.removeprefix(MODEL)}' and '{name.removeprefix(MODEL)}' are tied in {holder}, not "
+                    f"in {other}: build the model as it was saved"
+                )
+    missing, unknown = sorted(own.keys() - saved), sorted(saved - own.keys())
+    if missing or unknown:
+        lines = [f"the checkpoint lacks {_listed(missing)}"] if missing else []
+        lines += [f"the model lacks {_listed(unknown)}"] if unknown else []
+        raise ValueError(f"{path} is of another model: {'; '.join(lines)}")
+    for name, piece in own.items():
+        entry = checkpoint.tensors[name]
+        if tuple(entry.size) != tuple(piece.shape):
+            raise ValueError(
+                f"{path}: '{name.removeprefix(MODEL)}' has shape {tuple(entry.size)} in the checkpoint, "
+                f"{tuple(piece.shape)} in the model"
+            )
+        if entry.properties.dtype != piece.tensor.dtype:
+            raise ValueError(
+                f"{path}: '{name.removeprefix(MODEL)}' of shape {tuple(piece.shape)} is {entry.properties.dtype} in "
+                f"the checkpoint, {piece.tensor.dtype} in the model: convert the model before loading, then back"
+            )
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(f"'{name.removeprefix(MODEL)}'" for name in names[:_SHOWN])
+    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def _plan_optimizer(plan: _Plan, optimizer: torch.optim.Optimizer, state: ModelState) -> list[str]:
+    """Where each tensor of the optimizer's state goes. Returns the objects that it reads."""
+    checkpoint = plan.checkpoint
+    manifest, path = checkpoint.manifest, checkpoint.path
+    if manifest.optimizer is None:
+        raise ValueError(f"{path} was saved without an optimizer: leave optimizer= out")
+    saved_by = manifest.optimizer["class"]
+    if kind_of(saved_by) != kind_of(optimizer):
+        raise ValueError(f"{path} holds the state of {saved_by}; the optimizer is {type(optimizer).__name__}")
+    plan.groups = groups_for(optimizer, state, checkpoint.object(GROUPS))
+    pieces = ordered(optimizer, state)
+    places = {piece.name.removeprefix(MODEL): index for index, piece in enumerate(pieces)}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for name, entry in checkpoint.tensors.items():
+        parameter, _, key = name.removeprefix(STATE).rpartition(".")
+        if not name.startswith(STATE) or parameter not in places:
+            continue
+        index, dtype = places[parameter], entry.properties.dtype
+        piece, own = pieces[index], parameters[index]
+        if tuple(entry.size) == tuple(piece.shape) and manifest.optimizer["kinds"].get(key) != "scalar":
+            value = torch.empty(own.shape, dtype=dtype, device=own.device)
+            plan.state_targets.append(Target(name, piece.offset, value.view(-1)))
+        elif tuple(entry.size) == ():
+            value = torch.empty((), dtype=dtype)
+            plan.state_targets.append(Target(name, 0, value.view(-1)))
+        else:
+            raise ValueError(
+                f"{path}: optimizer state '{key}' of '{parameter}' has shape {tuple(entry.size)} in the checkpoint, "
+                f"the parameter {tuple(piece.shape)} in the model"
+            )
+        plan.states.setdefault(index, {})[key] = value
+    objects = [name for name in checkpoint.objects if name.startswith(STATE)]
+    for name in objects:
+        parameter, _, key = name.removeprefix(STATE).rpartition(".")
+        if parameter in places:
+            plan.states.setdefault(places[parameter], {})[key] = checkpoint.object(name)
+    return objects
+
+
+def _extra(checkpoint: Checkpoint, ranks: Ranks, wanted: dict[str, Any], rng: bool) -> LoadedState:
+    """The values of `extra`; that they fit the objects that want them."""
+    manifest, path = checkpoint.manifest, checkpoint.path
+    values = {key: checkpoint.object(f"extra.{key}", trusted=True) for key in manifest.shared}
+    by_rank = {
+        key: [checkpoint.object(f"extra_by_rank.{key}.{r}", trusted=True) for r in range(manifest.world_size)]
+        for key in manifest.by_rank
+    }
+    if manifest.world_size == ranks.size:
+        values.update({key: all_of[ranks.rank] for key, all_of in by_rank.items()})
+    for key, value in wanted.items():
+        if not callable(getattr(value, "load_state_dict", None)):
+            raise ValueError(f"extra[{key!r}] has no load_state_dict(): take the value from the LoadedState instead")
+        if key in by_rank and key not in values:
+            raise ValueError(
+                f"{path}: extra[{key!r}] was not the same on all {manifest.world_size} ranks that saved, and "
+                f"there are {ranks.size} now: leave it out, and use LoadedState.extra_by_rank"
+            )
+        if key not in values:
+            raise ValueError(f"{path} was saved without extra[{key!r}]; it has {sorted(values)}")
+    return LoadedState(manifest.step, manifest.world_size, values, by_rank, rng)

@@ -1,0 +1,81 @@
+"""What of a model is saved: its parameters as pieces, its persistent buffers, and which names are tied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from distlib.checkpoint.layout import Piece
+from distlib.shards import shard_of
+
+MODEL = "model."
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """pieces: by parameter and buffer, under "model." and the module's name. aliases: other names of what is tied, to
+    the one it is stored under. by_id: the piece of each parameter, by the parameter's id()."""
+
+    pieces: list[Piece]
+    aliases: dict[str, str]
+    by_id: dict[int, Piece]
+
+
+def model_state(model: nn.Module, rank: int, size: int) -> ModelState:
+    """Every parameter and persistent buffer of the model on this rank. Nothing is copied.
+
+    Parameters without a Shard are whole and equal on all ranks, so all ranks may write them. Buffers may differ, as
+    the statistics of a batch norm do: rank 0's count.
+    """
+    pieces: dict[str, Piece] = {}
+    aliases: dict[str, str] = {}
+    by_id: dict[int, Piece] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        key = MODEL + name
+        if id(parameter) in by_id:
+            if key != by_id[id(parameter)].name:
+                aliases[key] = by_id[id(parameter)].name
+            continue
+        shard = shard_of(parameter)
+        if shard is None:
+            piece = Piece(key, parameter.shape, 0, parameter.detach(), rank, size)
+        else:
+            if shard.numel != parameter.numel():
+                raise RuntimeError(
+                    f"'{name}' has {parameter.numel()} elements on this rank, but its shard says {shard.numel}: the "
+                    "parameter was replaced after wrapping"
+                )
+            piece = Piece(key, shard.shape, shard.offset, parameter.detach(), shard.replica, shard.replicas)
+        pieces[key] = by_id[id(parameter)] = piece
+    seen: dict[int, str] = {}
+    for name, buffer in persistent_buffers(model):
+        key = MODEL + name
+        if id(buffer) in seen:
+            if key != seen[id(buffer)]:
+                aliases[key] = seen[id(buffer)]
+            continue
+        seen[id(buffer)] = key
+        pieces[key] = Piece(key, buffer.shape, 0, buffer.detach(), rank, size, spread=False)
+    return ModelState(list(pieces.values()), aliases, by_id)
+
+
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and buffers that belong into a state dict; one that is shared comes under each of its names.
+
+    Raises ValueError for modules with extra state of their own, which no tensor can hold.
+    """
+    given = set()
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise ValueError(
+                f"module '{prefix}' ({type(module).__name__}) has extra state (get_extra_state), which checkpoints do "
+                "not hold: pass it in extra="
+            )
+        for key, buffer in module._buffers.items():
+            name = f"{prefix}.{key}" if prefix else key
+            if buffer is not None and key not in module._non_persistent_buffers_set and name not in given:
+                given.add(name)
+                yield name, buffer

@@ -1,0 +1,239 @@
+"""`save()`: plan and copy here, write in the background or at once, put in place together."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from distlib.checkpoint import folder, layout, random_state, writer
+from distlib.checkpoint.layout import Chunk, Piece
+from distlib.checkpoint.manifest import Manifest
+from distlib.checkpoint.model_state import MODEL, ModelState, model_state
+from distlib.checkpoint.optimizer_state import STATE, OptimizerState, optimizer_state
+from distlib.checkpoint.ranks import Ranks, attempt
+from distlib.checkpoint.writer import Planned
+from distlib.checkpoint.writing import Job, planned, write
+
+log = logging.getLogger("distlib.checkpoint")
+_LATEST, _STAGE = "latest save", "staging"
+
+
+class SaveHandle:
+    """A save that goes on in the background.
+
+    stall: the seconds for which `save` kept the training waiting on this rank.
+    """
+
+    def __init__(self, path: Path, stall: float, future: Future[None]) -> None:
+        self.path, self.stall, self._future = path, stall, future
+        self._told = False
+
+    def done(self) -> bool:
+        """Whether the save has ended on this rank, well or not."""
+        return self._future.done()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Until the checkpoint is in place. Raises what went wrong, on all ranks alike.
+
+        timeout: seconds; then TimeoutError, and the save goes on.
+        """
+        error = self._future.exception(timeout)
+        self._told = True
+        if error is not None:
+            raise error
+
+    def _settle(self) -> None:
+        """The same before the next save, for an error that nobody was told of."""
+        error = self._future.exception()
+        if error is not None and not self._told:
+            self._told = True
+            raise RuntimeError(f"the save of {self.path} in the background had failed: {error}") from error
+
+
+def save(
+    path: str | os.PathLike[str],
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    scaler: Any = None,
+    step: int | None = None,
+    extra: dict[str, Any] | None = None,
+    rng: bool = True,
+    asynchronous: bool = False,
+    process_group: dist.ProcessGroup | None = None,
+) -> SaveHandle | None:
+    """Save the training into the folder `path`, which is replaced at the end and in one move. Every rank must call it.
+
+    Each rank writes the pieces that it holds, and what several hold is divided among them. The checkpoint knows whole
+    parameters and no ranks: `load` brings it into any other world size or partition. Until the new checkpoint is
+    complete and on disk, `path` stays as it was, also when processes are killed. `path` must be on a file system that
+    all ranks share. Two jobs must not save under one name at a time.
+
+    Args:
+        model: a plain module, `distlib.DataParallel` or a sharded module: parameters and persistent buffers.
+        optimizer: any `torch.optim.Optimizer` over the model's parameters, whose state are tensors of the parameters'
+            own geometry and scalars. It is saved by parameters' names.
+        scaler: anything with state_dict() and load_state_dict(); equal on all ranks.
+        step: the number of steps done; `load` gives it back.
+        extra: by name, values or objects with state_dict(), such as a data loader's position or a loss curve. Anything
+            that pickle can write. Where ranks differ, each one's is kept.
+        rng: also the states of Python's, numpy's and torch's random number generators, of every rank.
+        asynchronous: copy to host memory and return; a thread writes. A later save waits for this one. The memory
+            is kept for the next save. Wait for the last save before ranks end.
+        process_group: the ranks that hold the model; default: all.
+
+    Returns:
+        A `SaveHandle` if asynchronous, else None.
+
+    Raises:
+        ValueError, RuntimeError: on all ranks, naming the rank, file or parameter; what was at `path` is untouched. If
+            asynchronous, `SaveHandle.wait` or the next save raises it.
+    """
+    begun = time.perf_counter()
+    target = folder.real(path)
+    ranks = Ranks.of(process_group)
+    latest = ranks.kept.get(_LATEST)
+    if latest is not None:
+        ranks.kept[_LATEST] = None
+        latest._settle()
+
+    def prepare() -> Job:
+        _check(step, extra)
+        state = model_state(model, ranks.rank, ranks.size)
+        state_of = optimizer_state(optimizer, state, ranks.rank) if optimizer is not None else None
+        objects = _objects(ranks, state_of, scaler, extra, rng)
+        manifest = Manifest(
+            save_id="",
+            world_size=ranks.size,
+            step=step,
+            aliases={a.removeprefix(MODEL): n.removeprefix(MODEL) for a, n in state.aliases.items()},
+            optimizer={"class": type(optimizer).__name__, "kinds": state_of.kinds} if state_of is not None else None,
+            scaler=scaler is not None,
+            rng=rng,
+        )
+        return _job(ranks, target, state, state_of, objects, manifest, asynchronous)
+
+    job, error = attempt(prepare)  # where it fails, the other ranks are told in write()
+    stall = time.perf_counter() - begun
+    if not asynchronous:
+        write(ranks, target, job, error)
+        log.info("saved %s in %.3f s", target, time.perf_counter() - begun)
+        return None
+    handle = SaveHandle(target, stall, ranks.thread.submit(_in_background, ranks, target, job, error))
+    ranks.kept[_LATEST] = handle
+    log.info("saving %s in the background: the training stalled for %.3f s", target, stall)
+    return handle
+
+
+def _check(step: int | None, extra: dict[str, Any] | None) -> None:
+    if step is not None and (isinstance(step, bool) or not isinstance(step, int)):
+        raise ValueError(f"step={step!r} is no int: pass the number of steps done")
+    if extra is not None and not (isinstance(extra, dict) and all(isinstance(key, str) for key in extra)):
+        raise ValueError("extra must be a dict with names as keys, such as {'sampler': sampler}")
+
+
+def state_of_object(value: Any) -> Any:
+    """What is saved of a value in `extra`."""
+    return value.state_dict() if callable(getattr(value, "state_dict", None)) else value
+
+
+def _objects(
+    ranks: Ranks, state: OptimizerState | None, scaler: Any, extra: dict[str, Any] | None, rng: bool
+) -> dict[tuple[str, ...], bytes]:
+    """All that is no tensor, by its place in a nested state dict. Every rank has its own `extra` and `rng`."""
+    found: dict[tuple[str, ...], bytes] = {}
+    if state is not None:
+        for name, value in state.objects.items():
+            parameter, _, key = name.removeprefix(STATE).rpartition(".")
+            found[("optimizer", "state", parameter, key)] = writer.to_bytes(value)
+    if ranks.rank == 0 and state is not None:
+        found[("optimizer", "param_groups")] = writer.to_bytes(state.groups)
+    if ranks.rank == 0 and scaler is not None:
+        found[("scaler",)] = writer.to_bytes(scaler.state_dict())
+    for key, value in (extra or {}).items():
+        try:
+            found[("extra", key)] = writer.to_bytes(state_of_object(value))
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            raise ValueError(f"extra[{key!r}] cannot be pickled: {error}") from error
+    if rng:
+        found[("rng", str(ranks.rank))] = writer.to_bytes(random_state.capture())
+    return found
+
+
+def _job(
+    ranks: Ranks,
+    target: Path,
+    state: ModelState,
+    of_optimizer: OptimizerState | None,
+    objects: dict[tuple[str, ...], bytes],
+    manifest: Manifest,
+    stage: bool,
+) -> Job:
+    """The plan of this rank's file and what goes into it."""
+    pieces = state.pieces + (of_optimizer.pieces if of_optimizer is not None else [])
+    cuts = list(layout.chunks(pieces))
+    plan = [planned(pieces[chunk.piece], chunk) for chunk in cuts]
+    tensors: Iterable[torch.Tensor] = _chunk_tensors(pieces, cuts)
+    if stage:
+        tensors = _staged(ranks, plan, tensors)
+    mine = {path: data for path, data in objects.items() if path[0] != "extra"}
+    own_extra = {path[1]: data for path, data in objects.items() if path[0] == "extra"}
+    plan += [Planned(".".join(path), path) for path in mine]
+
+    def contents() -> Iterator[torch.Tensor | bytes]:
+        yield from tensors
+        yield from mine.values()
+
+    whole = [(p.name, tuple(p.shape), str(p.tensor.dtype)) for p in state.pieces]
+    note = {
+        "path": str(target),
+        "facts": hashlib.sha256(repr((whole, sorted(manifest.aliases.items()))).encode()).hexdigest(),
+        "names": len(whole),
+        "step": manifest.step,
+        "parts": (manifest.optimizer and manifest.optimizer["class"], manifest.scaler, manifest.rng),
+        "kinds": manifest.optimizer["kinds"] if manifest.optimizer else {},
+        "extra": {key: hashlib.sha256(data).hexdigest() for key, data in own_extra.items()},
+        "extra bytes": own_extra,
+    }
+    return Job(plan, contents(), note, manifest)
+
+
+def _chunk_tensors(pieces: list[Piece], cuts: list[Chunk]) -> Iterator[torch.Tensor]:
+    """The chunks' elements on the CPU, in the shapes of their boxes."""
+    for chunk in cuts:
+        flat = pieces[chunk.piece].tensor.reshape(-1)
+        yield flat[chunk.start : chunk.start + chunk.numel].view(chunk.sizes).cpu()
+
+
+def _staged(ranks: Ranks, plan: list[Planned], tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies of the chunks in host memory, which is kept and used again by the next save."""
+    before: dict[Any, torch.Tensor] = ranks.kept.get(_STAGE, {})
+    now: dict[Any, torch.Tensor] = {}
+    for box, tensor in zip(plan, tensors, strict=True):
+        key = box.name, box.offsets
+        home = before.get(key)
+        if home is None or home.shape != tensor.shape or home.dtype != tensor.dtype:
+            home = torch.empty(tensor.shape, dtype=tensor.dtype)
+        now[key] = home.copy_(tensor)
+    ranks.kept[_STAGE] = now
+    return list(now.values())
+
+
+def _in_background(ranks: Ranks, target: Path, job: Job | None, error: BaseException | None) -> None:
+    try:
+        write(ranks, target, job, error)
+    except BaseException as failure:
+        log.error("the save of %s in the background failed: %s", target, failure)
+        raise
+    log.info("saved %s in the background", target)

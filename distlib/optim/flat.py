@@ -1,0 +1,362 @@
+"""`FlatOptimizer`: what AdamW, SGD and Lion share. A step is: norm, scale, one pass over all segments.
+
+scale      1 / the scaler's scale, times the clip coefficient
+adopt      every parameter's state is a view of its group's flat buffer, or lies in its group's file
+tables     which memory is stepped alike, neighbours merged; kept until an address changes
+pass       parameter, gradient, state in; parameter, state, compute copy out
+written    versions count up; shards learn that their compute copy is new
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distlib import native
+from distlib.optim import kernels, norm
+from distlib.optim.files import FileState
+from distlib.optim.kernels import Hyper, Kind, Row, Segment, Table
+from distlib.optim.memory import MemoryState, flat, is_dense
+from distlib.optim.parameters import check_parameter, check_step, copy_in_pass, name_of, written
+from distlib.shards import shard_of
+
+Key = tuple[float, bool]  # what parameters of a group are stepped alike by: the number of the step, no state before
+
+
+class FlatOptimizer(torch.optim.Optimizer):
+    """Base of distlib's optimizers: ordinary torch optimizers whose state is flat and whose step is one pass.
+
+    Parameters are dense or strided fp32 (or fp64) tensors on the CPU, with gradients of fp32, bf16 or fp16 (fp64);
+    those without a gradient are skipped. Where some are pieces of a sharded model, every rank must make the same calls.
+
+    grad_norm: a 0-dim fp64 tensor, the norm of the gradients of the last step with max_norm, before clipping.
+    """
+
+    # torch.amp.GradScaler then hands over `grad_scale` and `found_inf` as attributes, and does not unscale.
+    _step_supports_amp_scaling = True
+    _rule: str
+    _counts_steps = False
+
+    def __init__(self, params: Any, defaults: dict[str, Any], max_norm: float | None, offload: Path | None) -> None:
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"max_norm={max_norm}: must be above 0, or None for no clipping")
+        self.max_norm = max_norm
+        self.offload = None if offload is None else Path(offload)
+        self.grad_norm: torch.Tensor | None = None
+        self._stores: list[MemoryState | FileState] = []
+        self._tables: dict[int, tuple[Any, list[tuple[int, Table]]]] = {}  # by group: what they are made from, tables
+        self._measured: float | None = None  # the scaler's sum of squares, for the step that it starts
+        super().__init__(params, defaults)
+
+    # ------------------------------------------------------------ what a subclass says
+
+    def _states(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The names of the state that the group's parameters need; at most two."""
+        raise NotImplementedError
+
+    def _hyper(self, group: dict[str, Any], step: float, first: bool) -> Hyper:
+        """The scalars of a step. step: its number, from 1; first: the parameters had no state before."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------ torch's interface
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's. Raises ValueError or NotImplementedError, by name, for parameters that cannot be stepped here."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+            for index, p in enumerate(group["params"]):
+                check_parameter(p, name_of(self.param_groups, len(self.param_groups) - 1, index))
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One optimizer step. closure: computes the loss again, and the gradients. Returns its result, or None.
+
+        With max_norm, or a scaler, or sharded parameters: all ranks that train the model must call it.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        measured, self._measured = self._measured, None
+        found_inf, given = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and float(found_inf) > 0:
+            return loss
+        scale = 1.0 if given is None else 1.0 / float(given)
+        if self.max_norm is not None:
+            squares = norm.total_squares(self._all_params()) if measured is None else measured
+            value = math.sqrt(squares) * scale
+            self.grad_norm = torch.tensor(value, dtype=torch.float64)
+            scale *= norm.coefficient(value, self.max_norm)
+        self._step(scale)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, and interchangeable with that of torch's optimizer. State in files is read into memory."""
+        taken = super().state_dict()
+        for index, store in enumerate(self._stores):
+            if isinstance(store, FileState):
+                for number, i in zip(taken["param_groups"][index]["params"], range(len(store.params)), strict=True):
+                    if store.has[i]:
+                        read = {name: store.read(i, name) for name in store.names}
+                        taken["state"][number] = {**taken["state"].get(number, {}), **read}
+        return taken
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; takes what torch's optimizer of this name saved. Values are copied into flat memory or files."""
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            self._check_group(group)
+        for index, group in enumerate(self.param_groups):
+            names, store = self._states(group), self._store(index, group)
+            if isinstance(store, FileState):
+                store.forget()
+            for i, p in enumerate(group["params"]):
+                if p in self.state:
+                    self._check_state(self.state[p], p, names, name_of(self.param_groups, index, i))
+                    if any(self.state[p].get(name) is not None for name in names):
+                        store.adopt(i, self.state[p], names)
+                    if self._counts_steps:
+                        store.adopt_step(i, self.state[p])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the groups, and state as plain tensors."""
+        if any(isinstance(store, FileState) for store in self._stores):
+            raise RuntimeError("an optimizer whose state lies in files cannot be copied or pickled; use state_dict()")
+        return {**super().__getstate__(), "max_norm": self.max_norm, "offload": self.offload}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("grad_norm", None)
+        self.__dict__.setdefault("_stores", [])
+        self.__dict__.setdefault("_measured", None)
+        self._tables = {}
+
+    # ------------------------------------------------------------ the step
+
+    def _all_params(self) -> list[torch.Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _step(self, scale: float) -> None:
+        kernels.warn_once()
+        batches: list[tuple[Hyper, Table]] = []
+        plain: list[tuple[Hyper, Segment]] = []
+        streams: list[tuple[FileState, list[int], list[Hyper], dict[int, Segment]]] = []
+        stepped: list[torch.Tensor] = []
+        alive: list[torch.Tensor] = []  # what tables point to and only this step holds
+        for index, group in enumerate(self.param_groups):
+            signed = -scale if group.get("maximize") else scale
+            store = self._store(index, group)
+            chosen, firsts = self._adopt(index, group, store)
+            stepped += [group["params"][i] for i in chosen]
+            if self._counts_steps:
+                self._count(store, chosen)
+                numbers = store.steps.tolist()
+            else:
+                numbers = [1.0] * len(store.params)
+            keys = [(numbers[i], first) for i, first in zip(chosen, firsts, strict=True)]
+            hypers = {key: _scaled(self._hyper(group, *key), signed) for key in set(keys)}
+            if isinstance(store, FileState):
+                segments = {i: _flat_segment(store.params[i]) for i in chosen}
+                streams.append((store, chosen, [hypers[key] for key in keys], segments))
+            elif native.core() is None:
+                names = self._states(group)
+                for i, key in zip(chosen, keys, strict=True):
+                    plain.append((hypers[key], _segment(store, i, names)))
+            else:
+                tables, rest = self._group_tables(index, group, store, chosen, keys, alive)
+                batches += [(hypers[key], table) for key, table in tables]
+                plain += [(hypers[key], segment) for key, segment in rest]
+        kernels.step_tables(batches)
+        for hyper, segment in plain:
+            kernels.step_plainly(hyper, segment)
+        for store, chosen, hyper_list, segments in streams:
+            _stream(store, chosen, dict(zip(chosen, hyper_list, strict=True)), segments)
+        written(stepped)
+
+    def _store(self, index: int, group: dict[str, Any]) -> MemoryState | FileState:
+        """The group's state; a new one where the group has other parameters than before."""
+        params = group["params"]
+        while len(self._stores) <= index:
+            self._stores.append(MemoryState([]))
+        store = self._stores[index]
+        if store.ids == tuple(map(id, params)):
+            return store
+        self._tables.pop(index, None)
+        folder, names = self._folder(index, params), self._states(group)
+        # A rule without state (SGD without momentum) has nothing to keep in a file.
+        store = MemoryState(params) if folder is None or not names else FileState(params, names, folder)
+        self._stores[index] = store
+        return store
+
+    def _folder(self, index: int, params: Sequence[torch.Tensor]) -> Path | None:
+        """Where the group's state goes: the optimizer's `offload`, or what the shards ask for."""
+        shards = [shard_of(p) for p in params]
+        asked = {s.offload for s in shards if s is not None}
+        if self.offload is not None or not asked:
+            return self.offload
+        if len(asked) > 1 or any(s is None for s in shards):
+            raise ValueError(
+                f"parameter group {index} holds parameters whose state is to be kept in different places "
+                f"({', '.join(sorted(map(str, asked)))}): give each place a group of its own"
+            )
+        return asked.pop()
+
+    def _adopt(self, index: int, group: dict[str, Any], store: MemoryState | FileState) -> tuple[list[int], list[bool]]:
+        """The indices of parameters to be stepped, their state in place; and which had none before."""
+        names = self._states(group)
+        if isinstance(store, FileState) and names != store.names:
+            raise ValueError(
+                f"parameter group {index}: its state in {store.folder} is {store.names}, but {names} is needed "
+                "now; an optimizer with `offload` cannot change what it keeps"
+            )
+        chosen, firsts = [], []
+        for i, p in enumerate(group["params"]):
+            if p.grad is None:
+                continue
+            if not _is_usual(p, store.layouts[i]):
+                check_step(p, store.layouts[i], name_of(self.param_groups, index, i))
+            state = self.state[p] if names or self._counts_steps else {}
+            first = store.adopt(i, state, names)
+            if self._counts_steps:
+                store.adopt_step(i, state)
+            chosen.append(i)
+            firsts.append(first)
+        return chosen, firsts
+
+    @staticmethod
+    def _count(store: MemoryState | FileState, chosen: list[int]) -> None:
+        if len(chosen) == len(store.params):
+            store.steps.add_(1)
+        elif chosen:
+            store.steps[torch.tensor(chosen)] += 1
+
+    def _group_tables(
+        self,
+        index: int,
+        group: dict[str, Any],
+        store: MemoryState,
+        chosen: list[int],
+        keys: list[Key],
+        alive: list[torch.Tensor],
+    ) -> tuple[list[tuple[Key, Table]], list[tuple[Key, Segment]]]:
+        """Tables for the core, and segments that it cannot step because they have gaps, by key."""
+        names = self._states(group)
+        # Step numbers advance together as a rule: numbered by first occurrence, the same tables serve the next step.
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        by_number = list(numbers)
+        signature = [_where(store.params[i], numbers[key]) for i, key in zip(chosen, keys, strict=True)]
+        kept = self._tables.get(index)
+        if kept is not None and kept[0] == (chosen, names, signature) and None not in signature:
+            return [(by_number[number], table) for number, table in kept[1]], []
+        rest: list[tuple[Key, Segment]] = []
+        divided: dict[tuple[int, Kind], list[Row]] = {}
+        for i, key in zip(chosen, keys, strict=True):
+            segment = _segment(store, i, names)
+            if not is_dense(segment.param):
+                rest.append((key, segment))
+                continue
+            ready = _for_core(segment)
+            if ready.grad is not segment.grad:
+                alive.append(ready.grad)
+            divided.setdefault((numbers[key], kernels.kind_of(ready)), []).append(kernels.row_of(ready))
+        tables = [(number, Table.of(kind, rows)) for (number, kind), rows in divided.items()]
+        self._tables[index] = (chosen, names, signature), tables
+        return [(by_number[number], table) for number, table in tables], rest
+
+    # ------------------------------------------------------------ checks
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Refuses what torch's optimizers have and this one has not; also in loaded state."""
+        for name, fix in (("amsgrad", "use torch.optim"), ("differentiable", "use torch.optim")):
+            if group.get(name):
+                raise ValueError(
+                    f"{type(self).__name__}: {name}=True is not supported; {fix}.{type(self).__name__} for it"
+                )
+
+    def _check_state(self, state: dict[str, Any], p: torch.Tensor, names: Sequence[str], who: str) -> None:
+        for name in names:
+            have = state.get(name)
+            if isinstance(have, torch.Tensor) and have.shape != p.shape:
+                raise ValueError(
+                    f"{who}: the loaded {name} has shape {tuple(have.shape)}, the parameter {tuple(p.shape)}"
+                )
+
+
+# ---------------------------------------------------------------- segments
+
+
+def _scaled(hyper: Hyper, scale: float) -> Hyper:
+    return Hyper(**{**vars(hyper), "scale": scale})
+
+
+def _is_usual(p: torch.Tensor, layout: Any) -> bool:
+    """Whether `check_step` would have nothing to say, at a glance: what most parameters are in most steps."""
+    g = p.grad
+    return (
+        g is not None
+        and p.dtype is g.dtype is torch.float32
+        and p.is_cpu
+        and g.layout is torch.strided
+        and (p.dtype, p.shape, p.stride()) == layout
+        and shard_of(p) is None
+    )
+
+
+def _where(p: torch.Tensor, number: int) -> tuple[int, int, torch.dtype, int, int] | None:
+    """All that a row depends on; None where it has to be made anew in every step."""
+    g = p.grad
+    assert g is not None
+    if not (p.is_contiguous() and g.is_contiguous()) or (p.dtype is torch.float64 and g.dtype is not torch.float64):
+        return None
+    copy = copy_in_pass(p)
+    return p.data_ptr(), g.data_ptr(), g.dtype, 0 if copy is None else copy.data_ptr(), number
+
+
+def _states_of(views: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    return (views[0] if views else None), (views[1] if len(views) > 1 else None)
+
+
+def _segment(store: MemoryState, index: int, names: Sequence[str]) -> Segment:
+    p = store.params[index]
+    assert p.grad is not None
+    m, v = _states_of([store.view(index, name) for name in names])
+    return Segment(p, p.grad, m, v, copy_in_pass(p))
+
+
+def _for_core(segment: Segment) -> Segment:
+    """With the gradient in the parameter's layout, and in fp64 for a parameter in fp64: copied where it is not."""
+    p, g = segment.param, segment.grad
+    dtype = torch.float64 if p.dtype is torch.float64 else g.dtype
+    if g.dtype is dtype and (g.stride() == p.stride() or (g.is_contiguous() and p.is_contiguous())):
+        return segment
+    return segment._replace(grad=torch.empty_strided(p.size(), p.stride(), dtype=dtype).copy_(g))
+
+
+def _flat_segment(p: torch.Tensor) -> Segment:
+    """Parameter, gradient and compute copy as they lie in memory, 1-D; the state comes with the stream."""
+    assert p.grad is not None
+    ready = _for_core(Segment(p, p.grad, copy=copy_in_pass(p)))
+    copy = None if ready.copy is None else ready.copy.view(-1)
+    return Segment(flat(p), flat(ready.grad), copy=copy)
+
+
+def _stream(store: FileState, chosen: list[int], hypers: dict[int, Hyper], segments: dict[int, Segment]) -> None:
+    def step(pieces: list[Any]) -> None:
+        batch = []
+        for s, states in pieces:
+            whole = segments[s.index]
+            p, g = whole.param.narrow(0, s.start, s.count), whole.grad.narrow(0, s.start, s.count)
+            copy = None if whole.copy is None else whole.copy.narrow(0, s.start, s.count)
+            batch.append((hypers[s.index], Segment(p, g, *_states_of(states), copy)))
+        kernels.step_segments(batch)
+
+    store.stream(chosen, step)

@@ -1,0 +1,161 @@
+"""AdamW, SGD and Lion: what each keeps of a parameter, and the scalars of its step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from distlib.optim.flat import FlatOptimizer
+from distlib.optim.kernels import Hyper
+
+
+class AdamW(FlatOptimizer):
+    """Adam with decoupled weight decay (arXiv 1711.05101), stepped in one pass; a drop-in for torch.optim.AdamW.
+
+    params: parameters or groups, as in torch. lr, betas, eps, weight_decay: per group; lr may be a tensor. max_norm:
+    the gradients of all groups together are clipped to this norm on the fly; `grad_norm` then holds their norm.
+    offload: a folder to keep the state in, streamed through a few MiB of memory.
+
+    State: step, exp_avg, exp_avg_sq, as torch's. Raises ValueError for values that cannot be right and for parameters
+    that are not fp32 or fp64; NotImplementedError for parameters that are not on the CPU.
+    """
+
+    _rule = "ADAMW"
+    _counts_steps = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        max_norm: float | None = None,
+        *,
+        offload: Path | None = None,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults, max_norm, offload)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        _at_least_zero(group, "lr", "eps", "weight_decay")
+        _betas(group)
+        if group.get("decoupled_weight_decay") is False:
+            raise ValueError("AdamW: the loaded state is of torch.optim.Adam, whose weight decay is not decoupled")
+
+    def _states(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return "exp_avg", "exp_avg_sq"
+
+    def _hyper(self, group: dict[str, Any], step: float, first: bool) -> Hyper:
+        lr = float(group["lr"])
+        beta1, beta2 = map(float, group["betas"])
+        return Hyper(
+            "ADAMW",
+            rate=lr / (1 - beta1**step),
+            decay=1 - lr * group["weight_decay"],
+            beta1=beta1,
+            beta2=beta2,
+            eps=float(group["eps"]),
+            root_scale=(1 - beta2**step) ** -0.5,
+        )
+
+
+class SGD(FlatOptimizer):
+    """Stochastic gradient descent with momentum, dampening, Nesterov's variant and weight decay, as torch.optim.SGD.
+
+    State: momentum_buffer where momentum is not 0; the first gradient fills it undamped. max_norm, offload, errors: see
+    AdamW.
+    """
+
+    _rule = "SGD"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        max_norm: float | None = None,
+        *,
+        offload: Path | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+        }
+        super().__init__(params, defaults, max_norm, offload)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        _at_least_zero(group, "lr", "momentum", "weight_decay")
+        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+            raise ValueError(
+                f"SGD: nesterov=True needs momentum above 0 and dampening 0; they are {group['momentum']} and "
+                f"{group['dampening']}"
+            )
+
+    def _states(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] != 0 else ()
+
+    def _hyper(self, group: dict[str, Any], step: float, first: bool) -> Hyper:
+        return Hyper(
+            "SGD",
+            rate=float(group["lr"]),
+            l2=float(group["weight_decay"]),
+            momentum=float(group["momentum"]),
+            dampening=float(group["dampening"]),
+            nesterov=bool(group["nesterov"]),
+            first=first,
+        )
+
+
+class Lion(FlatOptimizer):
+    """Sign of an interpolated momentum, decoupled weight decay (arXiv 2302.06675, algorithm 2).
+
+    A tenth to a third of AdamW's lr, and as much more weight_decay, is its authors' advice. State: exp_avg. max_norm,
+    offload, errors: see AdamW.
+    """
+
+    _rule = "LION"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        max_norm: float | None = None,
+        *,
+        offload: Path | None = None,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, max_norm, offload)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        _at_least_zero(group, "lr", "weight_decay")
+        _betas(group)
+
+    def _states(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg",)
+
+    def _hyper(self, group: dict[str, Any], step: float, first: bool) -> Hyper:
+        beta1, beta2 = map(float, group["betas"])
+        return Hyper("LION", rate=float(group["lr"]), l2=float(group["weight_decay"]), beta1=beta1, beta2=beta2)
+
+
+def _at_least_zero(group: dict[str, Any], *names: str) -> None:
+    for name in names:
+        if not float(group[name]) >= 0:
+            raise ValueError(f"{name}={group[name]}: must be 0 or more")
+
+
+def _betas(group: dict[str, Any]) -> None:
+    betas = group["betas"]
+    if len(betas) != 2 or not all(0 <= float(beta) < 1 for beta in betas):
+        raise ValueError(f"betas={betas}: must be two numbers from 0 up to, and without, 1")
