@@ -13,7 +13,7 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -207,10 +207,9 @@ class Sharded(Peer):
 
     def wrap(self, module: nn.Module) -> nn.Module:
         group = distlib_group()
-        with _new_groups_on_distlib():
-            return distlib.ShardedDataParallel(
-                module, stage=self.stage, partition_size=self.partition_size, process_group=group
-            )
+        return distlib.ShardedDataParallel(
+            module, stage=self.stage, partition_size=self.partition_size, process_group=group
+        )
 
     def micro_step(self, last: bool) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if last else self.model.no_sync()
@@ -223,17 +222,6 @@ class Sharded(Peer):
 def distlib_group() -> dist.ProcessGroup | None:
     """All ranks on the backend distlib: the default group (None) where it is on that, else one of their own."""
     return None if dist.get_backend() == "distlib" else dist.new_group(backend="distlib")
-
-
-@contextlib.contextmanager
-def _new_groups_on_distlib() -> Iterator[None]:
-    """Groups made inside are on the backend distlib, where the default group, which they would follow, is on gloo."""
-    plain = dist.new_group
-    dist.new_group = functools.partial(plain, backend="distlib")
-    try:
-        yield
-    finally:
-        dist.new_group = plain
 
 
 def _require_gloo(name: str) -> None:

@@ -30,6 +30,7 @@ class Grid:
     gather: Group | None
     reduce: Group | None
     replication: Group | None
+    backend: str  # of the groups
 
     def abort(self, message: str) -> None:
         """Ends all groups: ranks that wait for this one are told why."""
@@ -81,11 +82,11 @@ def make_grid(process_group: dist.ProcessGroup | None, partition_size: int | str
     size = len(partitions[0])
     made = _made.setdefault(pg, {})
     if size not in made:
-        made[size] = _build(world, partitions)
+        made[size] = _build(world, partitions, _backend_of(pg))
     return made[size]
 
 
-def _build(world: Group, partitions: Sequence[tuple[int, ...]]) -> Grid:
+def _build(world: Group, partitions: Sequence[tuple[int, ...]], backend: str) -> Grid:
     mine = next(i for i, ranks in enumerate(partitions) if world.rank in ranks)
     part = partitions[mine].index(world.rank)
     across = sorted(ranks[part] for ranks in partitions)
@@ -95,17 +96,29 @@ def _build(world: Group, partitions: Sequence[tuple[int, ...]]) -> Grid:
         len(partitions),
         part,
         across.index(world.rank),
-        _subgroup(world, partitions[mine]),
-        _subgroup(world, partitions[mine]),
-        _subgroup(world, across),
+        _subgroup(world, partitions[mine], backend),
+        _subgroup(world, partitions[mine], backend),
+        _subgroup(world, across, backend),
+        backend,
     )
 
 
-def _subgroup(world: Group, ranks: Sequence[int]) -> Group | None:
+def _backend_of(pg: dist.ProcessGroup) -> str:
+    """The backend of a group as `new_group` takes it: "distlib", or "cpu:distlib,cuda:nccl"."""
+    config = dist.get_backend_config(pg)
+    names = {part.partition(":")[2] for part in config.split(",")}
+    return names.pop() if len(names) == 1 else config
+
+
+def _subgroup(world: Group, ranks: Sequence[int], backend: str) -> Group | None:
     if len(ranks) == 1:
         return None
-    members = [world.ranks[r] for r in ranks]
-    return Group.of(dist.new_group(members, use_local_synchronization=True))
+    return _new_group([world.ranks[r] for r in ranks], backend)
+
+
+def _new_group(members: Sequence[int], backend: str) -> Group:
+    """A group of these global ranks. Only they call."""
+    return Group.of(dist.new_group(list(members), backend=backend, use_local_synchronization=True))
 
 
 def secondary_group(grid: Grid, size: bool | int) -> Group | None:
@@ -119,5 +132,5 @@ def secondary_group(grid: Grid, size: bool | int) -> Group | None:
         return made[size]
     first = grid.gather.rank // size * size
     members = [grid.gather.ranks[r] for r in range(first, first + size)]
-    made[size] = Group.of(dist.new_group(members, use_local_synchronization=True))
+    made[size] = _new_group(members, grid.backend)
     return made[size]
