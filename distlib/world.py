@@ -2,6 +2,7 @@
 
 import atexit
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
@@ -112,16 +113,32 @@ def init(backend: str = "auto", timeout: timedelta = DEFAULT_TIMEOUT, nodes: int
     return _live.world
 
 
+_unfinished: list[Callable[[], None]] = []
+
+
+def before_shutdown(finish: Callable[[], None]) -> None:
+    """Have `finish` called at the beginning of every shutdown(): what goes on in the background needs the groups."""
+    if finish not in _unfinished:
+        _unfinished.append(finish)
+
+
 def shutdown() -> None:
-    """Destroy the process group if init() made it. Every rank calls it; calling again does nothing."""
+    """Destroy the process group if init() made it. Every rank calls it; calling again does nothing.
+
+    Waits for saves in the background, and raises what went wrong in one that nobody waited for.
+    """
     global _live
     live, _live = _live, None
     if live is None or live.pid != os.getpid():
         return
-    if live.owned:
-        _restore_nodes(live.nodes_before)
-        if _is_current(live.group):
-            dist.destroy_process_group()
+    try:
+        for finish in _unfinished:
+            finish()
+    finally:
+        if live.owned:
+            _restore_nodes(live.nodes_before)
+            if _is_current(live.group):
+                dist.destroy_process_group()
 
 
 def _start(backend: str, timeout: timedelta, nodes: int | None) -> _Live:

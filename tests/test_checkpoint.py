@@ -432,3 +432,25 @@ def _background(rank: int, n: int, path: Path) -> None:
 def test_training_goes_on_while_a_thread_writes(tmp_path: Path) -> None:
     run_ranks(2, _background, tmp_path / "c")
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def _saves_and_leaves(rank: int, n: int, folder: Path, bad: Path) -> str:
+    distlib.init()
+    model = torch.nn.Linear(64, 64)
+    distlib.save(folder, model=model, step=3, asynchronous=True)
+    distlib.shutdown()
+    distlib.init()
+    distlib.save(bad, model=model, step=3, asynchronous=True)
+    try:
+        distlib.shutdown()
+    except (OSError, RuntimeError, ValueError) as error:
+        return str(error)
+    return "no error"
+
+
+def test_shutdown_waits_for_a_save_in_the_background_and_tells_its_error(tmp_path: Path) -> None:
+    bad = tmp_path / "none" / "below"  # no such folder to save in
+    (tmp_path / "none").write_text("a file")
+    errors = run_ranks(2, _saves_and_leaves, tmp_path / "saved", bad)
+    assert all(str(bad) in error for error in errors)
+    assert distlib.load(tmp_path / "saved", model=torch.nn.Linear(64, 64)).step == 3

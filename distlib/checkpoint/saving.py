@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -24,6 +25,7 @@ from distlib.checkpoint.optimizer_state import STATE, OptimizerState, optimizer_
 from distlib.checkpoint.ranks import Ranks, attempt
 from distlib.checkpoint.writer import Planned
 from distlib.checkpoint.writing import Job, planned, write
+from distlib.world import before_shutdown
 
 log = logging.getLogger("distlib.checkpoint")
 _LATEST, _STAGE = "latest save", "staging"
@@ -90,7 +92,7 @@ def save(
             that pickle can write. Where ranks differ, each one's is kept.
         rng: also the states of Python's, numpy's and torch's random number generators, of every rank.
         asynchronous: copy to host memory and return; a thread writes. A later save waits for this one. The memory
-            is kept for the next save. Wait for the last save before ranks end.
+            is kept for the next save. `distlib.shutdown()` waits for the last one, too.
         process_group: the ranks that hold the model; default: all.
 
     Returns:
@@ -132,8 +134,19 @@ def save(
         return None
     handle = SaveHandle(target, stall, ranks.thread.submit(_in_background, ranks, target, job, error))
     ranks.kept[_LATEST] = handle
+    _under_way.add(handle)
+    before_shutdown(_settle_all)
     log.info("saving %s in the background: the training stalled for %.3f s", target, stall)
     return handle
+
+
+_under_way: weakref.WeakSet[SaveHandle] = weakref.WeakSet()
+
+
+def _settle_all() -> None:
+    """Before process groups go: all saves are over, and their errors told."""
+    for handle in list(_under_way):
+        handle._settle()
 
 
 def _check(step: int | None, extra: dict[str, Any] | None) -> None:
