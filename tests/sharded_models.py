@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -62,6 +63,13 @@ def part_of(step: int, rank: int, n: int, each: int = 2) -> tuple[torch.Tensor, 
 
 def loss_of(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(model(inputs).flatten(0, 1).float(), targets.flatten())
+
+
+def summed(values: list[torch.Tensor]) -> list[float]:
+    """Scalars, each summed over all ranks. Every rank must call it."""
+    all_of_them = torch.stack(values)
+    dist.all_reduce(all_of_them)
+    return all_of_them.tolist()
 
 
 def adamw(parameters: object) -> torch.optim.Optimizer:

@@ -19,6 +19,7 @@ from distlib.sharded.options import Options
 from distlib.sharded.units import Place, Unit, places
 
 Init = Callable[[nn.Module], None]
+LARGE = 8 << 20  # bytes
 
 
 def check_module(module: nn.Module) -> None:
@@ -44,25 +45,33 @@ def check_module(module: nn.Module) -> None:
         raise ValueError("the module has no parameters: there is nothing to shard")
 
 
-def facts(module: nn.Module, units: Sequence[Unit], options: Options) -> list[tuple[str, str]]:
+def facts(
+    module: nn.Module, units: Sequence[Unit], options: Options, partition_size: int | str | None
+) -> list[tuple[str, str]]:
     """What must be equal on all ranks, as (name, description)."""
     found = [(f"parameter {name}", describe(p, with_strides=False)) for name, p in module.named_parameters()]
     found += [(f"trained {name}", str(p.requires_grad)) for name, p in module.named_parameters()]
     found += [(f"buffer {name}", describe(b, with_strides=False)) for name, b in module.named_buffers()]
     found.append(("units", ", ".join(unit.name or "root" for unit in units)))
     found += [(f"option {name}", str(value)) for name, value in vars(options).items() if name != "offload"]
+    found.append(("option partition_size", str(partition_size)))
     found.append(("option offload", str(options.offload is not None)))
     return found
 
 
 def make_flats(module: nn.Module, units: Sequence[Unit], grid: Grid, options: Options) -> list[UnitState]:
-    """One flat per unit, dtype, and whether it is trained."""
+    """One flat per unit, dtype, and whether it is trained.
+
+    The root's large parameters (embedding, head) have flats of their own: they are used at different ends of the model,
+    so that their gradients are complete at different times.
+    """
     hangs = places(module)
     states = []
     for unit in units:
-        kinds: dict[tuple[torch.dtype, bool], list[nn.Parameter]] = {}
-        for parameter in unit.parameters:
-            kinds.setdefault((parameter.dtype, parameter.requires_grad), []).append(parameter)
+        kinds: dict[tuple[torch.dtype, bool, int], list[nn.Parameter]] = {}
+        for i, parameter in enumerate(unit.parameters):
+            apart = i if unit is units[0] and parameter.nbytes >= LARGE else -1
+            kinds.setdefault((parameter.dtype, parameter.requires_grad, apart), []).append(parameter)
         flats = [Flat(group, [hangs[p] for p in group], grid, options) for group in kinds.values()]
         states.append(UnitState(unit.name, flats, unit is units[0]))
     return states

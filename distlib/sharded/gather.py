@@ -9,6 +9,7 @@ A `Source` is asked for units; it never decides which ones are used when.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -21,6 +22,8 @@ from distlib.sharded import quantize
 from distlib.sharded.flat import Flat
 from distlib.sharded.groups import Grid
 from distlib.sharded.options import Options
+
+_REMEMBERED = 4096  # gathers, for the check that ranks agree: an evaluation may go on without end
 
 
 @dataclass(eq=False)
@@ -58,6 +61,10 @@ class Source(Protocol):
 
     def release(self, unit: UnitState, for_backward: bool = False) -> None:
         """The unit is not needed until it is asked for again; `for_backward`: its backward will ask."""
+        ...
+
+    def asked(self) -> list[str]:
+        """The units whose gathers were started since the last call, in order: ranks of a partition group must agree."""
         ...
 
 
@@ -103,6 +110,10 @@ class SharedMapping:
     def release(self, unit: UnitState, for_backward: bool = False) -> None:
         """Nothing to give back."""
 
+    def asked(self) -> list[str]:
+        """There are no gathers that could go wrong."""
+        return []
+
 
 class Gathers:
     """All-gathers in the partition group. keep: parameters stay whole until the optimizer writes (stages 1 and 2)."""
@@ -117,6 +128,7 @@ class Gathers:
         self._hierarchical = None if options.hierarchical == "auto" else bool(options.hierarchical)
         self._quantized = options.gather_dtype is torch.int8
         self._secondary = secondary
+        self._asked: deque[str] = deque(maxlen=_REMEMBERED)
 
     def begin(self, written: bool) -> None:
         if not written:
@@ -125,6 +137,9 @@ class Gathers:
         for unit in self._units:
             self._settle(unit)  # started in vain before: its values are old
             unit.whole = False
+            unit.secondary = []  # of a forward that had no backward
+        if self._keep:  # memory for all is there, and all ranks gather the same whatever they then use
+            self.ahead(self._units)
 
     def end(self) -> None:
         for unit in self._units:
@@ -155,10 +170,16 @@ class Gathers:
         for flat in unit.flats:
             flat.whole.untyped_storage().resize_(0)
 
+    def asked(self) -> list[str]:
+        asked = list(self._asked)
+        self._asked.clear()
+        return asked
+
     # ------------------------------------------------------------ inside
 
     def _start(self, unit: UnitState) -> None:
         """Starts the unit's gathers, each into memory that its parameters look at."""
+        self._asked.append(unit.name or "root")
         unit.coming = []
         secondary, unit.secondary = unit.secondary, []
         for i, flat in enumerate(unit.flats):

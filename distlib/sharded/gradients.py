@@ -21,6 +21,7 @@ from distlib.sharded.groups import Grid
 
 BUCKET_BYTES = 32 << 20
 BUFFERS = 3  # of one size: one landing, one or two being reduced
+BUFFERS_ON_HOST = 1  # through memory a reduction is over before the next gradient of this size has landed
 
 
 class BufferPool:
@@ -34,13 +35,14 @@ class BufferPool:
         self._group = group
         self._make_progress = make_progress
         self._free: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
+        self._most = BUFFERS if group is not None and len(group.topology.nodes) > 1 else BUFFERS_ON_HOST
         self._made: dict[tuple[int, torch.dtype], int] = {}
 
     def take(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """A 1-D buffer; its contents are undefined."""
         key = (numel, dtype)
         free = self._free.setdefault(key, [])
-        while not free and self._made.get(key, 0) >= BUFFERS and self._make_progress(True):
+        while not free and self._made.get(key, 0) >= self._most and self._make_progress(True):
             pass
         if free:
             return free.pop()
@@ -52,7 +54,7 @@ class BufferPool:
     def give(self, buffer: torch.Tensor) -> None:
         """Gives a buffer back that no collective uses any more; those beyond the bound are let go."""
         key = (buffer.numel(), buffer.dtype)
-        if self._made[key] > BUFFERS:
+        if self._made[key] > self._most:
             self._made[key] -= 1
         else:
             self._free[key].append(buffer)
@@ -107,7 +109,7 @@ class Accumulator:
         self._next = 0
         for bucket in self._buckets:
             bucket.left = len(bucket.flats)
-            if bucket.sums.numel() or not bucket.width:
+            if bucket.sums.dim() == 2:
                 continue
             dtype = bucket.flats[0].dtype
             wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -123,7 +125,8 @@ class Accumulator:
         bucket, column = self._home[flat]
         begin = flat.owned[0]
         return [
-            flat.shaped(p.entry, bucket.owned[column + p.where - begin : column + p.where - begin + p.numel])
+            # .data: a version counter of its own, which tells whether the user wrote to this gradient
+            flat.shaped(p.entry, bucket.owned[column + p.where - begin : column + p.where - begin + p.numel]).data
             for p in flat.ranges
         ]
 

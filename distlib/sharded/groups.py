@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -113,12 +114,13 @@ def _backend_of(pg: dist.ProcessGroup) -> str:
 def _subgroup(world: Group, ranks: Sequence[int], backend: str) -> Group | None:
     if len(ranks) == 1:
         return None
-    return _new_group([world.ranks[r] for r in ranks], backend)
+    return _new_group([world.ranks[r] for r in ranks], backend, world.timeout)
 
 
-def _new_group(members: Sequence[int], backend: str) -> Group:
+def _new_group(members: Sequence[int], backend: str, timeout: float) -> Group:
     """A group of these global ranks. Only they call."""
-    return Group.of(dist.new_group(list(members), backend=backend, use_local_synchronization=True))
+    limit = timedelta(seconds=timeout)  # the world's: torch would take its own default of half an hour
+    return Group.of(dist.new_group(list(members), limit, backend, use_local_synchronization=True))
 
 
 def secondary_group(grid: Grid, size: bool | int) -> Group | None:
@@ -132,5 +134,5 @@ def secondary_group(grid: Grid, size: bool | int) -> Group | None:
         return made[size]
     first = grid.gather.rank // size * size
     members = [grid.gather.ranks[r] for r in range(first, first + size)]
-    made[size] = _new_group(members, grid.backend)
+    made[size] = _new_group(members, grid.backend, grid.world.timeout)
     return made[size]

@@ -10,6 +10,7 @@ reduced in one order on all ranks: a flat that is complete waits for those befor
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from distlib.comm.work import Work
+from distlib.data_parallel.agreement import require_equal
 from distlib.sharded.flat import Flat
 from distlib.sharded.gradients import Accumulator, BufferPool
 from distlib.sharded.groups import Grid
@@ -39,6 +41,8 @@ class _Landing:
     views: Sequence[torch.Tensor] = ()
     launched: bool = False
     filled: bool = False  # the accumulator holds something of this window
+    lent: bytearray = field(default_factory=bytearray)  # by parameter: it had no `.grad` but for this window
+    versions: list[int] = field(default_factory=list)  # of `.grad`, by parameter, after the last micro-step
 
     def reset(self) -> None:
         """A backward begins."""
@@ -71,7 +75,9 @@ class Reduction:
         self._inflight: deque[_Hop1] = deque()
         self._next = 0  # the first landing that is not launched
         self._hop2: list[Work] = []
-        self._carried: list[tuple[torch.Tensor, torch.Tensor]] = []
+        # By flat and parameter: what `.grad` held when the window began.
+        self._carried: dict[tuple[_Landing, int], torch.Tensor] = {}
+        self._asked: list[str] = []  # units that this rank gathered since gradients were last averaged
         self._window_open = False  # there were micro-steps since gradients were last averaged
         self._idle = True
         self.paused = False  # inside no_sync()
@@ -79,6 +85,14 @@ class Reduction:
         for landing in self._landings:
             landing.used = bytearray(len(landing.flat.names))
             landing.touched = bytearray(len(landing.flat.names))
+            landing.lent = bytearray(len(landing.flat.names))
+
+    @property
+    def may_step(self) -> bool:
+        """Whether an optimizer would find averaged gradients now; the same on all ranks."""
+        if self._window_open:
+            return False
+        return any(piece.grad is not None for landing in self._landings for piece in landing.flat.pieces)
 
     @property
     def window_open(self) -> bool:
@@ -129,7 +143,10 @@ class Reduction:
                 self._advance()
 
     def _take_buffer(self, landing: _Landing) -> None:
-        landing.buffer = self._pool.take(landing.flat.layout.numel, landing.dtype)
+        dtype = landing.dtype
+        if self._whole_gradients and self._deferred:  # micro-steps add up here
+            dtype = torch.promote_types(dtype, torch.float32)
+        landing.buffer = self._pool.take(landing.flat.layout.numel, dtype)
         landing.views = landing.flat.view_on(landing.buffer)
         for begin, end in landing.flat.layout.gaps():
             landing.buffer[begin:end].zero_()
@@ -146,22 +163,33 @@ class Reduction:
             self._follow_zeroed()
             return
         self.accumulator.allocate()
-        self._carried = []
+        self._carried = {}
         for landing in self._landings:
             landing.filled = False
             landing.used = bytearray(len(landing.used))
             landing.touched = bytearray(len(landing.touched))
-            for piece, view in zip(landing.flat.pieces, self.accumulator.grads(landing.flat), strict=True):
+            landing.lent = bytearray(len(landing.lent))
+            for i, piece in enumerate(landing.flat.pieces):
                 if piece.grad is not None:  # accumulate onto what was averaged before
-                    self._carried.append((view, piece.grad.clone()))
+                    self._carried[landing, i] = piece.grad.clone()
 
     def _follow_zeroed(self) -> None:
-        """Within a window: gradients that the user set to None start again from nothing."""
+        """Within a window: gradients that the user set to None or to zeros start again from nothing."""
         for landing in self._landings:
-            for i, piece in enumerate(landing.flat.pieces):
-                if not landing.used[i] or piece.grad is not None:
+            grads = self.accumulator.grads(landing.flat)
+            for i, (piece, grad) in enumerate(zip(landing.flat.pieces, grads, strict=True)):
+                if piece.grad is grad and grad._version == landing.versions[i]:
                     continue
+                if piece.grad is None:
+                    landing.lent[i] = 1
+                elif piece.grad is not grad or bool(grad.any()):
+                    raise RuntimeError(
+                        f"rank {self._grid.world.rank}: .grad of {landing.flat.names[i]!r} was changed between "
+                        "micro-steps under no_sync(), where it holds unfinished sums. Change it after the backward "
+                        "that averages gradients; zero_grad() may come at any time"
+                    )
                 landing.used[i] = 0
+                self._carried.pop((landing, i), None)
                 if landing.touched[i] and landing.buffer is not None:
                     landing.views[i].zero_()
                 if landing.filled:
@@ -186,6 +214,10 @@ class Reduction:
         for i, touched in enumerate(landing.touched):
             if not touched:
                 landing.views[i].zero_()
+        if buffer.dtype != landing.dtype:
+            landing.buffer = self._pool.take(buffer.numel(), landing.dtype).copy_(buffer)
+            self._pool.give(buffer)
+            buffer = landing.buffer
         group = self._grid.reduce
         target = self.accumulator.direct(landing.flat)
         if group is None:
@@ -230,8 +262,9 @@ class Reduction:
         """Whether a gradient landed in this backward."""
         return not self._idle
 
-    def finish(self) -> None:
-        """The backward is over on this rank; a collective, unless nothing was to be trained."""
+    def finish(self, asked: Sequence[str]) -> None:
+        """The backward is over on this rank; a collective, unless nothing was to be trained. asked: of the Source."""
+        self._asked += asked
         if self._idle:
             if not self._landings:
                 return
@@ -244,28 +277,30 @@ class Reduction:
             while self.poll(wait=True):
                 pass
             self._window_open = True
-            self._hand_out([bytes(landing.used) for landing in self._landings])
+            self._lend()
         else:
             self._synchronise()
         self._idle = True
 
     def _synchronise(self) -> None:
-        used = b"".join(landing.used for landing in self._landings)
+        used = b"".join([*(landing.used for landing in self._landings), self._checksum()])
         flags = torch.frombuffer(bytearray(used), dtype=torch.uint8)
         agreed = None
         if self._grid.world.size > 1:
-            agreed = self._grid.world.all_reduce(flags, "max", async_op=True)
+            agreed = self._grid.world.all_reduce(flags, "bor", async_op=True)
         while self.poll(wait=True):
             pass
         for work in self._hop2:
             work.wait()
         self._hop2 = []
         self.accumulator.settle()
-        for view, before in self._carried:
-            view.add_(before)
-        self._carried = []
+        for (landing, i), before in self._carried.items():
+            self.accumulator.grads(landing.flat)[i].add_(before)
+        self._carried = {}
         if agreed is not None:
             agreed.wait()
+            self._check_gathers(flags[-8:])
+        self._asked = []
         self._window_open = False
         raw, at, by_flat = flags.numpy().tobytes(), 0, []
         for landing in self._landings:
@@ -280,6 +315,37 @@ class Reduction:
             for i, piece in enumerate(landing.flat.pieces):
                 if flags[i]:
                     piece.grad = grads[i]
+                elif landing.lent[i]:
+                    piece.grad = None
+
+    def _lend(self) -> None:
+        """Within a window every parameter has a `.grad`, used on this rank or not: it shows what the user zeroes."""
+        for landing in self._landings:
+            grads = self.accumulator.grads(landing.flat)
+            for i, (piece, grad) in enumerate(zip(landing.flat.pieces, grads, strict=True)):
+                if piece.grad is None:
+                    landing.lent[i] = 1
+                if piece.grad is not grad:
+                    piece.grad = grad
+            landing.versions = [grad._version for grad in grads]
+
+    def _checksum(self) -> bytes:
+        """Of what this rank gathered, and its complement: "or" over all ranks leaves them complements if all agree."""
+        checksum = zlib.crc32("\n".join(self._asked).encode()).to_bytes(4, "little")
+        return checksum + bytes(255 - byte for byte in checksum)
+
+    def _check_gathers(self, checksums: torch.Tensor) -> None:
+        """Ranks of one partition group that gathered different units gathered nonsense; partition groups may differ."""
+        asked, self._asked = self._asked, []
+        if self._grid.gather is None or not (checksums[:4] & checksums[4:]).any():
+            return
+        what = "The way through the model in stage 3 (the units, in the order in which they are gathered)"
+        order = [(f"gather {i}", unit) for i, unit in enumerate(asked)]
+        try:
+            require_equal(self._grid.gather, what, order, torch.device("cpu"))
+        except RuntimeError as error:
+            self._grid.abort(str(error))
+            raise
 
     def died(self) -> None:
         """The backward raised on this rank: with hop 1s under way nothing can be undone, and the groups end."""

@@ -37,6 +37,7 @@ class Runtime:
         self._depth = dict.fromkeys(self.units, 0)
         self._in_backward: set[UnitState] = set()
         self._pending = dict.fromkeys(self.units, 0)  # calls of the unit's modules whose backward is not over
+        self._backward_runs = False
         self.written = True  # parameters were written by other means than an optimizer
         self._watch = BackwardWatch(self._ended, self._died)
         me = weakref.ref(self)
@@ -60,7 +61,8 @@ class Runtime:
         self._depth = dict.fromkeys(self.units, 0)
         self.source.begin(self.written or not self.reduction.window_open)
         self.written = False
-        self.reduction.forward_paused = self.reduction.paused
+        if torch.is_grad_enabled():
+            self.reduction.forward_paused = self.reduction.paused
         self.order.begin_forward()
         self.source.need(self.root)
         for flat in self.root.flats:
@@ -72,6 +74,11 @@ class Runtime:
         self.order.end_forward()
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors_in(output, set())):
             self._watch.outputs(output)
+            for tensor in tensors_in(output, set()):
+                if tensor.grad_fn is not None:
+                    tensor.register_hook(self._backward_begins)
+            if not self.source.frees and self.reduction.may_step:
+                self.source.end()  # an optimizer may write before a backward makes ranks wait for each other
         else:
             self.source.end()
 
@@ -104,11 +111,11 @@ class Runtime:
     def leave(self, unit: UnitState, output: Any, last: bool) -> None:
         """It ended, or raised. last: of the unit's modules."""
         self._depth[unit] = max(0, self._depth[unit] - 1)
-        if self._depth[unit]:
+        if self._depth[unit] or _in_backward():  # a recomputation: what follows of the backward may need it too
             return
         for flat in unit.flats:
             flat.show_pieces()
-        if not self.source.frees or _in_backward():
+        if not self.source.frees:
             return
         recording = torch.is_grad_enabled()
         if recording:
@@ -120,24 +127,53 @@ class Runtime:
 
     # ------------------------------------------------------------ backward
 
+    def _backward_begins(self, _: torch.Tensor | None = None) -> None:
+        """Checkpoints inside of units, and in the root, compute with whole parameters again."""
+        if self._backward_runs:
+            return
+        if self.source.frees and torch.is_grad_enabled():
+            raise RuntimeError(
+                "backward(create_graph=True) through a ShardedDataParallel of stage 3 whose partition group does not "
+                "share one host's memory: parameters are freed before the second backward reads them. Use stage 2, or "
+                'partition_size="node"'
+            )
+        self._backward_runs = True
+        self._watch.begin()
+        self.source.need(self.root)  # a forward without gradients, or another backward, may have let it go
+        for unit in self.units:
+            if unit.is_root or not self.source.frees:
+                for flat in unit.flats:
+                    flat.show_full()
+
     def _before_backward(self, unit: UnitState, _: torch.Tensor) -> None:
+        self._backward_begins()
         if unit not in self._in_backward:
             self._in_backward.add(unit)
             self.source.need(unit)
             self.source.ahead(self.order.before(unit))
+            for flat in unit.flats:
+                flat.show_full()
 
     def _release_after_backward(self, unit: UnitState, inputs: Any) -> None:
         """When the gradients of all inputs of all its calls are there, the unit's backward is over, frozen parameters
         included. Where no input has a gradient, the end of the backward is the end."""
         self._pending[unit] += 1
         entering = [t for t in tensors_in(inputs, set()) if t.requires_grad]
-        if entering:
-            torch.autograd.graph.register_multi_grad_hook(entering, lambda _: self._over(unit))
+        if not entering:
+            return
+        # Autograd visits leaves first of all: what the unit computes from parameters alone may be still to come.
+        over = self._over_at_end if any(t.grad_fn is None for t in entering) else self._over
+        torch.autograd.graph.register_multi_grad_hook(entering, lambda _: over(unit))
+
+    def _over_at_end(self, unit: UnitState) -> None:
+        torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._over, unit))
 
     def _over(self, unit: UnitState) -> None:
         self._pending[unit] = max(0, self._pending[unit] - 1)
         if unit in self._in_backward and not self._pending[unit]:
             self._in_backward.discard(unit)
+            for flat in unit.flats:
+                flat.show_pieces()
             self.source.release(unit)
 
     def landed(self, index: int, i: int, leaf: nn.Parameter) -> None:
@@ -148,7 +184,7 @@ class Runtime:
 
     def _ended(self) -> None:
         if self.reduction.begun or self._joins():
-            self.reduction.finish()
+            self.reduction.finish(self.source.asked())
         self._release_all()
 
     def _joins(self) -> bool:
@@ -168,6 +204,11 @@ class Runtime:
     def _release_all(self) -> None:
         self._in_backward.clear()
         self._pending = dict.fromkeys(self.units, 0)
+        if self._backward_runs:
+            self._backward_runs = False
+            for unit in self.units:
+                for flat in unit.flats:
+                    flat.show_pieces()
         if self.source.frees:
             for unit in self.units:
                 self.source.release(unit)

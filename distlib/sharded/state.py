@@ -34,15 +34,17 @@ def full_state_dict(
 ) -> dict[str, torch.Tensor]:
     """Whole parameters and buffers by the module's own names, one flat gathered after the other."""
     whole: dict[str, torch.Tensor] = {}
+    aliases: dict[torch.Tensor, list[str]] = {}  # of tied parameters, and of modules registered twice
+    for name, piece in module.named_parameters(remove_duplicate=False):
+        aliases.setdefault(piece, []).append(name)
     keep = grid.world.rank == 0 or not rank0_only
     for state in states:
         for flat in state.flats:
             gathered = gather_flat(flat, grid)
             if keep:
-                for view, hung in zip(flat.view_on(gathered), flat.places, strict=True):
+                for view, piece in zip(flat.view_on(gathered), flat.pieces, strict=True):
                     value = view.clone()
-                    for place in hung:
-                        whole[place.name] = value
+                    whole.update(dict.fromkeys(aliases[piece], value))
     if not keep:
         return {}
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 from torch import nn
 
 from distlib.memory import PerParameter, formula
+from distlib.sharded.groups import partition_of
 from distlib.sharded.options import MixedPrecision
 from distlib.sharded.units import divide
+from distlib.topology import Topology
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -21,12 +24,12 @@ def parse_bytes(text: int | float | str) -> int:
     if isinstance(text, (int, float)) and not isinstance(text, bool):
         number, factor = float(text), 1
     else:
-        found = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?i?)b?\s*", str(text).lower())
-        if not found or found[2] not in _UNITS or found[1].count(".") > 1:
+        found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kmgt]?i?)b?\s*", str(text).lower())
+        if not found or found[2] not in _UNITS:
             raise ValueError(f"memory={text!r}: give bytes, or text such as '80GiB'")
         number, factor = float(found[1]), _UNITS[found[2]]
-    if number <= 0:
-        raise ValueError(f"memory={text!r}: must be positive")
+    if not 0 < number < math.inf:
+        raise ValueError(f"memory={text!r}: must be a positive number of bytes")
     return int(number * factor)
 
 
@@ -35,7 +38,7 @@ class Candidate:
     """One partition size: bytes per rank by kind, whether they fit."""
 
     partition_size: int
-    nodes: int  # that a partition group spans
+    nodes: int  # that a partition group spans, at most
     bytes: dict[str, int]
     fits: bool
 
@@ -96,10 +99,10 @@ def suggest_partition(
     limit = parse_bytes(memory)
     reserve = parse_bytes(activations) if activations else 0
     if isinstance(world, int):
-        size, local, rank = world, world, 0
+        size, local, rank, topology = world, world, 0, Topology((tuple(range(world)),))
     else:
-        size, rank = world.size, world.rank
-        local = min(len(node) for node in world.topology.nodes)
+        size, rank, topology = world.size, world.rank, world.topology
+        local = min(len(node) for node in topology.nodes)
     compute = mixed_precision.param if mixed_precision else None
     trained: dict[torch.dtype, int] = {}
     frozen = 0
@@ -122,7 +125,8 @@ def suggest_partition(
         whole = {kind: int(value) for kind, value in parts.items()}
         whole["unit buffers"] = buffers if p > 1 else 2 * max(sizes, default=0)
         whole["activations"] = reserve
-        candidates.append(Candidate(p, -(-p // local), whole, sum(whole.values()) <= limit))
+        spans = max(len({topology.node_of(r) for r in group}) for group in partition_of(topology, p))
+        candidates.append(Candidate(p, spans, whole, sum(whole.values()) <= limit))
     text = _say(candidates, limit, sum(trained.values()), stage, local)
     chosen = next((c for c in candidates if c.fits), None)
     if chosen is None:

@@ -19,6 +19,7 @@ from distlib.memory import MemoryReport, PerParameter, formula, state_bytes
 from distlib.sharded import build, options, state
 from distlib.sharded.gather import Gathers, SharedMapping, Source
 from distlib.sharded.groups import make_grid, secondary_group
+from distlib.sharded.guards import require_offload
 from distlib.sharded.options import MixedPrecision, Options
 from distlib.sharded.reduce import Reduction
 from distlib.sharded.runtime import Runtime, trained_flats
@@ -55,7 +56,7 @@ class ShardedDataParallel(Transparent):
         hierarchical: gather and reduce in two levels where a partition group spans hosts; "auto" chooses by topology
             and size.
         prefetch: units gathered ahead of use.
-        offload: a folder: optimizers of distlib.optim keep their state in files there.
+        offload: a folder: optimizers of distlib.optim keep their state in files there; others are refused.
         process_group: any c10d group; default: all ranks.
         shard_optimizer: "world" divides the optimizer's state over all ranks, not over the partition group only.
         gather_dtype: torch.int8: gather parameters block-quantized (ZeRO++'s qwZ): lossy.
@@ -102,7 +103,12 @@ class ShardedDataParallel(Transparent):
         super().__init__(module)
         divided = divide(module, units)
         world = Group.of(process_group)
-        require_equal(world, "ShardedDataParallel: parameters and options", build.facts(module, divided, chosen), _CPU)
+        require_equal(
+            world,
+            "ShardedDataParallel: parameters and options",
+            build.facts(module, divided, chosen, partition_size),
+            _CPU,
+        )
         self._grid = make_grid(process_group, partition_size)
         self._options = chosen
         build.check_place(chosen, self._grid)
@@ -122,6 +128,8 @@ class ShardedDataParallel(Transparent):
             secondary = secondary_group(self._grid, reshard_after_forward)
             self._source = Gathers(self._units, self._grid, chosen, stage < 3, secondary)
         self._reduction = Reduction(list(trained_flats(self._units)), self._grid, chosen)
+        if chosen.offload is not None:
+            require_offload(self, [piece for flat in flats for piece in flat.pieces])
         modules = [[], *(unit.modules for unit in divided[1:])]
         reshards = reshard_after_forward is not False
         self._runtime = Runtime(self._units, modules, self._source, self._reduction, reshards, prefetch)
@@ -170,6 +178,7 @@ class ShardedDataParallel(Transparent):
         """Within it, backwards are micro-steps: stages 2 and 3 make hop 1 only, stage 1 nothing.
 
         The first backward whose forward and backward are both outside averages over all ranks what was accumulated.
+        Until then `.grad` holds unfinished sums, for zero_grad() only.
         """
         before, self._reduction.paused = self._reduction.paused, True
         try:
