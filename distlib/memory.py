@@ -30,11 +30,14 @@ class PerParameter:
 
     @staticmethod
     def of(dtype: torch.dtype, compute: torch.dtype | None, optimizer: int = 8) -> PerParameter:
-        """For parameters of `dtype` that are computed with in `compute` (None: in `dtype`)."""
-        half = dtype.itemsize < 4
-        if compute is None or compute == dtype and not half:
-            return PerParameter(dtype.itemsize, 0, max(4, dtype.itemsize), optimizer)
-        return PerParameter(compute.itemsize, 4, 4, optimizer)
+        """For parameters that the optimizer sees in `dtype` and the model computes with in `compute` (None: the same).
+
+        optimizer: bytes of its state for an fp32 parameter; state is in the parameter's dtype.
+        """
+        state = optimizer * dtype.itemsize // 4
+        if compute is None or compute == dtype:
+            return PerParameter(dtype.itemsize, 0, max(4, dtype.itemsize), state)
+        return PerParameter(compute.itemsize, dtype.itemsize, max(4, dtype.itemsize), state)
 
 
 def formula(

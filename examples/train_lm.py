@@ -85,7 +85,7 @@ def train(settings: Settings, world: distlib.World) -> None:
             if loss is not None:
                 speaker.trained(done, loss, rate, tokens_per_second)
             if saves and settings.save:
-                checkpoints.save(done)
+                speaker.saving(done, settings.save, checkpoints.save(done))
         curve.validation.append((settings.steps, validate(model, validation_text, settings, world)))
         speaker.validated(*curve.validation[-1])
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from distlib.memory import PerParameter, formula
 from distlib.sharded.groups import partition_of
-from distlib.sharded.options import MixedPrecision
+from distlib.sharded.options import HALF, MixedPrecision
 from distlib.sharded.units import divide
 from distlib.topology import Topology
 
@@ -119,7 +119,9 @@ def suggest_partition(
     for p in (p for p in range(1, size + 1) if size % p == 0):
         parts = {"parameters": 0.0, "gradients": 0.0, "optimizer": 0.0}
         for dtype, count in trained.items():
-            for kind, value in formula(count, PerParameter.of(dtype, compute, optimizer_bytes), stage, p, size).items():
+            master = torch.float32 if compute is not None and dtype in HALF else dtype
+            each = PerParameter.of(master, compute, optimizer_bytes)
+            for kind, value in formula(count, each, stage, p, size).items():
                 parts[kind] += value
         parts["parameters"] += frozen / (p if stage == 3 else 1)
         whole = {kind: int(value) for kind, value in parts.items()}

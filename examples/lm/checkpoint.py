@@ -29,12 +29,14 @@ class Checkpoints:
         self._places = {"sampler": sampler, "curve": curve}
         self._last: distlib.checkpoint.SaveHandle | None = None
 
-    def save(self, step: int) -> None:
-        """Copies what to save and returns; a thread writes it."""
+    def save(self, step: int) -> float:
+        """Copies what to save and returns; a thread writes it. Returns the seconds that training stood still."""
         assert self._settings.save is not None
         shape = {name: getattr(self._settings, name) for name in SHAPE}
         extra = {"shape": shape, **self._places}
         self._last = distlib.save(self._settings.save, **self._parts, step=step, extra=extra, asynchronous=True)
+        assert self._last is not None
+        return self._last.stall
 
     def __enter__(self) -> Checkpoints:
         return self

@@ -148,6 +148,9 @@ class Speaker:
     def validated(self, done: int, loss: float) -> None:
         self.console.print(f"{self._at(done)}  validation loss {loss:.4f} nats per byte")
 
+    def saving(self, done: int, path: Path, stall: float) -> None:
+        self.console.print(f"{self._at(done)}  saving to {path} in the background; training stood still {stall:.3f} s")
+
     def _at(self, done: int) -> str:
         return f"step {done:>{len(str(self._steps))}}/{self._steps}"
 
