@@ -10,7 +10,6 @@ reduced in one order on all ranks: a flat that is complete waits for those befor
 
 from __future__ import annotations
 
-import zlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,11 +17,12 @@ from dataclasses import dataclass, field
 import torch
 
 from distlib.comm.work import Work
-from distlib.data_parallel.agreement import require_equal
 from distlib.sharded.flat import Flat
 from distlib.sharded.gradients import Accumulator, BufferPool
 from distlib.sharded.groups import Grid
 from distlib.sharded.options import Options
+from distlib.sharded.route import Route
+from distlib.sharded.window import Window
 
 _HOLDS = 1  # its slice of the buffer holds a gradient
 _NOW = 2  # its gradient landed in this backward
@@ -36,13 +36,10 @@ class _Landing:
     dtype: torch.dtype  # of the buffer: what travels in hop 1
     left: int = 0  # parameters whose gradient has not landed in this backward
     touched: bytearray = field(default_factory=bytearray)  # by parameter: _HOLDS, _NOW
-    used: bytearray = field(default_factory=bytearray)  # by parameter: it had a gradient in this window, on this rank
     buffer: torch.Tensor | None = None
     views: Sequence[torch.Tensor] = ()
     launched: bool = False
     filled: bool = False  # the accumulator holds something of this window
-    lent: bytearray = field(default_factory=bytearray)  # by parameter: it had no `.grad` but for this window
-    versions: list[int] = field(default_factory=list)  # of `.grad`, by parameter, after the last micro-step
 
     def reset(self) -> None:
         """A backward begins."""
@@ -75,34 +72,13 @@ class Reduction:
         self._inflight: deque[_Hop1] = deque()
         self._next = 0  # the first landing that is not launched
         self._hop2: list[Work] = []
-        # By flat and parameter: what `.grad` held when the window began.
-        self._carried: dict[tuple[_Landing, int], torch.Tensor] = {}
-        self._asked: list[str] = []  # units that this rank gathered since gradients were last averaged
-        self._window_open = False  # there were micro-steps since gradients were last averaged
+        self.window = Window(flats, self.accumulator, grid.world.rank)
+        self._route = Route(grid)
         self._idle = True
         self.paused = False  # inside no_sync()
         self.forward_paused = False  # the last forward was
         for landing in self._landings:
-            landing.used = bytearray(len(landing.flat.names))
             landing.touched = bytearray(len(landing.flat.names))
-            landing.lent = bytearray(len(landing.flat.names))
-
-    @property
-    def may_step(self) -> bool:
-        """Whether an optimizer would find averaged gradients now; the same on all ranks."""
-        if self._window_open:
-            return False
-        return any(piece.grad is not None for landing in self._landings for piece in landing.flat.pieces)
-
-    @property
-    def window_open(self) -> bool:
-        """Whether an optimizer step is still owed micro-steps: parameters cannot have changed."""
-        return self._window_open
-
-    @property
-    def landings(self) -> int:
-        """The number of trained flats."""
-        return len(self._landings)
 
     @property
     def buffer_bytes(self) -> int:
@@ -137,7 +113,7 @@ class Reduction:
             landing.views[i].copy_(gradient)
         if not landing.touched[i] & _NOW:
             landing.touched[i] = _HOLDS | _NOW
-            landing.used[i] = 1
+            self.window.use(index, i)
             landing.left -= 1
             if landing.left == 0:
                 self._advance()
@@ -159,41 +135,21 @@ class Reduction:
             landing.reset()
             for i in range(len(landing.touched)):
                 landing.touched[i] &= _HOLDS
-        if self._window_open:
-            self._follow_zeroed()
+        if self.window.open:
+            for index, i in self.window.zeroed():
+                self._clear(self._landings[index], i)
             return
-        self.accumulator.allocate()
-        self._carried = {}
+        self.window.begin()
         for landing in self._landings:
             landing.filled = False
-            landing.used = bytearray(len(landing.used))
             landing.touched = bytearray(len(landing.touched))
-            landing.lent = bytearray(len(landing.lent))
-            for i, piece in enumerate(landing.flat.pieces):
-                if piece.grad is not None:  # accumulate onto what was averaged before
-                    self._carried[landing, i] = piece.grad.clone()
 
-    def _follow_zeroed(self) -> None:
-        """Within a window: gradients that the user set to None or to zeros start again from nothing."""
-        for landing in self._landings:
-            grads = self.accumulator.grads(landing.flat)
-            for i, (piece, grad) in enumerate(zip(landing.flat.pieces, grads, strict=True)):
-                if piece.grad is grad and grad._version == landing.versions[i]:
-                    continue
-                if piece.grad is None:
-                    landing.lent[i] = 1
-                elif piece.grad is not grad or bool(grad.any()):
-                    raise RuntimeError(
-                        f"rank {self._grid.world.rank}: .grad of {landing.flat.names[i]!r} was changed between "
-                        "micro-steps under no_sync(), where it holds unfinished sums. Change it after the backward "
-                        "that averages gradients; zero_grad() may come at any time"
-                    )
-                landing.used[i] = 0
-                self._carried.pop((landing, i), None)
-                if landing.touched[i] and landing.buffer is not None:
-                    landing.views[i].zero_()
-                if landing.filled:
-                    self.accumulator.clear(landing.flat, i)
+    def _clear(self, landing: _Landing, i: int) -> None:
+        """Drops what parameter i has accumulated in this window."""
+        if landing.touched[i] and landing.buffer is not None:
+            landing.views[i].zero_()
+        if landing.filled:
+            self.accumulator.clear(landing.flat, i)
 
     def _advance(self) -> None:
         """Launches what is complete and next in order."""
@@ -264,7 +220,7 @@ class Reduction:
 
     def finish(self, asked: Sequence[str]) -> None:
         """The backward is over on this rank; a collective, unless nothing was to be trained. asked: of the Source."""
-        self._asked += asked
+        self._route.add(asked)
         if self._idle:
             if not self._landings:
                 return
@@ -276,15 +232,14 @@ class Reduction:
         if self._deferred:
             while self.poll(wait=True):
                 pass
-            self._window_open = True
-            self._lend()
+            self.window.lend()
         else:
             self._synchronise()
         self._idle = True
 
     def _synchronise(self) -> None:
-        used = b"".join([*(landing.used for landing in self._landings), self._checksum()])
-        flags = torch.frombuffer(bytearray(used), dtype=torch.uint8)
+        used = self.window.used
+        flags = torch.frombuffer(bytearray(used + self._route.checksum()), dtype=torch.uint8)
         agreed = None
         if self._grid.world.size > 1:
             agreed = self._grid.world.all_reduce(flags, "bor", async_op=True)
@@ -294,58 +249,11 @@ class Reduction:
             work.wait()
         self._hop2 = []
         self.accumulator.settle()
-        for (landing, i), before in self._carried.items():
-            self.accumulator.grads(landing.flat)[i].add_(before)
-        self._carried = {}
         if agreed is not None:
             agreed.wait()
-            self._check_gathers(flags[-8:])
-        self._asked = []
-        self._window_open = False
-        raw, at, by_flat = flags.numpy().tobytes(), 0, []
-        for landing in self._landings:
-            by_flat.append(raw[at : at + len(landing.used)])
-            at += len(landing.used)
-        self._hand_out(by_flat)
-
-    def _hand_out(self, used: Sequence[bytes]) -> None:
-        """`.grad` of what had a gradient; what had none on any rank keeps None, so that optimizers skip it."""
-        for landing, flags in zip(self._landings, used, strict=True):
-            grads = self.accumulator.grads(landing.flat)
-            for i, piece in enumerate(landing.flat.pieces):
-                if flags[i]:
-                    piece.grad = grads[i]
-                elif landing.lent[i]:
-                    piece.grad = None
-
-    def _lend(self) -> None:
-        """Within a window every parameter has a `.grad`, used on this rank or not: it shows what the user zeroes."""
-        for landing in self._landings:
-            grads = self.accumulator.grads(landing.flat)
-            for i, (piece, grad) in enumerate(zip(landing.flat.pieces, grads, strict=True)):
-                if piece.grad is None:
-                    landing.lent[i] = 1
-                if piece.grad is not grad:
-                    piece.grad = grad
-            landing.versions = [grad._version for grad in grads]
-
-    def _checksum(self) -> bytes:
-        """Of what this rank gathered, and its complement: "or" over all ranks leaves them complements if all agree."""
-        checksum = zlib.crc32("\n".join(self._asked).encode()).to_bytes(4, "little")
-        return checksum + bytes(255 - byte for byte in checksum)
-
-    def _check_gathers(self, checksums: torch.Tensor) -> None:
-        """Ranks of one partition group that gathered different units gathered nonsense; partition groups may differ."""
-        asked, self._asked = self._asked, []
-        if self._grid.gather is None or not (checksums[:4] & checksums[4:]).any():
-            return
-        what = "The way through the model in stage 3 (the units, in the order in which they are gathered)"
-        order = [(f"gather {i}", unit) for i, unit in enumerate(asked)]
-        try:
-            require_equal(self._grid.gather, what, order, torch.device("cpu"))
-        except RuntimeError as error:
-            self._grid.abort(str(error))
-            raise
+        together = flags.numpy().tobytes()
+        self._route.check(together[len(used) :])
+        self.window.close(together[: len(used)])
 
     def died(self) -> None:
         """The backward raised on this rank: with hop 1s under way nothing can be undone, and the groups end."""

@@ -59,7 +59,7 @@ class Runtime:
     def begin(self) -> None:
         """A forward of the whole model begins. Every rank must call."""
         self._depth = dict.fromkeys(self.units, 0)
-        self.source.begin(self.written or not self.reduction.window_open)
+        self.source.begin(self.written or not self.reduction.window.open)
         self.written = False
         if torch.is_grad_enabled():
             self.reduction.forward_paused = self.reduction.paused
@@ -77,7 +77,7 @@ class Runtime:
             for tensor in tensors_in(output, set()):
                 if tensor.grad_fn is not None:
                     tensor.register_hook(self._backward_begins)
-            if not self.source.frees and self.reduction.may_step:
+            if not self.source.frees and self.reduction.window.may_step:
                 self.source.end()  # an optimizer may write before a backward makes ranks wait for each other
         else:
             self.source.end()

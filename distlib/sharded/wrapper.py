@@ -201,7 +201,7 @@ class ShardedDataParallel(Transparent):
         """
         from distlib.optim.norm import clip_grad_norm_
 
-        if self._reduction.window_open:
+        if self._reduction.window.open:
             raise RuntimeError(
                 f"rank {self._grid.world.rank}: clip_grad_norm_ after a backward under no_sync(): gradients are not "
                 "averaged yet. Clip after the backward that averages them"
