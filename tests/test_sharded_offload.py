@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from ranks import process_group, run_ranks
 from sharded_models import loss_of, part_of, tiny
 
 import distlib
+from distlib.sharded.files import file_zeros
 
 
 def weights_after(rank: int, n: int, offload: Path | None, mixed: bool) -> dict[str, torch.Tensor]:
@@ -47,3 +49,14 @@ def test_state_in_files_gives_the_same_bits_and_other_optimizers_are_refused(tmp
     for message in run_ranks(2, in_files_and_in_memory, tmp_path):
         assert "offload=" in message and "AdamW of torch.optim" in message
     assert not list(tmp_path.iterdir())  # nothing is left behind
+
+
+def test_masters_lie_in_a_file_without_a_name(tmp_path: Path) -> None:
+    master = file_zeros(tmp_path / "new", 1000, torch.float32)
+    assert master.sum() == 0 and not list((tmp_path / "new").iterdir())
+    master.fill_(2)
+    with open("/proc/self/maps") as maps:
+        assert any(".distlib-masters-" in line and "(deleted)" in line for line in maps)
+    with pytest.raises(OSError, match="offload: no .* bytes in"):
+        file_zeros(tmp_path, 1 << 50, torch.float32)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new"]

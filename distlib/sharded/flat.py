@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from distlib.sharded.files import file_zeros
 from distlib.sharded.groups import Grid
 from distlib.sharded.layout import Entry, FlatLayout, lay_out
 from distlib.sharded.options import HALF, Options
@@ -69,7 +70,12 @@ class Flat:
         self.shard = torch.empty(end - begin, dtype=self.compute) if freed else whole[begin:end]
         # This rank's own subpart of the shard, in the compute dtype.
         self.own = self.shard[first - begin : last - begin]
-        self.master = torch.empty(last - first, dtype=self.dtype) if self.mixed else self.own
+        self.master = self.own
+        if self.mixed:
+            size = last - first
+            self.master = (
+                torch.empty(size, dtype=self.dtype) if offload is None else file_zeros(offload, size, self.dtype)
+            )
         grads = [
             # .data: a version counter of its own, so that a change of one parameter is not taken for one of another
             whole[offset : offset + entry.numel].data.view(entry.shape)
