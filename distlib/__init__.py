@@ -16,6 +16,7 @@ __distribution__ = _clash.DISTRIBUTION  # how distlib_autoload tells this packag
 
 if TYPE_CHECKING:
     from distlib import optim
+    from distlib.activations import checkpoint_activations
     from distlib.checkpoint import export, load, save
     from distlib.comm.group import Group
     from distlib.comm.ledger import Ledger, ledger
@@ -35,6 +36,7 @@ __all__ = [
     "Topology",
     "World",
     "__version__",
+    "checkpoint_activations",
     "export",
     "init",
     "ledger",
@@ -55,6 +57,7 @@ _HOME = {
     "ShardedDataParallel": "distlib.sharded",
     "Topology": "distlib.topology",
     "World": "distlib.world",
+    "checkpoint_activations": "distlib.activations",
     "export": "distlib.checkpoint",
     "init": "distlib.world",
     "ledger": "distlib.comm.ledger",

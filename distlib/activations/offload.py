@@ -1,0 +1,272 @@
+"""Saved tensors move out of the way in forward and come back in backward, just before they are needed.
+
+    forward    pack a   pack b   pack c           copies run behind; at most `window` bytes wait for theirs
+    store      [ a ][ b ][ c ]
+    backward   need c   need b   need a           while c is used, b and a are on their way: at most `window` bytes
+
+The order of need is recorded in one step and prefetched in those after it; it is a hint, another order works too.
+Memory that several saved tensors look at moves once.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distlib.activations.live import storage_key
+from distlib.activations.stores import FileStore, PinnedStore, Store, Transfer
+
+SMALLEST = 64 << 10  # bytes: what is smaller stays
+MOSTLY = 16  # a tensor that is less than this part of the memory it looks at stays
+
+
+class Moved:
+    """Memory that moved, or is about to. The slab's piece goes back when the last who may need it is gone."""
+
+    def __init__(self, store: Store, source: torch.Tensor, device: torch.device, index: int, version: int) -> None:
+        self.nbytes = source.numel()
+        self.device = device
+        self.index = index
+        self.version = version
+        self.source: torch.Tensor | None = source
+        self.back: tuple[torch.Tensor, Transfer] | None = None
+        self.uses = 0  # saved tensors that look at it
+        self.asked = 0
+        self._store = store
+        self._offset = store.reserve(self.nbytes)
+        weakref.finalize(self, store.slab.give, self._offset, self.nbytes).atexit = False
+        self.write: Transfer = store.write(source, self._offset, self._written)
+
+    def _written(self) -> None:
+        self.source = None
+
+    def fetch(self) -> None:
+        """Begins to come back, unless it is under way or still here."""
+        if self.back is None and self.source is None:
+            self.back = self._store.read(self._offset, self.nbytes, self.device)
+
+    def get(self) -> torch.Tensor:
+        """Its bytes. Those of a tensor never moved, if its turn had not come."""
+        source = self.source
+        self.asked += 1
+        if source is not None:
+            if not self.write.cancel():
+                self.write.wait()  # under way: it ends soon, and tells if it failed
+            return source
+        self.write.wait()
+        self.fetch()
+        assert self.back is not None
+        memory, transfer = self.back
+        transfer.wait()
+        if self.asked % self.uses == 0:  # the last who looks at it; with retain_graph it is asked for again later
+            self.back = None
+        return memory
+
+
+class _Ticket:
+    """What autograd holds in place of a saved tensor."""
+
+    def __init__(self, tensor: torch.Tensor, moved: Moved) -> None:
+        self.moved = moved
+        self.like = (tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride())
+        self.version = tensor._version
+        # Shares the tensor's version counter without its memory: changes in place are noticed as if it were here.
+        self.counter = tensor.detach()
+        self.counter.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+
+
+class Offloader:
+    """Hooks for saved tensors: use `hooks(block)` around a block's forward.
+
+    folder: where the file of CPU tensors lies; CUDA tensors go to pinned host memory. window: bytes that may wait for
+    being written, and that may be back ahead of need; None: those of the largest block so far.
+    """
+
+    def __init__(self, folder: Path | None, window: int | None = None) -> None:
+        self.folder = folder
+        self.window = window
+        self.moved_bytes = 0  # since the last step began
+        self.prefetched = 0  # times that memory was on its way when it was needed
+        self.waited = 0  # times that it was not
+        self._stores: dict[torch.device, Store] = {}
+        self._here: dict[int, tuple[Any, weakref.ref[Moved]]] = {}  # storage -> (weak storage, its Moved)
+        self._writing: deque[tuple[Transfer, int]] = deque()
+        self._waiting = 0
+        self._tape: list[weakref.ref[Moved]] = []  # of this step, in order of packing
+        self._alive = 0
+        self._needed: list[int] = []  # indices in order of first need: of this step
+        self._order: list[int] = []  # and of the last
+        self._place: dict[int, int] = {}
+        self._largest_block = 8 << 20
+
+    def __reduce__(self) -> tuple:
+        return Offloader, (self.folder, self.window)  # a copy of the module has files and threads of its own
+
+    def prepare(self, device: torch.device) -> None:
+        """Opens the store of a device, with its errors. Called with the devices of the blocks before the first step."""
+        if device in self._stores:
+            return
+        if device.type == "cuda":
+            self._stores[device] = PinnedStore(device)
+        elif device.type == "cpu":
+            if self.folder is None:
+                raise ValueError(
+                    'policy="offload" of modules on the CPU needs a folder on a disk to move tensors to: pass folder='
+                )
+            self._stores[device] = FileStore(self.folder)
+        else:
+            raise ValueError(f"saved tensors on {device.type} cannot be moved: only those on the CPU and CUDA")
+
+    def hooks(self, block: nn.Module) -> _BlockHooks:
+        """A context for one forward of `block`. Its `kept` and `moved` are bytes by storage afterwards."""
+        return _BlockHooks(self, block)
+
+    def settle(self) -> None:
+        """Returns when nothing waits to be written."""
+        self._drain(0)
+
+    # ------------------------------------------------------------ forward
+
+    def pack(self, tensor: torch.Tensor) -> _Ticket:
+        storage = tensor.untyped_storage()
+        known = self._here.get(storage._cdata)
+        moved = known[1]() if known is not None and not known[0].expired() else None
+        if moved is None or moved.version != tensor._version:
+            moved = self._move(tensor)
+        moved.uses += 1
+        return _Ticket(tensor, moved)
+
+    def _move(self, tensor: torch.Tensor) -> Moved:
+        self.prepare(tensor.device)
+        if not self._alive:
+            self._begin_step()
+        storage = tensor.untyped_storage()
+        nbytes = storage.nbytes()
+        self._drain(max(0, (self.window or self._largest_block) - nbytes))
+        with torch.no_grad():
+            source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+        moved = Moved(self._stores[tensor.device], source, tensor.device, len(self._tape), tensor._version)
+        self._alive += 1
+        weakref.finalize(moved, self._died).atexit = False
+        self._tape.append(weakref.ref(moved))
+        self._here[storage._cdata] = (torch.multiprocessing.reductions.StorageWeakRef(storage), weakref.ref(moved))
+        self._writing.append((moved.write, nbytes))
+        self._waiting += nbytes
+        self.moved_bytes += nbytes
+        return moved
+
+    def _begin_step(self) -> None:
+        self._order = self._needed or self._order
+        self._place = {index: place for place, index in enumerate(self._order)}
+        self._needed = []
+        self._tape = []
+        self._here.clear()
+        self.moved_bytes = 0
+
+    def _died(self) -> None:
+        self._alive -= 1
+
+    def _drain(self, left: int) -> None:
+        """Waits until at most `left` bytes wait to be written. Raises what went wrong in the worker."""
+        while self._writing and self._waiting > left:
+            transfer, nbytes = self._writing.popleft()
+            self._waiting -= nbytes
+            try:
+                transfer.wait()
+            except RuntimeError:  # told once here; whatever else failed tells when it is needed
+                self._writing.clear()
+                self._waiting = 0
+                raise
+
+    def ran(self, nbytes: int) -> None:
+        """A block's forward moved so many bytes."""
+        self._largest_block = max(self._largest_block, nbytes)
+
+    # ------------------------------------------------------------ backward
+
+    def unpack(self, ticket: _Ticket) -> torch.Tensor:
+        if ticket.counter._version != ticket.version:
+            dtype, _, size, _ = ticket.like
+            raise RuntimeError(
+                f"a {dtype} tensor of shape {list(size)} that backward needs has been modified by an inplace operation "
+                f"since it was saved: it is at version {ticket.counter._version}, and was at version {ticket.version}"
+            )
+        moved = ticket.moved
+        if moved.asked == 0:
+            self._needed.append(moved.index)
+        if moved.source is None:
+            self.prefetched += moved.back is not None
+            self.waited += moved.back is None
+        moved.fetch()
+        self._prefetch(moved.index)
+        memory = moved.get()
+        dtype, offset, size, stride = ticket.like
+        with torch.no_grad():
+            return torch.empty(0, dtype=dtype, device=memory.device).set_(
+                memory.untyped_storage(), offset, size, stride
+            )
+
+    def _prefetch(self, index: int) -> None:
+        """Begins to bring back what is needed after `index`."""
+        room = self.window or self._largest_block
+        place = self._place.get(index)
+        if place is None:
+            return
+        for after in self._order[place + 1 :]:
+            moved = self._tape[after]() if after < len(self._tape) else None
+            if moved is None or moved.source is not None or moved.asked:
+                continue
+            room -= moved.nbytes
+            if room < 0:
+                return
+            moved.fetch()
+
+
+class _BlockHooks(torch.autograd.graph.saved_tensors_hooks):
+    """Saved tensors of one forward of a block: parameters, their views and small tensors stay, others move."""
+
+    def __init__(self, offloader: Offloader, block: nn.Module) -> None:
+        self._offloader = offloader
+        self._own = storages_of(block)
+        self.kept: dict[int, int] = {}
+        self.moved: dict[int, int] = {}
+        super().__init__(self._pack, self._unpack)
+
+    def _pack(self, tensor: torch.Tensor) -> Any:
+        if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+            return tensor
+        nbytes = tensor.untyped_storage().nbytes()
+        key = storage_key(tensor)
+        if key in self._own or _is_of_leaf(tensor):
+            return tensor
+        odd = tensor.is_conj() or tensor.is_neg() or tensor.device.type not in ("cpu", "cuda")
+        if odd or nbytes < SMALLEST or tensor.nbytes * MOSTLY < nbytes:
+            self.kept[key] = nbytes
+            return tensor
+        self.moved[key] = nbytes
+        return self._offloader.pack(tensor)
+
+    def _unpack(self, packed: Any) -> torch.Tensor:
+        return self._offloader.unpack(packed) if isinstance(packed, _Ticket) else packed
+
+    def __exit__(self, *args: object) -> None:
+        super().__exit__(*args)
+        self._offloader.ran(sum(self.moved.values()))
+
+
+def storages_of(block: nn.Module) -> frozenset[int]:
+    """The memory of a block's parameters and buffers, as `storage_key` names it."""
+    tensors: list[Iterable[torch.Tensor]] = [block.parameters(), block.buffers()]
+    return frozenset(storage_key(t) for some in tensors for t in some if t.layout is torch.strided)
+
+
+def _is_of_leaf(tensor: torch.Tensor) -> bool:
+    """A parameter of another block, or a view of one: somebody else holds it, and may free and fill it again."""
+    base = tensor._base if tensor._base is not None else tensor
+    return base.is_leaf and base.requires_grad

@@ -1,0 +1,230 @@
+"""Where saved tensors go: a file beside the memory of a CPU, or pinned host memory beside that of a GPU."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+import warnings
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from distlib.activations.size import show_size
+from distlib.activations.slab import Slab
+
+EXTENT = 64 << 20  # bytes by which a file grows at least
+IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")  # file systems that hold their files in memory
+
+
+class Transfer(Protocol):
+    """A copy under way."""
+
+    def wait(self) -> None:
+        """Returns when its result can be used by what the caller runs next; raises what went wrong."""
+        ...
+
+    def cancel(self) -> bool:
+        """Whether it had not begun, and now never will."""
+        ...
+
+
+class Store(Protocol):
+    """Takes bytes and gives them back. Tensors are 1-D of uint8."""
+
+    slab: Slab
+
+    def reserve(self, nbytes: int) -> int:
+        """Offset of a piece; `slab.give(offset, nbytes)` when it is no longer needed."""
+        ...
+
+    def write(self, source: torch.Tensor, offset: int, done: Callable[[], None]) -> Transfer:
+        """Begins to copy `source`; `done()` when its memory may go."""
+        ...
+
+    def read(self, offset: int, nbytes: int, device: torch.device) -> tuple[torch.Tensor, Transfer]:
+        """Begins to copy into new memory on `device`."""
+        ...
+
+
+class _Job:
+    """A Transfer on the worker thread."""
+
+    def __init__(self, future: Future[None]) -> None:
+        self._future = future
+
+    def wait(self) -> None:
+        if not self._future.cancelled():
+            self._future.result()
+
+    def cancel(self) -> bool:
+        return self._future.cancel()
+
+
+class FileStore:
+    """A file in `folder` that has no name (it goes with the process), read and written by one thread.
+
+    Raises:
+        ValueError: `folder` is no folder that can be written to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.slab = Slab()
+        try:
+            self._fd, path = tempfile.mkstemp(prefix=".distlib-activations-", dir=folder)
+        except OSError as error:
+            raise ValueError(
+                f"folder={str(folder)!r}: saved tensors cannot be written there: {error.strerror}"
+            ) from error
+        os.unlink(path)
+        weakref.finalize(self, os.close, self._fd)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="distlib-activations")
+        kind = file_system(folder)
+        if kind in IN_MEMORY:
+            warnings.warn(
+                f"folder={str(folder)!r} is a {kind}, which holds its files in memory: moving activations there saves "
+                "0 bytes. Give a folder on a disk",
+                stacklevel=4,
+            )
+
+    def reserve(self, nbytes: int) -> int:
+        offset = self.slab.take(nbytes)
+        if offset is None:
+            more = max(Slab.rounded(nbytes), EXTENT)
+            try:
+                os.posix_fallocate(self._fd, self.slab.size, more)
+            except OSError as error:
+                raise RuntimeError(self._failed("grow by", more, error)) from error
+            self.slab.grow(more)
+            offset = self.slab.take(nbytes)
+            assert offset is not None
+        return offset
+
+    def write(self, source: torch.Tensor, offset: int, done: Callable[[], None]) -> Transfer:
+        return _Job(self._pool.submit(self._write, source, offset, done))
+
+    def read(self, offset: int, nbytes: int, device: torch.device) -> tuple[torch.Tensor, Transfer]:
+        into = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        return into, _Job(self._pool.submit(self._read, into, offset))
+
+    def _write(self, source: torch.Tensor, offset: int, done: Callable[[], None]) -> None:
+        left = memoryview(source.numpy())
+        while left:
+            try:
+                written = os.pwrite(self._fd, left, offset)
+            except OSError as error:
+                raise RuntimeError(self._failed("write", len(left), error)) from error
+            left, offset = left[written:], offset + written
+        done()
+
+    def _read(self, into: torch.Tensor, offset: int) -> None:
+        left = memoryview(into.numpy())
+        while left:
+            try:
+                got = os.preadv(self._fd, [left], offset)
+            except OSError as error:
+                raise RuntimeError(self._failed("read", len(left), error)) from error
+            if not got:
+                raise RuntimeError(f"saved tensors in {self.folder}: the file ends {len(left)} bytes too early")
+            left, offset = left[got:], offset + got
+
+    def _failed(self, what: str, nbytes: int, error: OSError) -> str:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        fix = (
+            "it is full: free some space, give another folder, or offload fewer blocks (resident=)"
+            if full
+            else "see there"
+        )
+        return (
+            f"saved tensors in folder {self.folder}: cannot {what} {nbytes} bytes, {show_size(self.slab.used)} are in "
+            f"use: {error.strerror}; {fix}"
+        )
+
+
+def file_system(folder: Path) -> str:
+    """The kind of file system that a folder is on, "" where the system does not tell."""
+    mounts = Path("/proc/self/mounts")
+    if not mounts.exists():
+        return ""
+    best, kind = "", ""
+    place = str(folder.resolve())
+    for line in mounts.read_text().splitlines():
+        _, point, its_kind = line.split()[:3]
+        inside = place == point or place.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best):
+            best, kind = point, its_kind
+    return kind
+
+
+class _Event:
+    """A Transfer on the copy stream: the stream that waits is the one current where `wait` is called."""
+
+    def __init__(self, event: Any, tensor: torch.Tensor | None) -> None:
+        self._event = event
+        self._tensor = tensor
+
+    def wait(self) -> None:
+        stream = torch.cuda.current_stream()
+        stream.wait_event(self._event)
+        if self._tensor is not None:
+            self._tensor.record_stream(stream)
+
+    def cancel(self) -> bool:
+        return False
+
+
+class PinnedStore:
+    """Pinned host memory, allocated in extents of at least 256 MiB, and one copy stream per device.
+
+    The stream that computes is read before the copy stream is entered: inside, it would be the copy stream itself, and
+    a copy could begin before its source is computed.
+    """
+
+    EXTENT = 256 << 20
+
+    def __init__(self, device: torch.device) -> None:
+        if not torch.cuda.is_available():
+            raise ValueError(f"saved tensors of {device}: this torch has no CUDA device to copy them from")
+        self.slab = Slab()
+        self._extents: list[tuple[int, torch.Tensor]] = []
+        self._stream = torch.cuda.Stream(device)
+
+    def reserve(self, nbytes: int) -> int:
+        offset = self.slab.take(nbytes)
+        if offset is None:
+            more = max(Slab.rounded(nbytes), self.EXTENT)
+            # A piece never crosses two extents: a page between them is never lent.
+            self.slab.size += Slab.rounded(1)
+            self._extents.append((self.slab.size, torch.empty(more, dtype=torch.uint8, pin_memory=True)))
+            self.slab.grow(more)
+            offset = self.slab.take(nbytes)
+            assert offset is not None
+        return offset
+
+    def write(self, source: torch.Tensor, offset: int, done: Callable[[], None]) -> Transfer:
+        computing = torch.cuda.current_stream(source.device)
+        self._stream.wait_stream(computing)
+        with torch.cuda.stream(self._stream):
+            self._piece(offset, source.numel()).copy_(source, non_blocking=True)
+            event = self._stream.record_event()
+        source.record_stream(self._stream)  # the allocator lends its memory again when the copy is over
+        done()
+        return _Event(event, None)
+
+    def read(self, offset: int, nbytes: int, device: torch.device) -> tuple[torch.Tensor, Transfer]:
+        with torch.cuda.stream(self._stream):  # also behind the write of the same piece: one stream has one order
+            into = torch.empty(nbytes, dtype=torch.uint8, device=device)
+            into.copy_(self._piece(offset, nbytes), non_blocking=True)
+            event = self._stream.record_event()
+        return into, _Event(event, into)
+
+    def _piece(self, offset: int, nbytes: int) -> torch.Tensor:
+        for start, memory in self._extents:
+            if start <= offset < start + memory.numel():
+                return memory[offset - start : offset - start + nbytes]
+        raise AssertionError(f"offset {offset} was never lent")

@@ -1,0 +1,315 @@
+"""A block's forward, wrapped: it keeps what its kind says, and the rest of the block is as it was.
+
+    keep       nothing changes
+    full       inputs are kept; backward runs the forward again
+    selective  inputs and results of chosen operations are kept; backward recomputes what lies between
+    offload    saved tensors move to a store and come back in backward
+
+Recomputation is torch's non-reentrant checkpoint: same random numbers, same autocast, hooks on inner modules run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.checkpoint import checkpoint
+
+from distlib.activations.buffers import BufferGuard
+from distlib.activations.clock import Span
+from distlib.activations.live import has_storage, storage_key
+from distlib.activations.offload import Offloader, storages_of
+from distlib.activations.selective import Key, Policy, Selection
+
+KINDS = ("keep", "selective", "full", "offload")
+
+
+class Record:
+    """What one block did in the step that runs: bytes by accounting, seconds by the clock."""
+
+    def __init__(self, name: str, kind: str) -> None:
+        self.name = name
+        self.kind = kind
+        self.clear()
+        self.clear_bytes()
+
+    def clear_bytes(self) -> None:
+        """A new step begins, in which bytes are counted."""
+        self.baseline = 0  # bytes that it would keep if it kept everything
+        self.kept = 0  # bytes that it keeps in memory
+
+    def clear(self) -> None:
+        """A new step begins."""
+        self.calls = 0
+        self.moved = 0  # bytes that it moved to a store
+        self.forwards: list[Span] = []
+        self.recomputations: list[Span] = []
+        self.backwards: list[Span] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"name": self.name, "kind": self.kind}  # of a copied module, nothing ran yet
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["name"], state["kind"])  # type: ignore[misc]
+
+
+class Account:
+    """Bytes of saved tensors by unique memory: what an earlier block counted is not counted again."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, StorageWeakRef] = {}
+
+    def add(self, tensors: dict[int, Any], transient: int = 0) -> int:
+        """Bytes of the memory that is new here. tensors: by storage_key; `transient` bytes are new in any case."""
+        total = transient
+        for key, tensor in tensors.items():
+            weak = self._seen.get(key)
+            if weak is None or weak.expired():
+                storage = tensor.untyped_storage()
+                self._seen[key] = StorageWeakRef(storage)
+                total += storage.nbytes()
+        return total
+
+
+class Watcher(Protocol):
+    """Who is told of blocks' calls: the report."""
+
+    def entered(self) -> bool:
+        """A block's forward begins. Returns whether bytes are to be counted in it."""
+        ...
+
+    def backward_runs(self) -> None:
+        """A block's backward or recomputation begins."""
+        ...
+
+    def accounts(self) -> tuple[Account, Account]:
+        """Of what would be kept, and of what is."""
+        ...
+
+
+@dataclass
+class Setting:
+    """What all blocks of one call of `checkpoint_activations` share."""
+
+    watcher: Watcher
+    policy: Policy
+    offloader: Offloader | None
+
+
+class Wrapped:
+    """Stands in a block's `__dict__` as its `forward`. Copies and pickles with the block."""
+
+    def __init__(self, block: nn.Module, name: str, kind: str, setting: Setting) -> None:
+        self.block = block
+        self.name = name
+        self.setting = setting
+        self.record = Record(name, kind)
+        self.seen: Callable[[Wrapped, Any, Any], None] | None = None  # told of inputs, while blocks are measured
+        self._own = block.__dict__.get("forward")  # a forward that somebody else has put there
+        self._wasted: set[Key] = set()
+        block.forward = self
+
+    @property
+    def kind(self) -> str:
+        return self.record.kind
+
+    @kind.setter
+    def kind(self, kind: str) -> None:
+        self.record.kind = kind
+
+    def remove(self) -> None:
+        """The block's forward is as it was."""
+        if self.block.__dict__.get("forward") is not self:
+            raise RuntimeError(
+                f"block {self.name!r}: its forward was wrapped again since: undo that first, or it would be lost"
+            )
+        del self.block.__dict__["forward"]
+        if self._own is not None:
+            self.block.forward = self._own
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_wasted": set(), "seen": None}
+
+    # ------------------------------------------------------------ a call
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if self.seen is not None:
+            self.seen(self, args, kwargs)
+        if not torch.is_grad_enabled() or not self._has_gradient(tensors):
+            return self._inner(*args, **kwargs)
+        counts = self.setting.watcher.entered()
+        if counts:
+            self._count_baseline(args, kwargs)
+        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+        forward = Span(device).begin()
+        if self.kind == "keep":
+            result = self._inner(*args, **kwargs)
+            if counts:
+                self.record.kept = self.record.baseline
+        elif self.kind == "offload":
+            result = self._offloaded(args, kwargs, counts)
+        else:
+            result = self._checkpointed(args, kwargs, device, counts)
+        self.record.forwards.append(forward.end())
+        self.record.calls += 1
+        self._time_backward(tensors, result, device)
+        return result
+
+    def _inner(self, *args: Any, **kwargs: Any) -> Any:
+        if self._own is not None:
+            return self._own(*args, **kwargs)
+        return type(self.block).forward(self.block, *args, **kwargs)
+
+    def _has_gradient(self, tensors: list[torch.Tensor]) -> bool:
+        """Else backward will not come here."""
+        return any(t.requires_grad for t in tensors) or any(p.requires_grad for p in self.block.parameters())
+
+    def _checkpointed(self, args: Any, kwargs: Any, device: torch.device, counts: bool) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        tensors = [leaves[i] for i in at]
+        for i in at:
+            leaves[i] = None  # torch keeps them, under version control; here they would be kept besides
+        guard = BufferGuard(self.block)
+        selection = Selection(self.setting.policy, self._wasted) if self.kind == "selective" else None
+        training = self.block.training
+        parameters = [(name, p, p._version) for name, p in self.block.named_parameters()]
+        record, watcher = self.record, self.setting.watcher
+        runs = 0
+
+        def run(*tensors: torch.Tensor) -> Any:
+            nonlocal runs
+            whole = list(leaves)
+            for i, tensor in zip(at, tensors, strict=True):
+                whole[i] = tensor
+            its_args, its_kwargs = tree_unflatten(whole, spec)
+            runs += 1
+            if runs == 1:
+                return self._inner(*its_args, **its_kwargs)
+            self._require_unchanged(training, parameters)
+            span = Span(device).begin()
+            watcher.backward_runs()
+            try:
+                with guard:
+                    return self._inner(*its_args, **its_kwargs)
+            finally:  # torch ends it by an exception as soon as nothing more is needed
+                record.recomputations.append(span.end())
+                if selection is not None:
+                    freed = selection.learn()
+                    record.kept -= freed if counts else 0
+
+        if selection is None:
+            result = checkpoint(run, *tensors, use_reentrant=False)
+        else:
+            modes = (selection.keeping, selection.giving)
+            result = checkpoint(run, *tensors, use_reentrant=False, context_fn=lambda: modes)
+        guard.ran()
+        if counts:
+            own = storages_of(self.block)
+            kept = {storage_key(t): t for t in tensors if has_storage(t) and storage_key(t) not in own}
+            bytes_of = sum(selection.storages().values()) if selection is not None else 0
+            record.kept += watcher.accounts()[1].add(kept, bytes_of)
+        return result
+
+    def _require_unchanged(self, training: bool, parameters: list[tuple[str, torch.Tensor, int]]) -> None:
+        """The recomputation must be of what ran in forward."""
+        if self.block.training != training:
+            was, now = ("train()", "eval()") if training else ("eval()", "train()")
+            raise RuntimeError(
+                f"block {self.name!r} ran its forward under {was} and would be recomputed under {now}: call "
+                f".backward() before .{now}"
+            )
+        for name, parameter, version in parameters:
+            if parameter._version != version:
+                raise RuntimeError(
+                    f"parameter {self.name}.{name} that backward needs has been modified by an inplace operation since "
+                    f"the forward: it is at version {parameter._version}, and was at version {version}. Call "
+                    ".backward() before the optimizer's step"
+                )
+
+    def _offloaded(self, args: Any, kwargs: Any, counts: bool) -> Any:
+        offloader = self.setting.offloader
+        assert offloader is not None
+        hooks = offloader.hooks(self.block)
+        with hooks:
+            result = self._inner(*args, **kwargs)
+        self.record.moved += sum(hooks.moved.values())
+        if counts:
+            self.record.kept += sum(hooks.kept.values())
+        return result
+
+    # ------------------------------------------------------------ accounts
+
+    def _count_baseline(self, args: Any, kwargs: Any) -> None:
+        """Runs the forward once more, keeping everything, for the bytes of it."""
+        own = storages_of(self.block)
+        saved: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if has_storage(tensor) and storage_key(tensor) not in own:
+                saved[storage_key(tensor)] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        given = {storage_key(leaf): leaf for leaf in leaves if has_storage(leaf)}
+        guard = BufferGuard(self.block)
+        with same_random(leaves), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = self._inner(*args, **kwargs)
+        guard.ran()
+        guard.undo()
+        del result  # the graph holds what was counted until here, so that no two were counted as one
+        held = {key: given[key] for key in saved if key in given}
+        made = sum(nbytes for key, nbytes in saved.items() if key not in given)
+        self.record.baseline += self.setting.watcher.accounts()[0].add(held, made)
+
+    def _time_backward(self, tensors: list[torch.Tensor], result: Any, device: torch.device) -> None:
+        """From the first gradient of an output to the last of the inputs."""
+        entering = [tensor for tensor in tensors if tensor.grad_fn is not None]
+        record, watcher, span = self.record, self.setting.watcher, Span(device)
+
+        def begins(_: Any) -> None:
+            watcher.backward_runs()
+            span.begin()
+
+        def ends(_: Any) -> None:
+            if not span.begun:  # the block's output was not used
+                return
+            if span.end() not in record.backwards:
+                record.backwards.append(span)
+
+        if entering:
+            on_first_gradient(result, begins)
+            for tensor in entering:
+                tensor.register_hook(ends)
+
+
+def on_first_gradient(tree: Any, call: Callable[[Any], None]) -> None:
+    """Calls it with the first gradient that comes to one of these tensors. Hooks that know their tensors, as those for
+    several at once do, would keep a graph alive that nobody runs backward."""
+    called = False
+
+    def hook(gradient: Any) -> None:
+        nonlocal called
+        if not called:
+            called = True
+            call(gradient)
+
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None:
+            leaf.register_hook(hook)
+
+
+@contextlib.contextmanager
+def same_random(tensors: list[torch.Tensor]) -> Iterator[None]:
+    """Random numbers drawn inside are drawn again outside."""
+    devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        yield
