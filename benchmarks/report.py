@@ -200,7 +200,7 @@ def _draw(report: Report, path: Path) -> None:
             axes.plot([bar.limit] * 2, [height - 0.45, height + 0.45], color="black", linewidth=2)
     labels = [f"{r.what}, {r.ranks} rank{'s' * (r.ranks > 1)}: {b.operation}" for r, b in pairs]
     axes.set_yticks(range(len(pairs)), labels, fontsize=8)
-    axes.margins(x=0.35)  # room for the words behind the longest bar
+    axes.margins(x=0.6)  # room for the words behind the longest bar
     axes.set_title(f"{report.title}\nblack line: the bar", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
