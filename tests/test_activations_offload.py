@@ -112,9 +112,9 @@ def test_the_tensors_memory_is_released_and_the_window_bounds_what_waits(tmp_pat
         loss = model(X).sum()
         offloader.settle()
         until = time.monotonic() + 5
-        while live.live >= 4 * X.nbytes and time.monotonic() < until:
+        while live.live >= 2 * X.nbytes and time.monotonic() < until:
             time.sleep(0.01)  # the worker drops what it has written a moment after it says so
-        assert live.live < 4 * X.nbytes  # of more than 60 X.nbytes
+        assert live.live < 2 * X.nbytes  # of more than 60 X.nbytes
         peak = live.peak
         loss.backward()
     assert peak < 16 * X.nbytes  # one block's work and the window

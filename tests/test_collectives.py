@@ -158,7 +158,7 @@ def programs(draw: Any) -> tuple[int, list[Case], list[int]]:
     return n, cases, members
 
 
-@settings(max_examples=14, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(programs())
 def test_any_program_of_collectives_equals_the_oracle(program: tuple[int, list[Case], list[int]]) -> None:
     n, cases, members = program
