@@ -1,6 +1,7 @@
 // The kernels on 32-byte vectors for x86 CPUs with AVX2 and F16C.
 #include "half.hpp"
 #include "kernels.hpp"
+#include "optimizers.hpp"
 
 #if defined(__x86_64__)
 
@@ -58,9 +59,15 @@ __attribute__((always_inline)) inline void bypass_fence() {
   _mm_sfence();
 }
 
+__attribute__((always_inline)) inline Floats root(Floats value) {
+  return (Floats)_mm256_sqrt_ps((__m256)value);
+}
+
 #include "kernels.inl"
+#include "optimizers.inl"
 
 constexpr KernelTable kTable = make_table("avx2");
+constexpr OptimizerTable kOptimizers = make_optimizers();
 
 }  // namespace
 }  // namespace distlib
@@ -75,12 +82,18 @@ namespace distlib {
 const KernelTable* avx2_table() {
   return &kTable;
 }
+const OptimizerTable* avx2_optimizers() {
+  return &kOptimizers;
+}
 }  // namespace distlib
 
 #else
 
 namespace distlib {
 const KernelTable* avx2_table() {
+  return nullptr;
+}
+const OptimizerTable* avx2_optimizers() {
   return nullptr;
 }
 }  // namespace distlib

@@ -1,6 +1,7 @@
 // The kernels on 64-byte vectors for x86 CPUs with AVX-512 F, BW, DQ and VL.
 #include "half.hpp"
 #include "kernels.hpp"
+#include "optimizers.hpp"
 
 #if defined(__x86_64__)
 
@@ -64,9 +65,15 @@ __attribute__((always_inline)) inline void bypass_fence() {
   _mm_sfence();
 }
 
+__attribute__((always_inline)) inline Floats root(Floats value) {
+  return (Floats)_mm512_sqrt_ps((__m512)value);
+}
+
 #include "kernels.inl"
+#include "optimizers.inl"
 
 constexpr KernelTable kTable = make_table("avx512");
+constexpr OptimizerTable kOptimizers = make_optimizers();
 
 }  // namespace
 }  // namespace distlib
@@ -81,12 +88,18 @@ namespace distlib {
 const KernelTable* avx512_table() {
   return &kTable;
 }
+const OptimizerTable* avx512_optimizers() {
+  return &kOptimizers;
+}
 }  // namespace distlib
 
 #else
 
 namespace distlib {
 const KernelTable* avx512_table() {
+  return nullptr;
+}
+const OptimizerTable* avx512_optimizers() {
   return nullptr;
 }
 }  // namespace distlib

@@ -1,6 +1,7 @@
 // The kernels on 16-byte vectors for 64-bit ARM, where NEON is always present.
 #include "half.hpp"
 #include "kernels.hpp"
+#include "optimizers.hpp"
 
 #if defined(__aarch64__)
 
@@ -45,14 +46,23 @@ void bypassing_store(void*, Stored) {}
 
 inline void bypass_fence() {}
 
+__attribute__((always_inline)) inline Floats root(Floats value) {
+  return (Floats)vsqrtq_f32((float32x4_t)value);
+}
+
 #include "kernels.inl"
+#include "optimizers.inl"
 
 constexpr KernelTable kTable = make_table("neon");
+constexpr OptimizerTable kOptimizers = make_optimizers();
 
 }  // namespace
 
 const KernelTable* neon_table() {
   return &kTable;
+}
+const OptimizerTable* neon_optimizers() {
+  return &kOptimizers;
 }
 
 }  // namespace distlib
@@ -61,6 +71,9 @@ const KernelTable* neon_table() {
 
 namespace distlib {
 const KernelTable* neon_table() {
+  return nullptr;
+}
+const OptimizerTable* neon_optimizers() {
   return nullptr;
 }
 }  // namespace distlib

@@ -1,11 +1,14 @@
 // The kernels one element at a time, in plain C++: runs everywhere and is the reference for all the others.
 #include "half.hpp"
 #include "kernels.hpp"
+#include "optimizers.hpp"
 
 #define DISTLIB_VECTOR_BYTES 0
 
 namespace distlib {
 namespace {
+
+using Floats = float;
 
 float load_half(const void* from) {
   uint16_t half;
@@ -34,12 +37,22 @@ void bypassing_store(void*, Stored) {}
 
 void bypass_fence() {}
 
+float root(float value) {
+  return __builtin_sqrtf(value);
+}
+
 #include "kernels.inl"
+#include "optimizers.inl"
 
 }  // namespace
 
 const KernelTable* scalar_table() {
   static constexpr KernelTable table = make_table("scalar");
+  return &table;
+}
+
+const OptimizerTable* scalar_optimizers() {
+  static constexpr OptimizerTable table = make_optimizers();
   return &table;
 }
 

@@ -1,27 +1,9 @@
-// The body of every optimizer kernel, compiled once per instruction set: included by optimizers_<isa>.cpp inside an
-// anonymous namespace, and nowhere else.
+// The body of every optimizer kernel, compiled once per instruction set: included by kernels_<isa>.cpp inside an
+// anonymous namespace after kernels.inl, whose VectorOf and load it uses, and nowhere else.
 //
 // The including file gives DISTLIB_VECTOR_BYTES (0: one element at a time), Floats, load_half, to_half, load_bf16,
 // to_bf16 and root. Vectors are the compilers' own vector types, whose operators work lane by lane exactly as on
 // scalars: the same text below is the scalar reference and the AVX-512 kernel. fp64 goes one element at a time.
-
-#define DISTLIB_INLINE __attribute__((always_inline)) inline
-
-template <class T, int Bytes>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(Bytes)));
-};
-template <class T>
-struct VectorOf<T, 0> {
-  typedef T type;
-};
-
-template <class Value>
-DISTLIB_INLINE Value load(const void* from) {
-  Value value;
-  __builtin_memcpy(&value, from, sizeof value);
-  return value;
-}
 
 template <class Value>
 DISTLIB_INLINE void store(void* to, Value value) {
