@@ -31,6 +31,9 @@ class Shard:
     once; None: this rank holds all of it. replica, replicas: several groups hold the same pieces; this rank is in the
     `replica`-th of `replicas`. world: all ranks that train the model together.
 
+    pipeline: where the model's parameters are divided over the stages of a pipeline, its ranks: a norm of all gradients
+    is summed over them. counted: False for the copy of a tied weight that another stage counts.
+
     compute: where the model computes in another dtype than it is optimized in, the elements of the compute copy that
     belong to this piece, to be written with it; `wrote(parameter)` says that they were.
     offload: where the optimizer is to keep its state: a folder, or None for memory.
@@ -46,6 +49,8 @@ class Shard:
     replicas: int = 1
     compute: torch.Tensor | None = None
     offload: Path | None = None
+    pipeline: Group | None = None
+    counted: bool = True
     _written: int = field(default=-1, repr=False)
 
     def wrote(self, parameter: torch.Tensor) -> None:
@@ -65,6 +70,26 @@ def shard_of(parameter: torch.Tensor) -> Shard | None:
 def mark(parameter: torch.Tensor, shard: Shard) -> None:
     """Says what `parameter` is a piece of."""
     parameter._distlib_shard = shard
+
+
+@dataclass(frozen=True)
+class PartOfModel:
+    """What a model is a part of whose other modules lie on other ranks (the stages of a pipeline).
+
+    aliases: other names of tied parameters and buffers in the whole model, to the one that they are stored under.
+    tensors: name, shape and dtype of all that the whole model stores, equal on all ranks. replica, replicas: so many
+    ranks hold this part; this rank is the `replica`-th.
+    """
+
+    aliases: dict[str, str]
+    tensors: tuple[tuple[str, tuple[int, ...], str], ...]
+    replica: int = 0
+    replicas: int = 1
+
+
+def part_of(model: object) -> PartOfModel | None:
+    """What a model is a part of; None for one that is whole on every rank, or divided by parameters only."""
+    return getattr(model, "_distlib_part", None)
 
 
 def boxes(shape: Iterable[int], offset: int, numel: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

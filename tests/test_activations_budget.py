@@ -155,7 +155,7 @@ def test_peak_is_as_predicted_and_within_the_budget(part: float) -> None:
 
 def test_a_larger_budget_is_never_predicted_slower() -> None:
     model, inputs, targets = gpt()
-    from distlib.activations.apply import as_call
+    from distlib.calls import as_call
     from distlib.activations.measure import Measurement
     from distlib.activations.report import ActivationReport
     from distlib.activations.selective import make_policy

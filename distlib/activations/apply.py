@@ -18,6 +18,7 @@ from distlib.activations.report import ActivationReport, Prediction, Whole
 from distlib.activations.selective import make_policy
 from distlib.activations.size import parse_size, show_size
 from distlib.activations.wrapped import Setting, Wrapped
+from distlib.calls import as_call
 
 POLICIES = ("full", "selective", "offload")
 ROUNDS = 5  # timed runs of each block and kind; the median counts
@@ -101,13 +102,6 @@ def checkpoint_activations(
         report.remove()
         raise
     return report
-
-
-def as_call(inputs: Any) -> tuple[tuple, dict[str, Any]]:
-    """(args, kwargs) of a forward: a tuple is all positional arguments, a mapping all keyword arguments."""
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
 
 
 def _require_consistent(

@@ -15,7 +15,7 @@ from torch import nn
 from distlib.checkpoint import folder, random_state
 from distlib.checkpoint.layout import Piece
 from distlib.checkpoint.model_state import MODEL, ModelState, model_state
-from distlib.checkpoint.optimizer_state import GROUPS, STATE, groups_for, kind_of, ordered, restore
+from distlib.checkpoint.optimizer_state import GROUPS, GROUPS_OF, STATE, groups_for, kind_of, ordered, restore
 from distlib.checkpoint.ranks import Ranks
 from distlib.checkpoint.reader import Checkpoint, Target
 
@@ -170,7 +170,7 @@ def _check_model(checkpoint: Checkpoint, state: ModelState) -> None:
     manifest, path = checkpoint.manifest, checkpoint.path
     ties = {MODEL + alias: MODEL + name for alias, name in manifest.aliases.items()}
     saved = {name for name in checkpoint.tensors if name.startswith(MODEL) and name not in ties}
-    own = {piece.name: piece for piece in state.pieces}
+    own = {name: (shape, dtype) for name, shape, dtype in state.tensors}
     for theirs, mine, holder in ((ties, state.aliases, "the checkpoint"), (state.aliases, ties, "the model")):
         other = "the model" if holder == "the checkpoint" else "the checkpoint"
         for alias, name in theirs.items():
@@ -184,17 +184,17 @@ def _check_model(checkpoint: Checkpoint, state: ModelState) -> None:
         lines = [f"the checkpoint lacks {_listed(missing)}"] if missing else []
         lines += [f"the model lacks {_listed(unknown)}"] if unknown else []
         raise ValueError(f"{path} is of another model: {'; '.join(lines)}")
-    for name, piece in own.items():
+    for name, (shape, dtype) in own.items():
         entry = checkpoint.tensors[name]
-        if tuple(entry.size) != tuple(piece.shape):
+        if tuple(entry.size) != shape:
             raise ValueError(
-                f"{path}: '{name.removeprefix(MODEL)}' has shape {tuple(entry.size)} in the checkpoint, "
-                f"{tuple(piece.shape)} in the model"
+                f"{path}: '{name.removeprefix(MODEL)}' has shape {tuple(entry.size)} in the checkpoint, {shape} in the "
+                "model"
             )
-        if entry.properties.dtype != piece.tensor.dtype:
+        if str(entry.properties.dtype) != dtype:
             raise ValueError(
-                f"{path}: '{name.removeprefix(MODEL)}' of shape {tuple(piece.shape)} is {entry.properties.dtype} in "
-                f"the checkpoint, {piece.tensor.dtype} in the model: convert the model before loading, then back"
+                f"{path}: '{name.removeprefix(MODEL)}' of shape {shape} is {entry.properties.dtype} in the checkpoint, "
+                f"{dtype} in the model: convert the model before loading, then back"
             )
 
 
@@ -212,33 +212,36 @@ def _plan_optimizer(plan: _Plan, optimizer: torch.optim.Optimizer, state: ModelS
     saved_by = manifest.optimizer["class"]
     if kind_of(saved_by) != kind_of(optimizer):
         raise ValueError(f"{path} holds the state of {saved_by}; the optimizer is {type(optimizer).__name__}")
-    plan.groups = groups_for(optimizer, state, checkpoint.object(GROUPS))
+    saved = [name for name in sorted(checkpoint.objects) if name == GROUPS or name.startswith(GROUPS_OF)]
+    plan.groups = groups_for(optimizer, state, [group for name in saved for group in checkpoint.object(name)])
     pieces = ordered(optimizer, state)
-    places = {piece.name.removeprefix(MODEL): index for index, piece in enumerate(pieces)}
+    places: dict[str, list[int]] = {}  # a tied weight of two stages of this rank has two
+    for index, piece in enumerate(pieces):
+        places.setdefault(piece.name.removeprefix(MODEL), []).append(index)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, entry in checkpoint.tensors.items():
         parameter, _, key = name.removeprefix(STATE).rpartition(".")
-        if not name.startswith(STATE) or parameter not in places:
+        if not name.startswith(STATE):
             continue
-        index, dtype = places[parameter], entry.properties.dtype
-        piece, own = pieces[index], parameters[index]
-        if tuple(entry.size) == tuple(piece.shape) and manifest.optimizer["kinds"].get(key) != "scalar":
-            value = torch.empty(own.shape, dtype=dtype, device=own.device)
-            plan.state_targets.append(Target(name, piece.offset, value.view(-1)))
-        elif tuple(entry.size) == ():
-            value = torch.empty((), dtype=dtype)
-            plan.state_targets.append(Target(name, 0, value.view(-1)))
-        else:
-            raise ValueError(
-                f"{path}: optimizer state '{key}' of '{parameter}' has shape {tuple(entry.size)} in the checkpoint, "
-                f"the parameter {tuple(piece.shape)} in the model"
-            )
-        plan.states.setdefault(index, {})[key] = value
+        for index in places.get(parameter, ()):
+            piece, own, dtype = pieces[index], parameters[index], entry.properties.dtype
+            if tuple(entry.size) == tuple(piece.shape) and manifest.optimizer["kinds"].get(key) != "scalar":
+                value = torch.empty(own.shape, dtype=dtype, device=own.device)
+                plan.state_targets.append(Target(name, piece.offset, value.view(-1)))
+            elif tuple(entry.size) == ():
+                value = torch.empty((), dtype=dtype)
+                plan.state_targets.append(Target(name, 0, value.view(-1)))
+            else:
+                raise ValueError(
+                    f"{path}: optimizer state '{key}' of '{parameter}' has shape {tuple(entry.size)} in the "
+                    f"checkpoint, the parameter {tuple(piece.shape)} in the model"
+                )
+            plan.states.setdefault(index, {})[key] = value
     objects = [name for name in checkpoint.objects if name.startswith(STATE)]
     for name in objects:
         parameter, _, key = name.removeprefix(STATE).rpartition(".")
-        if parameter in places:
-            plan.states.setdefault(places[parameter], {})[key] = checkpoint.object(name)
+        for index in places.get(parameter, ()):
+            plan.states.setdefault(index, {})[key] = checkpoint.object(name)
     return objects
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from distlib.checkpoint.layout import Piece
-from distlib.shards import shard_of
+from distlib.shards import part_of, shard_of
 
 MODEL = "model."
 
@@ -17,24 +17,31 @@ MODEL = "model."
 @dataclass(frozen=True)
 class ModelState:
     """pieces: by parameter and buffer, under "model." and the module's name. aliases: other names of what is tied, to
-    the one it is stored under. by_id: the piece of each parameter, by the parameter's id()."""
+    the one it is stored under. by_id: the piece of each parameter, by the parameter's id(). tensors: (name, shape,
+    dtype) of all that the model stores, on this rank or others."""
 
     pieces: list[Piece]
     aliases: dict[str, str]
     by_id: dict[int, Piece]
+    tensors: list[tuple[str, tuple[int, ...], str]]
 
 
 def model_state(model: nn.Module, rank: int, size: int) -> ModelState:
     """Every parameter and persistent buffer of the model on this rank. Nothing is copied.
 
     Parameters without a Shard are whole and equal on all ranks, so all ranks may write them. Buffers may differ, as
-    the statistics of a batch norm do: rank 0's count.
+    the statistics of a batch norm do: rank 0's count. Of a part of a model, all ranks are those that hold the part. A
+    tied weight that another stage counts is read, never written.
     """
-    pieces: dict[str, Piece] = {}
+    part = part_of(model)
+    ties: dict[str, str] = {}
+    if part is not None:
+        rank, size, ties = part.replica, part.replicas, part.aliases
+    pieces: list[Piece] = []
     aliases: dict[str, str] = {}
     by_id: dict[int, Piece] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        key = MODEL + name
+        key = MODEL + ties.get(name, name)
         if id(parameter) in by_id:
             if key != by_id[id(parameter)].name:
                 aliases[key] = by_id[id(parameter)].name
@@ -48,18 +55,23 @@ def model_state(model: nn.Module, rank: int, size: int) -> ModelState:
                     f"'{name}' has {parameter.numel()} elements on this rank, but its shard says {shard.numel}: the "
                     "parameter was replaced after wrapping"
                 )
-            piece = Piece(key, shard.shape, shard.offset, parameter.detach(), shard.replica, shard.replicas)
-        pieces[key] = by_id[id(parameter)] = piece
+            replica = (shard.replica, shard.replicas) if shard.counted else (1, 2)
+            piece = Piece(key, shard.shape, shard.offset, parameter.detach(), *replica, spread=shard.counted)
+        by_id[id(parameter)] = piece
+        pieces.append(piece)
     seen: dict[int, str] = {}
     for name, buffer in persistent_buffers(model):
-        key = MODEL + name
+        key = MODEL + ties.get(name, name)
         if id(buffer) in seen:
             if key != seen[id(buffer)]:
                 aliases[key] = seen[id(buffer)]
             continue
         seen[id(buffer)] = key
-        pieces[key] = Piece(key, buffer.shape, 0, buffer.detach(), rank, size, spread=False)
-    return ModelState(list(pieces.values()), aliases, by_id)
+        pieces.append(Piece(key, buffer.shape, 0, buffer.detach(), rank, size, spread=False))
+    if part is None:
+        return ModelState(pieces, aliases, by_id, [(p.name, tuple(p.shape), str(p.tensor.dtype)) for p in pieces])
+    tensors = [(MODEL + name, shape, dtype) for name, shape, dtype in part.tensors]
+    return ModelState(pieces, {MODEL + a: MODEL + n for a, n in ties.items()}, by_id, tensors)
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from distlib.checkpoint.layout import Piece
 from distlib.checkpoint.model_state import MODEL, ModelState
 
 STATE, GROUPS = "optimizer.state.", "optimizer.param_groups"
+GROUPS_OF = "optimizer.param_groups_of."  # and a rank: of parameters that rank 0 does not have
 # How a step is computed, not what: an optimizer keeps its own.
 OWN = {"foreach", "fused", "capturable", "differentiable", "param_names"}
 
@@ -72,8 +73,7 @@ def optimizer_state(optimizer: Optimizer, model: ModelState, rank: int) -> Optim
             elif value.numel() == piece.numel:
                 if piece.tensor.dim() > 0:
                     _note(found.kinds, key, "piece", name)
-                whole = (piece.shape, piece.offset, value.detach(), piece.replica, piece.replicas)
-                found.pieces.append(Piece(full, *whole))
+                found.pieces.append(replace(piece, name=full, tensor=value.detach()))
             else:
                 raise ValueError(
                     f"optimizer state '{key}' of '{name}' has shape {tuple(value.shape)}, the parameter's piece on "

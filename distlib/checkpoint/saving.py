@@ -25,6 +25,7 @@ from distlib.checkpoint.optimizer_state import STATE, OptimizerState, optimizer_
 from distlib.checkpoint.ranks import Ranks, attempt
 from distlib.checkpoint.writer import Planned
 from distlib.checkpoint.writing import Job, planned, write
+from distlib.shards import PartOfModel, part_of
 from distlib.world import before_shutdown
 
 log = logging.getLogger("distlib.checkpoint")
@@ -114,7 +115,7 @@ def save(
         _check(step, extra)
         state = model_state(model, ranks.rank, ranks.size)
         state_of = optimizer_state(optimizer, state, ranks.rank) if optimizer is not None else None
-        objects = _objects(ranks, state_of, scaler, extra, rng)
+        objects = _objects(ranks, part_of(model), state_of, scaler, extra, rng)
         manifest = Manifest(
             save_id="",
             world_size=ranks.size,
@@ -162,7 +163,12 @@ def state_of_object(value: Any) -> Any:
 
 
 def _objects(
-    ranks: Ranks, state: OptimizerState | None, scaler: Any, extra: dict[str, Any] | None, rng: bool
+    ranks: Ranks,
+    part: PartOfModel | None,
+    state: OptimizerState | None,
+    scaler: Any,
+    extra: dict[str, Any] | None,
+    rng: bool,
 ) -> dict[tuple[str, ...], bytes]:
     """All that is no tensor, by its place in a nested state dict. Every rank has its own `extra` and `rng`."""
     found: dict[tuple[str, ...], bytes] = {}
@@ -172,6 +178,8 @@ def _objects(
             found[("optimizer", "state", parameter, key)] = writer.to_bytes(value)
     if ranks.rank == 0 and state is not None:
         found[("optimizer", "param_groups")] = writer.to_bytes(state.groups)
+    elif state is not None and part is not None and part.replica == 0:  # of parameters that rank 0 does not have
+        found[("optimizer", "param_groups_of", str(ranks.rank))] = writer.to_bytes(state.groups)
     if ranks.rank == 0 and scaler is not None:
         found[("scaler",)] = writer.to_bytes(scaler.state_dict())
     for key, value in (extra or {}).items():
@@ -208,7 +216,7 @@ def _job(
         yield from tensors
         yield from mine.values()
 
-    whole = [(p.name, tuple(p.shape), str(p.tensor.dtype)) for p in state.pieces]
+    whole = state.tensors
     note = {
         "path": str(target),
         "facts": hashlib.sha256(repr((whole, sorted(manifest.aliases.items()))).encode()).hexdigest(),

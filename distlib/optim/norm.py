@@ -17,7 +17,8 @@ def global_norm(parameters: torch.Tensor | Iterable[torch.Tensor], norm_type: fl
 
     parameters: a tensor or several; those without a gradient count as zero. Gradients of a sharded parameter are summed
     (norm_type inf: maximized) over its Shard's group: every rank of that group must call this with the pieces of the
-    same parameters, even where it holds nothing of them. Others count once: each rank must hold the same.
+    same parameters, even where it holds nothing of them. Those of a pipeline's stages are summed over its ranks, which
+    must all call this. Others count once: each rank must hold the same.
 
     norm_type: above 0, or inf. Raises ValueError for others, and for gradients that are not on the CPU.
     """
@@ -79,20 +80,32 @@ def local_squares(params: Sequence[torch.Tensor]) -> float:
 def _over_groups(
     params: Sequence[torch.Tensor], measure: Callable[[list[torch.Tensor]], float], op: str
 ) -> list[float]:
-    """`measure` of the gradients, of those that are not sharded first, then by group, reduced over the group."""
-    divided: dict[Group | None, list[torch.Tensor]] = {}
+    """`measure` of the gradients, of those that are not sharded first, then by group, reduced over the group; of those
+    in the stages of a pipeline all together, reduced over its ranks, too."""
+    divided: dict[tuple[Group | None, Group | None], list[torch.Tensor]] = {}
     for p in params:
         shard = shard_of(p)
-        divided.setdefault(None if shard is None else shard.group, []).append(p)
-    found = []
-    for group, members in divided.items():
-        value = measure(_gradients(members))
-        if group is not None and group.size > 1:
-            scalar = torch.tensor(value, dtype=torch.float64)
-            group.all_reduce(scalar, op)
-            value = float(scalar)
-        found.append(value)
+        members = divided.setdefault((None, None) if shard is None else (shard.group, shard.pipeline), [])
+        if shard is None or shard.counted:
+            members.append(p)
+    found: list[float] = []
+    of_stages: dict[Group, list[float]] = {}
+    for (group, pipeline), members in divided.items():
+        value = _over(group, measure(_gradients(members)), op)
+        (found if pipeline is None else of_stages.setdefault(pipeline, [])).append(value)
+    for pipeline, values in of_stages.items():
+        found.append(
+            _over(pipeline, float(torch.tensor(values, dtype=torch.float64).amax()) if op == "max" else sum(values), op)
+        )
     return found
+
+
+def _over(group: Group | None, value: float, op: str) -> float:
+    if group is None or group.size == 1:
+        return value
+    scalar = torch.tensor(value, dtype=torch.float64)
+    group.all_reduce(scalar, op)
+    return float(scalar)
 
 
 def _largest(grads: Sequence[torch.Tensor]) -> float:
