@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from distlib.comm.ledger import Ledger, ledger
     from distlib.comm.memory import registered_empty
     from distlib.data_parallel import DataParallel
+    from distlib.plan import Plan
     from distlib.sharded import MemoryReport, MixedPrecision, ShardedDataParallel, suggest_partition
     from distlib.topology import Topology
     from distlib.world import World, init, shutdown
@@ -32,6 +33,7 @@ __all__ = [
     "Ledger",
     "MemoryReport",
     "MixedPrecision",
+    "Plan",
     "ShardedDataParallel",
     "Topology",
     "World",
@@ -54,6 +56,7 @@ _HOME = {
     "Ledger": "distlib.comm.ledger",
     "MemoryReport": "distlib.sharded",
     "MixedPrecision": "distlib.sharded",
+    "Plan": "distlib.plan",
     "ShardedDataParallel": "distlib.sharded",
     "Topology": "distlib.topology",
     "World": "distlib.world",

@@ -56,7 +56,7 @@ def test_masters_lie_in_a_file_without_a_name(tmp_path: Path) -> None:
     assert master.sum() == 0 and not list((tmp_path / "new").iterdir())
     master.fill_(2)
     with open("/proc/self/maps") as maps:
-        assert any(".distlib-masters-" in line and "(deleted)" in line for line in maps)
+        assert any(str(tmp_path / "new") in line and "(deleted)" in line for line in maps)
     with pytest.raises(OSError, match="offload: no .* bytes in"):
         file_zeros(tmp_path, 1 << 50, torch.float32)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new"]

@@ -11,6 +11,7 @@ Papers: Reducing Activation Recomputation in Large Transformer Models (Korthikan
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from typing import Any
@@ -168,34 +169,9 @@ class Selection:
         return freed
 
 
-class _Keeping(TorchDispatchMode):
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        return True
+class _Watching(TorchDispatchMode, ABC):
+    """Sees every operation of a run of the block, and counts its calls: by that, one run's are known in the other."""
 
-    def __init__(self, selection: Selection) -> None:
-        super().__init__()
-        self._selection = selection
-        self._calls: defaultdict[Operation, int] = defaultdict(int)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if not _can_be_kept(func):
-            return result
-        key = (func, self._calls[func])
-        self._calls[func] += 1
-        selection = self._selection
-        if (
-            key not in selection.wasted
-            and selection.policy(func, *args, **kwargs)
-            and not is_random(func, args, kwargs)
-        ):
-            selection.kept[key] = Kept(result)
-        return result
-
-
-class _Giving(TorchDispatchMode):
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         return True
@@ -210,16 +186,39 @@ class _Giving(TorchDispatchMode):
         return super().__enter__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if not _can_be_kept(func):
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         key = (func, self._calls[func])
         self._calls[func] += 1
+        return self._result(key, args, kwargs)
+
+    @abstractmethod
+    def _result(self, key: Key, args: Any, kwargs: Any) -> Any:
+        """The result of a call, computed or not."""
+
+
+class _Keeping(_Watching):
+    def _result(self, key: Key, args: Any, kwargs: Any) -> Any:
+        operation, selection = key[0], self._selection
+        result = operation(*args, **kwargs)
+        if (
+            key not in selection.wasted
+            and selection.policy(operation, *args, **kwargs)
+            and not is_random(operation, args, kwargs)
+        ):
+            selection.kept[key] = Kept(result)
+        return result
+
+
+class _Giving(_Watching):
+    def _result(self, key: Key, args: Any, kwargs: Any) -> Any:
         kept = self._selection.kept.pop(key, None)
         if kept is not None and kept.unchanged:
             return kept.result
         if kept is not None:
             self._selection.wasted.add(key)
-        return func(*args, **(kwargs or {}))
+        return key[0](*args, **kwargs)
 
 
 def _can_be_kept(operation: Operation) -> bool:

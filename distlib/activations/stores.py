@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
 import warnings
-import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 
 from distlib.activations.size import show_size
 from distlib.activations.slab import Slab
+from distlib.nameless import NamelessFile
 
 EXTENT = 64 << 20  # bytes by which a file grows at least
 IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")  # file systems that hold their files in memory
@@ -76,13 +75,11 @@ class FileStore:
         self.folder = folder
         self.slab = Slab()
         try:
-            self._fd, path = tempfile.mkstemp(prefix=".distlib-activations-", dir=folder)
+            self._file = NamelessFile(folder)
         except OSError as error:
             raise ValueError(
                 f"folder={str(folder)!r}: saved tensors cannot be written there: {error.strerror}"
             ) from error
-        os.unlink(path)
-        weakref.finalize(self, os.close, self._fd)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="distlib-activations")
         kind = file_system(folder)
         if kind in IN_MEMORY:
@@ -97,7 +94,7 @@ class FileStore:
         if offset is None:
             more = max(Slab.rounded(nbytes), EXTENT)
             try:
-                os.posix_fallocate(self._fd, self.slab.size, more)
+                self._file.grow(more)
             except OSError as error:
                 raise RuntimeError(self._failed("grow by", more, error)) from error
             self.slab.grow(more)
@@ -116,7 +113,7 @@ class FileStore:
         left = memoryview(source.numpy())
         while left:
             try:
-                written = os.pwrite(self._fd, left, offset)
+                written = os.pwrite(self._file.fileno(), left, offset)
             except OSError as error:
                 raise RuntimeError(self._failed("write", len(left), error)) from error
             left, offset = left[written:], offset + written
@@ -126,7 +123,7 @@ class FileStore:
         left = memoryview(into.numpy())
         while left:
             try:
-                got = os.preadv(self._fd, [left], offset)
+                got = os.preadv(self._file.fileno(), [left], offset)
             except OSError as error:
                 raise RuntimeError(self._failed("read", len(left), error)) from error
             if not got:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -31,17 +32,11 @@ def options(chosen: Options) -> None:
         raise ValueError(f"comm_hook must be callable, got {chosen.comm_hook!r}")
 
 
-def module(wrapped: nn.Module, chosen: Options) -> tuple[list[str], list[nn.Parameter]]:
-    """Names and parameters that gradients are averaged for, each once, in registration order.
-
-    Raises:
-        ValueError: a module that cannot be wrapped, naming the parameter and the fix.
-    """
+def plain(wrapped: nn.Module) -> None:
+    """What no wrapper can take: lazy, wrapped already, sparse. ValueError, naming the parameter and the fix."""
     for name, tensor in [*wrapped.named_parameters(), *wrapped.named_buffers()]:
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise ValueError(f"{name!r} has no shape yet: run one forward of the lazy module before wrapping")
-        if tensor.device.type == "meta":
-            raise ValueError(f"{name!r} is on the meta device: materialise the module before wrapping")
     for prefix, part in wrapped.named_modules():
         if isinstance(part, (Transparent, nn.parallel.DistributedDataParallel)):
             raise ValueError(
@@ -50,9 +45,28 @@ def module(wrapped: nn.Module, chosen: Options) -> tuple[list[str], list[nn.Para
             )
         if getattr(part, "sparse", False) is True and isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
             raise ValueError(
-                f"'{prefix}.weight' would have sparse gradients, which buckets cannot hold: build the "
+                f"'{prefix}.weight' would have sparse gradients, which flat buffers cannot hold: build the "
                 "embedding with sparse=False"
             )
+
+
+def strided(named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """ValueError, by name, for a tensor of another layout."""
+    for name, tensor in named:
+        if tensor.layout is not torch.strided:
+            raise ValueError(f"{name!r} has layout {tensor.layout}; flat buffers can only hold strided tensors")
+
+
+def module(wrapped: nn.Module, chosen: Options) -> tuple[list[str], list[nn.Parameter]]:
+    """Names and parameters that gradients are averaged for, each once, in registration order.
+
+    Raises:
+        ValueError: a module that cannot be wrapped, naming the parameter and the fix.
+    """
+    plain(wrapped)
+    for name, tensor in [*wrapped.named_parameters(), *wrapped.named_buffers()]:
+        if tensor.device.type == "meta":
+            raise ValueError(f"{name!r} is on the meta device: materialise the module before wrapping")
     trained = [(name, p) for name, p in wrapped.named_parameters() if p.requires_grad]
     if not trained:
         raise ValueError("no parameter of the module requires a gradient: there is nothing to average")
@@ -63,9 +77,8 @@ def module(wrapped: nn.Module, chosen: Options) -> tuple[list[str], list[nn.Para
                 f"all parameters and buffers must be on one device: {first_name!r} is on {first.device}, "
                 f"{name!r} on {tensor.device}"
             )
+    strided(trained)
     for name, parameter in trained:
-        if parameter.layout is not torch.strided:
-            raise ValueError(f"{name!r} has layout {parameter.layout}; only strided ones can be averaged")
         if parameter.is_complex() and chosen.gradient_dtype is not None:
             raise ValueError(f"{name!r} is complex: gradient_dtype cannot hold it")
     return [name for name, _ in trained], [parameter for _, parameter in trained]
@@ -87,10 +100,13 @@ def facts(wrapped: nn.Module, chosen: Options, broadcast_buffers: bool) -> list[
 
 
 class Places:
-    """Where the parameters hang in the module, to notice that they were replaced, frozen or unfrozen."""
+    """Where the parameters hang in the module, to notice that they were replaced, frozen or unfrozen.
 
-    def __init__(self, wrapped: nn.Module, freezing_allowed: bool) -> None:
-        self._freezing_allowed = freezing_allowed
+    replaced, unfrozen, frozen: what each means for the wrapper, and the fix; frozen=None: parameters may be frozen.
+    """
+
+    def __init__(self, wrapped: nn.Module, *, replaced: str, unfrozen: str, frozen: str | None) -> None:
+        self._replaced, self._unfrozen, self._frozen = replaced, unfrozen, frozen
         self._places = [
             (owner._parameters, key, parameter, parameter.requires_grad, f"{prefix}.{key}" if prefix else key)
             for prefix, owner in wrapped.named_modules()
@@ -103,26 +119,15 @@ class Places:
         """Before a forward that records a graph. Raises RuntimeError, by name."""
         for owner, key, parameter, trained, name in self._places:
             if owner.get(key) is not parameter or parameter.requires_grad is not trained:
-                self._explain(owner.get(key), parameter, trained, name, rank)
+                self._explain(owner.get(key), parameter, trained, f"rank {rank}: parameter {name!r} was")
 
-    def _explain(
-        self, found: torch.Tensor | None, parameter: torch.Tensor, trained: bool, name: str, rank: int
-    ) -> None:
+    def _explain(self, found: torch.Tensor | None, parameter: torch.Tensor, trained: bool, it_was: str) -> None:
         if found is not parameter:
-            raise RuntimeError(
-                f"rank {rank}: parameter {name!r} was replaced after wrapping, so that its gradient would "
-                "not be averaged; change it in place (under torch.no_grad()), or wrap again"
-            )
+            raise RuntimeError(f"{it_was} replaced after wrapping: {self._replaced}")
         if not trained:
-            raise RuntimeError(
-                f"rank {rank}: parameter {name!r} was frozen when it was wrapped and requires a gradient "
-                "now, which would not be averaged; call requires_grad_(True) before wrapping"
-            )
-        if not self._freezing_allowed:
-            raise RuntimeError(
-                f"rank {rank}: parameter {name!r} was frozen (requires_grad_(False)) after wrapping; freeze "
-                "before wrapping, or wrap with find_unused_parameters=True"
-            )
+            raise RuntimeError(f"{it_was} frozen when it was wrapped and requires a gradient now: {self._unfrozen}")
+        if self._frozen is not None:
+            raise RuntimeError(f"{it_was} frozen (requires_grad_(False)) after wrapping: {self._frozen}")
 
     def check_kinds(self, rank: int) -> None:
         """After `.to()` and its like. Raises RuntimeError, by name."""

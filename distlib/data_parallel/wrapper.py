@@ -74,7 +74,12 @@ class DataParallel(Transparent, Joinable):
         self._group = Group.of(process_group)
         self._device = parameters[0].device
         self._uneven: ShadowHook | None = None
-        self._places = checks.Places(module, find_unused_parameters)
+        self._places = checks.Places(
+            module,
+            replaced="its gradient would not be averaged. Change it in place (under torch.no_grad()), or wrap again",
+            unfrozen="its gradient would not be averaged. Call requires_grad_(True) before wrapping",
+            frozen=None if find_unused_parameters else "freeze before, or wrap with find_unused_parameters=True",
+        )
 
         require_equal(
             self._group,
@@ -183,6 +188,11 @@ class DataParallel(Transparent, Joinable):
         return replicated_report(
             list(self.module.parameters()), max(sum(gradients.values()), self._reducer.traffic()[1]), optimizer
         )
+
+    @property
+    def process_groups(self) -> dict[str, Group | None]:
+        """This rank's groups: "world", all ranks that average gradients."""
+        return {"world": self._group}
 
     @property
     def traffic(self) -> tuple[int, int]:

@@ -6,15 +6,13 @@
               step 0    step 1    step 2               the caller computes
                         write 0   write 1              the pool writes behind
 
-The file has no name after it was opened, so nothing is left when the process ends, however it ends. Its pages are the
+The file has no name, so nothing is left when the process ends, however it ends. Its pages are the
 kernel's to cache or not; the process holds the ring alone. (ZeRO-Infinity, arXiv 2104.07857, section 5.)
 """
 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from distlib.nameless import NamelessFile
 from distlib.optim.memory import flat, is_dense, layout_of
 
 CHUNK = 4 << 20  # bytes of one kind of state in a chunk
@@ -111,24 +110,15 @@ class FileState:
         self._pool = ThreadPoolExecutor(AHEAD, "distlib-offload")
         self._file = self._open(self._region * len(self.names))
 
-    def _open(self, size: int):  # type: ignore[no-untyped-def]
+    def _open(self, size: int) -> NamelessFile:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.folder).free
-            if free < size:
-                raise RuntimeError(
-                    f"optimizer state of {size / 2**20:,.0f} MiB does not fit in {self.folder}, which has "
-                    f"{free / 2**20:,.0f} MiB free: give `offload` a folder on a larger disk"
-                )
-            file = tempfile.TemporaryFile(dir=self.folder, buffering=0)
-            if size:
-                os.posix_fallocate(file.fileno(), 0, size)  # zeros, and no surprise in the middle of a step
+            return NamelessFile(self.folder, size)
         except OSError as error:
             raise RuntimeError(
-                f"optimizer state of {size / 2**20:,.0f} MiB cannot be kept in {self.folder}: {error}; "
+                f"optimizer state of {size / 2**20:,.1f} MiB cannot be kept in {self.folder}: {error.strerror}; "
                 "give `offload` a folder on a disk with room"
             ) from error
-        return file
 
     # ------------------------------------------------------------ one parameter
 

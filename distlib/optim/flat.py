@@ -10,6 +10,7 @@ written    versions count up; shards learn that their compute copy is new
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from distlib.shards import shard_of
 Key = tuple[float, bool]  # what parameters of a group are stepped alike by: the number of the step, no state before
 
 
-class FlatOptimizer(torch.optim.Optimizer):
+class FlatOptimizer(torch.optim.Optimizer, ABC):
     """Base of distlib's optimizers: ordinary torch optimizers whose state is flat and whose step is one pass.
 
     Parameters are dense or strided fp32 (or fp64) tensors on the CPU, with gradients of fp32, bf16 or fp16 (fp64);
@@ -38,7 +39,6 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     # torch.amp.GradScaler then hands over `grad_scale` and `found_inf` as attributes, and does not unscale.
     _step_supports_amp_scaling = True
-    _rule: str
     _counts_steps = False
 
     def __init__(self, params: Any, defaults: dict[str, Any], max_norm: float | None, offload: Path | None) -> None:
@@ -54,13 +54,13 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     # ------------------------------------------------------------ what a subclass says
 
+    @abstractmethod
     def _states(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The names of the state that the group's parameters need; at most two."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _hyper(self, group: dict[str, Any], step: float, first: bool) -> Hyper:
         """The scalars of a step. step: its number, from 1; first: the parameters had no state before."""
-        raise NotImplementedError
 
     # ------------------------------------------------------------ torch's interface
 

@@ -20,7 +20,6 @@ class AdamW(FlatOptimizer):
     that are not fp32 or fp64; NotImplementedError for parameters that are not on the CPU.
     """
 
-    _rule = "ADAMW"
     _counts_steps = True
 
     def __init__(
@@ -67,8 +66,6 @@ class SGD(FlatOptimizer):
     State: momentum_buffer where momentum is not 0; the first gradient fills it undamped. max_norm, offload, errors: see
     AdamW.
     """
-
-    _rule = "SGD"
 
     def __init__(
         self,
@@ -121,8 +118,6 @@ class Lion(FlatOptimizer):
     A tenth to a third of AdamW's lr, and as much more weight_decay, is its authors' advice. State: exp_avg. max_norm,
     offload, errors: see AdamW.
     """
-
-    _rule = "LION"
 
     def __init__(
         self,

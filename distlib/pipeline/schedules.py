@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from distlib.pipeline.actions import Action, Kind, Schedule
@@ -259,3 +259,23 @@ _GENERATORS: dict[str, Callable[[int, int], Schedule]] = {
 def _schedule(name: str, lines: list[list[Action]], micro_batches: int) -> Schedule:
     """One stage per rank, in order."""
     return Schedule(name, tuple(map(tuple, lines)), tuple(range(len(lines))), micro_batches)
+
+
+def forwards(placement: Sequence[int], micro_batches: int) -> Schedule:
+    """Only forwards, for evaluation, of stages that lie on ranks as `placement` says.
+
+    As many micro-batches as there are ranks go through one stage of a rank, then through its next, as in interleaved.
+    """
+    ranks = max(placement) + 1
+    lines = []
+    for rank in range(ranks):
+        own = [stage for stage, at in enumerate(placement) if at == rank]
+        lines.append(
+            [
+                Action(stage, Kind.F, k)
+                for first in range(0, micro_batches, ranks)
+                for stage in own
+                for k in range(first, min(first + ranks, micro_batches))
+            ]
+        )
+    return Schedule("forwards", tuple(map(tuple, lines)), tuple(placement), micro_batches)

@@ -154,13 +154,20 @@ def simulate(schedule: Schedule, costs: Costs | None = None, *, channels: str = 
         raise ValueError(f"channels is {channels!r}; give one of {', '.join(CHANNELS)}")
     costs = Costs() if costs is None else costs
     lines = _Run(schedule, costs.of_stages(schedule), channels).finish()
+    return played(schedule, lines, costs)
+
+
+def played(
+    schedule: Schedule, lines: Sequence[Sequence[tuple[Action, float, float]]], costs: Costs | None = None
+) -> Simulation:
+    """The account of a run, simulated or measured. lines: per rank, (action, start, end), on one clock."""
     busy, spans = [], []
     for line in lines:
         computes = [(start, end) for action, start, end in line if action.kind in COMPUTE]
         busy.append(sum(end - start for start, end in computes))
         spans.append(computes[-1][1] - computes[0][0] if computes else 0.0)
     last = max((end for line in lines for _, _, end in line), default=0.0)
-    peak, peak_bytes = peaks(schedule, costs)
+    peak, peak_bytes = peaks(schedule, Costs() if costs is None else costs)
     return Simulation(
         schedule, tuple(map(tuple, lines)), last, tuple(busy), tuple(spans), tuple(peak), tuple(peak_bytes)
     )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from distlib.comm.shared import can_share, shared_zeros
-from distlib.data_parallel.naming import Transparent
+from distlib.data_parallel import checks
 from distlib.data_parallel.replicas import describe
 from distlib.sharded.flat import Flat
 from distlib.sharded.gather import UnitState
@@ -24,23 +24,14 @@ LARGE = 8 << 20  # bytes
 
 def check_module(module: nn.Module) -> None:
     """Modules that cannot be sharded: ValueError, naming the parameter and the fix."""
+    checks.plain(module)
+    checks.strided([*module.named_parameters(), *module.named_buffers()])
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
-            raise ValueError(f"{name!r} has no shape yet: run one forward of the lazy module before wrapping")
-        if tensor.layout is not torch.strided:
-            raise ValueError(f"{name!r} has layout {tensor.layout}; only strided tensors can be sharded")
         if tensor.device.type not in ("cpu", "meta"):
             raise ValueError(f"{name!r} is on {tensor.device}: sharded models run on the CPU in this version")
     for name, parameter in module.named_parameters():
         if parameter.is_complex():
             raise ValueError(f"{name!r} is complex: shard torch.view_as_real() of it")
-    for prefix, part in module.named_modules():
-        if isinstance(part, (Transparent, nn.parallel.DistributedDataParallel)):
-            raise ValueError(
-                f"{prefix or 'the module'!r} is wrapped in {type(part).__name__} already: wrap the plain module"
-            )
-        if getattr(part, "sparse", False) is True and isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
-            raise ValueError(f"'{prefix}.weight' would have sparse gradients: build the embedding with sparse=False")
     if not any(True for _ in module.parameters()):
         raise ValueError("the module has no parameters: there is nothing to shard")
 

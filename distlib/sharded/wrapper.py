@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from distlib.comm.group import Group
-from distlib.data_parallel import replicas
+from distlib.data_parallel import checks, replicas
 from distlib.data_parallel.agreement import require_equal
 from distlib.data_parallel.naming import Transparent
 from distlib.memory import MemoryReport, PerParameter, formula, state_bytes
@@ -116,6 +116,13 @@ class ShardedDataParallel(Transparent):
         self._units = build.make_flats(module, divided, self._grid, chosen)
         build.settle(self._units, self._grid, stage, chosen.offload)
         build.load_values(module, divided, self._units, self._grid, init)
+        layout = "its place in the flat buffers depends on that. Freeze or unfreeze before wrapping"
+        self._places = checks.Places(
+            module,
+            replaced="change it in place, under model.summon_full_params(), or wrap again",
+            unfrozen=layout,
+            frozen=layout,
+        )
         buffers = replicas.ModuleBuffers(module, world, _CPU)
         if len(buffers) and world.size > 1:
             buffers.broadcast(0)
@@ -142,7 +149,7 @@ class ShardedDataParallel(Transparent):
             raise RuntimeError(
                 "ShardedDataParallel was called within a backward: checkpoint modules inside of it, not the wrapper"
             )
-        self._check_places()
+        self._places.check(self._grid.world.rank)
         dtype = self._options.mixed_precision.param
         if dtype is not None:
             inputs, kwargs = options.cast((inputs, kwargs), dtype)
@@ -155,23 +162,6 @@ class ShardedDataParallel(Transparent):
         self._runtime.end(output)
         wanted = self._options.mixed_precision.output
         return output if wanted is None else options.cast(output, wanted)
-
-    def _check_places(self) -> None:
-        rank = self._grid.world.rank
-        for unit in self._units:
-            for flat in unit.flats:
-                for piece, places in zip(flat.pieces, flat.places, strict=True):
-                    name = places[0].name
-                    if any(place.owner._parameters.get(place.key) is not piece for place in places):
-                        raise RuntimeError(
-                            f"rank {rank}: parameter {name!r} was replaced after wrapping; change it in place, under "
-                            "model.summon_full_params(), or wrap again"
-                        )
-                    if piece.requires_grad is not flat.trained:
-                        raise RuntimeError(
-                            f"rank {rank}: requires_grad of parameter {name!r} was changed after wrapping: its place "
-                            "in the flat buffers depends on it. Freeze or unfreeze before wrapping"
-                        )
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -172,20 +172,29 @@ class Speaker:
         self.console.print(run)
 
         between_hosts = len({rank.node for rank in summary.ranks}) > 1
-        table = Table(box=box.SIMPLE, pad_edge=False)
-        columns = ["rank", "node", "communication", "bytes counted", "expected", "state", "by formula", "peak memory"]
-        for column in columns + ["between hosts"] * between_hosts:
+        table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+        columns = ["rank", "node", "communi-\ncation", "bytes\ncounted", "bytes\nexpected"]
+        columns += ["state\ncounted", "by\nformula", "peak\nmemory"]
+        for column in columns + ["between\nhosts"] * between_hosts:
             table.add_column(column, justify="right")
         rows = [(str(r.rank), str(r.node), r) for r in summary.ranks[:SHOWN_RANKS]]
         if len(summary.ranks) > 1:
             rows.append(("all", "", summary.all_ranks))
         for name, node, r in rows:
-            row = [name, node, f"{r.communication_seconds:.2f} s", f"{r.bytes_counted:,}"]
-            row.append(f"{r.bytes_expected:,}")
-            row += [f"{size / 2**20:,.1f} MiB" for size in (r.state_bytes, r.state_expected)]
-            row.append(f"{r.peak_bytes / 2**20:,.0f} MiB")
-            table.add_row(*row, *[f"{r.bytes_between_hosts:,}"] * between_hosts)
+            sizes = [r.bytes_counted, r.bytes_expected, r.state_bytes, r.state_expected, r.peak_bytes]
+            sizes += [r.bytes_between_hosts] * between_hosts
+            table.add_row(name, node, f"{r.communication_seconds:.2f} s", *map(show_size, sizes))
         self.console.print(table)
+
+
+def show_size(nbytes: int) -> str:
+    """As "7.48 MB": three digits, so that a row fits into 80 columns."""
+    value, units = float(nbytes), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 999.5 and len(units) > 1:
+        value /= 1000
+        del units[0]
+    digits = 0 if nbytes < 1000 or value >= 99.95 else 1 if value >= 9.995 else 2
+    return f"{value:.{digits}f} {units[0]}"
 
 
 def counted(number: int, noun: str) -> str:

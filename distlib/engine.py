@@ -1,0 +1,178 @@
+"""`Engine`: what a training loop holds. A step reads: gradients, clip, optimizer; the rest is accounts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distlib.activations import ActivationReport
+from distlib.checkpoint import SaveHandle, load, save
+from distlib.checkpoint.loading import LoadedState
+from distlib.comm.group import Group
+from distlib.memory import MemoryReport
+from distlib.optim import GradScaler
+from distlib.optim.flat import FlatOptimizer
+from distlib.optim.norm import clip_grad_norm_
+from distlib.plan import Plan, options
+from distlib.plan.mesh import Mesh
+
+
+class Stepper(Protocol):
+    """A model that trains in steps: `PipelineParallel` or `MicroSteps`."""
+
+    def train_step(self, inputs: Any, target: Any = None, *, loss_scale: float = 1.0, **keywords: Any) -> Tensor: ...
+    def eval_step(self, inputs: Any, target: Any = None, **keywords: Any) -> Tensor: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+class Engine:
+    """A model, its optimizer and its plan. `parallelize` makes it; every rank calls its methods, alike.
+
+    plan, mesh: as chosen, and which rank does what. model: this rank's part. optimizer: of its parameters.
+    data_rank, data_size: which part of the data this rank sees, of how many: ranks of one pipeline see the same.
+    steps: optimizer steps done, those of a loaded checkpoint included. grad_norm: of the last step, before clipping;
+    None without plan.clip. activation_reports: of this rank's stages.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        mesh: Mesh,
+        model: Any,
+        data_parallel: dist.ProcessGroup | None,
+        optimizer: torch.optim.Optimizer,
+        scaler: GradScaler | None,
+        activation_reports: Sequence[ActivationReport] = (),
+    ) -> None:
+        self.plan, self.mesh, self.model, self.optimizer, self.scaler = plan, mesh, model, optimizer, scaler
+        self.activation_reports = list(activation_reports)
+        self._replicas = Group.of(data_parallel)
+        self.data_rank, self.data_size = self._replicas.rank, self._replicas.size
+        self.steps = 0
+        self.grad_norm: Tensor | None = None
+        if isinstance(optimizer, FlatOptimizer) and plan.clip is not None:
+            if optimizer.max_norm not in (None, plan.clip):
+                raise ValueError(
+                    f"the plan clips at {plan.clip}, the optimizer at max_norm={optimizer.max_norm}: give one of them"
+                )
+            optimizer.max_norm = plan.clip  # in the same pass as the step
+
+    # ------------------------------------------------------------ steps
+
+    def train_step(self, inputs: Any, target: Any = None, **keywords: Any) -> Tensor:
+        """One optimizer step on a batch.
+
+        Args:
+            inputs, target, keywords: this rank's batch, the same on all ranks of a pipeline, another for each
+                `data_rank`; see `PipelineParallel.train_step`.
+
+        Returns:
+            The mean loss over all ranks, a detached scalar.
+
+        Raises:
+            What a stage raised, see `PipelineParallel.train_step`; RuntimeError for a batch with too few rows.
+        """
+        scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
+        with self._autocast():
+            loss = self.model.train_step(inputs, target, loss_scale=scale, **keywords)
+        self._optimize()
+        self.steps += 1
+        return self._mean(loss)
+
+    def _optimize(self) -> None:
+        optimizer, scaler, clip = self.optimizer, self.scaler, self.plan.clip
+        if clip is not None and not isinstance(optimizer, FlatOptimizer):
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+            self.grad_norm = clip_grad_norm_(self.model.parameters(), clip)
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+        if clip is not None and isinstance(optimizer, FlatOptimizer):
+            self.grad_norm = optimizer.grad_norm
+        optimizer.zero_grad()
+
+    @torch.no_grad()
+    def eval_step(self, inputs: Any, target: Any = None, **keywords: Any) -> Tensor:
+        """The mean loss of a batch over all ranks, without gradients; call `eval()` before and `train()` after."""
+        with self._autocast():
+            return self._mean(self.model.eval_step(inputs, target, **keywords))
+
+    @torch.no_grad()
+    def __call__(self, *inputs: Any, **keywords: Any) -> Any:
+        """The model's output for this rank's batch, without gradients."""
+        with self._autocast():
+            return self.model(*inputs, **keywords)
+
+    def train(self, mode: bool = True) -> Engine:
+        """Modules in training mode, or not."""
+        self.model.train(mode)
+        return self
+
+    def eval(self) -> Engine:
+        """Modules in evaluation mode."""
+        return self.train(False)
+
+    def _mean(self, loss: Tensor) -> Tensor:
+        if self.data_size == 1:
+            return loss
+        mean = loss.detach().clone()
+        self._replicas.all_reduce(mean, "avg")
+        return mean
+
+    @contextlib.contextmanager
+    def _autocast(self) -> Iterator[None]:
+        dtype = options.autocast(self.plan)
+        device = next((p.device.type for p in self.model.parameters()), "cpu")
+        with torch.autocast(device, dtype) if dtype is not None else contextlib.nullcontext():
+            yield
+
+    # ------------------------------------------------------------ checkpoints
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        extra: dict[str, Any] | None = None,
+        rng: bool = True,
+        asynchronous: bool = False,
+    ) -> SaveHandle | None:
+        """Saves model, optimizer, loss scale and number of steps; any other plan and world size can load it.
+        Arguments and errors as of `distlib.save`."""
+        return save(
+            path,
+            model=self.model,
+            optimizer=self.optimizer,
+            scaler=self.scaler,
+            step=self.steps,
+            extra=extra,
+            rng=rng,
+            asynchronous=asynchronous,
+        )
+
+    def load(
+        self, path: str | os.PathLike[str], *, extra: dict[str, Any] | None = None, rng: bool = True
+    ) -> LoadedState:
+        """Loads what `save` saved under any plan. Arguments, result and errors as of `distlib.load`."""
+        state = load(path, model=self.model, optimizer=self.optimizer, scaler=self.scaler, extra=extra, rng=rng)
+        self.steps = state.step or 0
+        return state
+
+    # ------------------------------------------------------------ accounts
+
+    def memory_report(self) -> MemoryReport:
+        """Bytes that this rank holds, counted and by formula."""
+        return self.model.memory_report(self.optimizer)
+
+    def describe(self) -> str:
+        """The plan, the mesh, the stages, and the bytes expected in memory and on the wire, as text. Every rank must
+        call it; all get the same."""
+        raise NotImplementedError

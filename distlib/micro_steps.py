@@ -1,0 +1,81 @@
+"""Training steps without a pipeline: micro-batches one after the other, the same numbers as a pipeline gives."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distlib.data_parallel.naming import Transparent
+from distlib.pipeline.micro_batches import MicroBatch, Weigh, divide, join, rows_of
+from distlib.pipeline.random import Numbers, micro_batch_seeds
+from distlib.pipeline.runtime import LossFunction, own_loss, scalar
+
+
+class MicroSteps(Transparent):
+    """What `PipelineParallel` is over ranks, on one: `train_step`, `eval_step` and forward over micro-batches.
+
+    module: plain, or wrapped for data parallelism: all micro-batches but the last run under its no_sync(). Arguments as
+    of PipelineParallel.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        microbatches: int = 1,
+        loss_fn: LossFunction | None = None,
+        weigh: Weigh | None = None,
+    ) -> None:
+        super().__init__(module)
+        self._count, self._weigh = microbatches, weigh
+        self._loss_fn = loss_fn or own_loss
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        self._numbers = Numbers(device)
+
+    def train_step(self, inputs: Any, target: Any = None, *, loss_scale: float = 1.0, **keywords: Any) -> Tensor:
+        """Forwards and backwards of one batch, as `PipelineParallel.train_step`. Returns the batch's loss, detached."""
+        batches = divide(inputs, target, self._count, keywords, self._weigh)
+        total: Tensor | None = None
+        for k, (seed, batch) in enumerate(zip(micro_batch_seeds(len(batches)), batches, strict=True)):
+            with contextlib.nullcontext() if k == len(batches) - 1 else self._no_sync():
+                with self._numbers.of(seed):
+                    loss = self._loss(batch)
+                (loss * (batch.share * loss_scale)).backward()
+            share = loss.detach() * batch.share
+            total = share if total is None else total + share
+        assert total is not None
+        return total
+
+    @torch.no_grad()
+    def eval_step(self, inputs: Any, target: Any = None, **keywords: Any) -> Tensor:
+        """The loss of a batch, without gradients; `train()` and `eval()` are the caller's."""
+        batches = self._divide(inputs, target, keywords)
+        total: Tensor | None = None
+        for seed, batch in zip(micro_batch_seeds(len(batches)), batches, strict=True):
+            with self._numbers.of(seed):
+                share = self._loss(batch) * batch.share
+            total = share if total is None else total + share
+        assert total is not None
+        return total
+
+    @torch.no_grad()
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
+        """The model's output for a batch, without gradients."""
+        batches = self._divide(inputs, None, keywords)
+        outputs = []
+        for seed, batch in zip(micro_batch_seeds(len(batches)), batches, strict=True):
+            with self._numbers.of(seed):
+                outputs.append(self.module(*batch.args, **batch.kwargs))
+        return join(outputs, [batch.rows for batch in batches])
+
+    def _divide(self, inputs: Any, target: Any, keywords: dict[str, Any]) -> list[MicroBatch]:
+        return divide(inputs, target, min(self._count, rows_of((inputs, keywords))), keywords, self._weigh)
+
+    def _loss(self, batch: MicroBatch) -> Tensor:
+        return scalar(self._loss_fn(self.module(*batch.args, **batch.kwargs), batch.target))
+
+    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
+        wrapped = getattr(self.module, "no_sync", None)
+        return wrapped() if callable(wrapped) else contextlib.nullcontext()

@@ -1,0 +1,151 @@
+"""`parallelize`: a plan and a module in, an `Engine` out. Read top to bottom: each step is one call into another room."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from distlib.activations import ActivationReport, checkpoint_activations
+from distlib.activations.blocks import find_blocks
+from distlib.data_parallel import DataParallel
+from distlib.engine import Engine, Stepper
+from distlib.micro_steps import MicroSteps
+from distlib.optim import GradScaler
+from distlib.pipeline.build import materialise
+from distlib.pipeline.micro_batches import Weigh
+from distlib.pipeline.runtime import LossFunction
+from distlib.pipeline.wrapper import PipelineParallel
+from distlib.plan import Plan, options
+from distlib.plan.mesh import Mesh, Place
+from distlib.sharded import ShardedDataParallel
+from distlib.world import World, init
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+def parallelize(
+    module: nn.Module,
+    plan: Plan | None = None,
+    *,
+    optimizer: MakeOptimizer,
+    loss_fn: LossFunction | None = None,
+    example_inputs: Any = None,
+    weigh: Weigh | None = None,
+    initialize: Callable[[nn.Module], Any] | None = None,
+) -> Engine:
+    """Divides a model and its training over all ranks, as `plan` says. Every rank must call it, alike.
+
+    Args:
+        module: the whole model, on this rank's device or on meta; it is taken apart.
+        plan: default: `Plan()`, replicated data parallelism.
+        optimizer: makes one of this rank's parameters, as in `lambda p: distlib.optim.AdamW(p, lr=3e-4)`.
+        loss_fn: (output, target) -> scalar, the mean over a micro-batch; None: the model returns its loss.
+        example_inputs: as for `Engine.train_step`; only shapes are read for a pipeline, a budget runs the model on them.
+        weigh: from a micro-batch's target, its weight in the loss; default: its rows.
+        initialize: of a module whose parameters are on meta; default: its reset_parameters().
+
+    Returns:
+        The Engine: `train_step`, `eval_step`, `save`, `load`, `describe`.
+
+    Raises:
+        ValueError: what the plan asks for cannot be done, with all reasons; RuntimeError: ranks differ.
+    """
+    plan = Plan() if plan is None else plan
+    world = init()
+    plan.check(world)
+    if plan.engine == "deepspeed":
+        from distlib.integrations.deepspeed_engine import deepspeed_engine
+
+        return deepspeed_engine(module, plan, world, optimizer, loss_fn, weigh)
+    mesh = Mesh.of(plan, world)
+    place = mesh.place(world.rank)
+    groups = make_groups(mesh, place, plan)
+    seed(plan, place)
+
+    reports: list[ActivationReport] = []
+    blocks = block_classes(plan, module)
+    whole = module if plan.pipeline > 1 else None
+
+    def prepare(part: nn.Module) -> nn.Module:
+        """Of the whole model, or of each of this rank's stages."""
+        reports.extend(keep_less(plan, part, blocks, example_inputs))
+        return replicate(plan, part, whole, groups["data_parallel"], initialize)
+
+    model: Stepper
+    if plan.pipeline > 1:
+        model = PipelineParallel(
+            module,
+            loss_fn=loss_fn,
+            example_inputs=example_inputs,
+            process_group=groups["pipeline"],
+            world=dist.group.WORLD,
+            data_parallel=prepare,
+            weigh=weigh,
+            init=initialize,
+            **options.pipeline(plan),
+        )
+    else:
+        model = MicroSteps(prepare(module), plan.microbatches, loss_fn, weigh)
+    scaling = options.scaler(plan)
+    scaler = None if scaling is None else GradScaler(**scaling)
+    return Engine(plan, mesh, model, groups["data_parallel"], optimizer(model.parameters()), scaler, reports)
+
+
+def make_groups(mesh: Mesh, place: Place, plan: Plan) -> dict[str, dist.ProcessGroup | None]:
+    """This rank's groups: of its pipeline, and of the ranks with the same stages. Made by all ranks in one order."""
+    found: dict[str, dist.ProcessGroup | None] = {}
+    for name, everyone in (("pipeline", mesh.pipelines), ("data_parallel", mesh.data_parallel)):
+        own = getattr(place, name)
+        for ranks in everyone:
+            made = dist.new_group(ranks, timeout=options.timeout(plan)) if len(ranks) < mesh.size else dist.group.WORLD
+            if ranks == own:
+                found[name] = made
+    return found
+
+
+def seed(plan: Plan, place: Place) -> None:
+    """Starts torch's generators, if the plan says from where."""
+    number = options.seed(plan, place)
+    if number is not None:
+        torch.manual_seed(number)
+
+
+def block_classes(plan: Plan, module: nn.Module) -> list[type[nn.Module]]:
+    """The classes of the blocks that keep less for backward: those of the whole model, of which a stage has some."""
+    wanted = options.activations(plan, module)
+    if wanted is None:
+        return []
+    return list(dict.fromkeys(type(block) for block in find_blocks(module, wanted["blocks"]).values()))
+
+
+def keep_less(
+    plan: Plan, part: nn.Module, blocks: Sequence[type[nn.Module]], example_inputs: Any
+) -> list[ActivationReport]:
+    """Activation memory, of the blocks that this part of the model has."""
+    wanted = options.activations(plan, part)
+    if wanted is None:
+        return []
+    count = sum(type(m) in blocks for m in part.modules())
+    if not count:
+        return []
+    wanted["blocks"] = list(blocks)
+    if wanted["policy"] == "offload" and plan.pipeline > 1:  # backward does not follow at once on the stage's last block
+        wanted["resident"] = min(wanted["resident"] or 0, count - 1)
+    return [checkpoint_activations(part, **wanted, example_inputs=example_inputs if wanted["budget"] else None)]
+
+
+def replicate(
+    plan: Plan,
+    part: nn.Module,
+    whole: nn.Module | None,
+    group: dist.ProcessGroup | None,
+    initialize: Callable[[nn.Module], Any] | None,
+) -> nn.Module:
+    """Data parallelism: replicated, or sharded by one of its stages."""
+    if plan.stage == 0:
+        return DataParallel(materialise(part, initialize), process_group=group, **options.data_parallel(plan))
+    return ShardedDataParallel(part, process_group=group, init=initialize, **options.sharded(plan, part, whole))

@@ -1,0 +1,319 @@
+"""The two ways of a channel, by slots of shared memory or by messages. A channel is one edge in one direction.
+
+                     sender                                   receiver
+    by slots         send  copy into a slot, header ->        post  remember what is expected
+                                                              take  -> header, compare, use the slot in place
+    by messages      send  header ->, tensors ->,             post  -> header, -> tensors, expected header ->
+                           <- expected header                 take  wait, compare
+                     (a thread waits and compares)
+
+A header comes before all else, so nothing is taken for what it is not: headers have the channel's tag, tensors a tag
+made of their shapes and dtypes. Tensors of other shapes than expected never meet a receive, and gloo, which does not
+survive a message of another size than expected, is not put to that test. Its receives can hence be posted early.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn, Protocol
+
+import torch
+from torch import Tensor
+
+from distlib.comm.line import Line
+from distlib.comm.slots import Slot, SlotPool, borrow
+from distlib.comm.threads import Runner
+from distlib.comm.work import CollectiveError, Work
+from distlib.pipeline.header import ABORT, HELLO, Header, disagreement, empty
+from distlib.pipeline.program import Spec
+
+Tensors = tuple[Tensor, ...]
+_CONTROL = "control"  # the ledger's name of headers
+
+
+@dataclass(frozen=True)
+class Edge:
+    """source, target: stages. number: among all edges, on every rank. line: to the other rank, which holds the other
+    stage. abort: ends the transport for all ranks."""
+
+    source: int
+    target: int
+    number: int
+    line: Line
+    abort: Callable[[CollectiveError], None]
+
+    def words(self, micro_batch: int) -> str:
+        """How errors name a message."""
+        carries = "activations" if self.source < self.target else "gradients"
+        at = "opening the channel" if micro_batch < 0 else f"micro-batch {micro_batch}"
+        return f"stage {self.source} -> {self.target}, {at} ({carries})"
+
+    @contextlib.contextmanager
+    def naming(self, micro_batch: int) -> Iterator[None]:
+        """Errors inside are raised with these words before them."""
+        try:
+            yield
+        except CollectiveError as error:
+            raise CollectiveError(f"{self.words(micro_batch)}: {error}", error.code) from error
+
+    @property
+    def tag(self) -> int:
+        """Of headers from the sender."""
+        return 2 * self.number
+
+    @property
+    def answer_tag(self) -> int:
+        """Of headers from the receiver."""
+        return 2 * self.number + 1
+
+    def tensor_tag(self, header: Header) -> int:
+        """Of tensors with these shapes and dtypes."""
+        return 1 << 30 | zlib.crc32(f"{self.number} {header.checksum}".encode()) & (1 << 30) - 1
+
+    def send(self, header: Header, tag: int) -> Work:
+        return self.line.send(header.pack(), tag, _CONTROL)
+
+    def recv(self, packed: Tensor, tag: int) -> Work:
+        return self.line.recv(packed, tag, _CONTROL)
+
+    def fail(self, micro_batch: int, sent: Header, expected: Header, receiving: bool) -> NoReturn:
+        """Two headers do not agree: all ranks are told, and this one raises."""
+        mine, other = self.line.group.ranks[self.line.group.rank], self.line.group.ranks[self.line.peer]
+        text = disagreement(sent, expected, *((other, mine) if receiving else (mine, other)))
+        self.abort(CollectiveError(f"{self.words(micro_batch)}: {text}", "mismatch"))
+        raise CollectiveError(text, "mismatch")
+
+
+class Sender(Protocol):
+    """The source's end of a channel."""
+
+    edge: Edge
+
+    def open(self) -> Work:
+        """Starts to greet the receiver."""
+        ...
+
+    def send(self, header: Header, tensors: Sequence[Tensor]) -> None:
+        """Starts a message; never waits."""
+        ...
+
+    def finish(self) -> None:
+        """Until all that was sent is away."""
+        ...
+
+    def abort(self, text: str) -> None:
+        """Tells the receiver."""
+        ...
+
+
+class Receiver(Protocol):
+    """The target's end of a channel. `posted`: what was posted and not yet received, in that order."""
+
+    edge: Edge
+    posted: deque[Header]
+
+    def open(self) -> None:
+        """Waits for the sender's greeting."""
+        ...
+
+    def post(self, header: Header, specs: Sequence[Spec]) -> None:
+        """A message with this header is expected after those posted before; never waits."""
+        ...
+
+    def take(self) -> Tensors:
+        """Waits for the message that was posted first."""
+        ...
+
+    def abort(self, text: str) -> None:
+        """Tells the sender."""
+        ...
+
+
+def _greeting(edge: Edge) -> None:
+    """Waits for the first message of a channel."""
+    packed = empty()
+    edge.line.wait(edge.recv(packed, edge.tag))
+    header = Header.unpack(packed)
+    if header.kind != HELLO and not edge.line.group.counts_only:
+        raise CollectiveError(f"the first message was no greeting but {header}", "mismatch")
+
+
+# ---------------------------------------------------------------- by slots of shared memory
+
+
+@dataclass
+class SlotSender:
+    """Copies into slots; the host's memory has no other copy."""
+
+    edge: Edge
+    pool: SlotPool
+    _under_way: list[tuple[Work, int, Slot | None]] = field(default_factory=list)  # header, micro-batch, slot
+
+    def open(self) -> Work:
+        return self.edge.send(Header(HELLO), self.edge.tag)
+
+    def send(self, header: Header, tensors: Sequence[Tensor]) -> None:
+        nbytes, slot = sum(tensor.nbytes for tensor in tensors), None
+        if nbytes:
+            slot = self.pool.fill(tensors, self.edge.line.memory)
+            header = header.in_slot(slot.offset)
+        self._under_way.append((self.edge.send(header, self.edge.tag), header.micro_batch, slot))
+        self.edge.line.count("send", nbytes)
+
+    def finish(self) -> None:
+        under_way, self._under_way = self._under_way, []
+        for work, micro_batch, slot in under_way:
+            with self.edge.naming(micro_batch):
+                self.edge.line.wait(work)
+                if slot is not None and slot.lost:
+                    rank = self.edge.line.group.ranks[self.edge.line.peer]
+                    raise CollectiveError(f"rank {rank} ended before it took the message", "dead")
+
+    def abort(self, text: str) -> None:
+        """The group's own abort reaches every rank of the host."""
+
+
+@dataclass
+class SlotReceiver:
+    """Uses slots in place. Nothing needs to be posted: a header waits in the mailbox."""
+
+    edge: Edge
+    posted: deque[Header] = field(default_factory=deque)
+    _specs: deque[tuple[Spec, ...]] = field(default_factory=deque)
+
+    def open(self) -> None:
+        _greeting(self.edge)
+
+    def post(self, header: Header, specs: Sequence[Spec]) -> None:
+        self.posted.append(header)
+        self._specs.append(tuple(specs))
+
+    def take(self) -> Tensors:
+        expected, specs, packed = self.posted.popleft(), self._specs.popleft(), empty()
+        self.edge.line.wait(self.edge.recv(packed, self.edge.tag))
+        sent = Header.unpack(packed)
+        if not sent.agrees(expected):
+            self.edge.fail(expected.micro_batch, sent, expected, receiving=True)
+        nbytes = sum(spec.nbytes for spec in specs)
+        self.edge.line.count("recv", nbytes)
+        if not nbytes:
+            return tuple(torch.empty(spec.shape, dtype=spec.dtype) for spec in specs)
+        return borrow(self.edge.line.memory, sent.slot, specs)
+
+    def abort(self, text: str) -> None:
+        """The group's own abort reaches every rank of the host."""
+
+
+# ---------------------------------------------------------------- by messages
+
+
+@dataclass
+class MessageSender:
+    """Sends from the tensors where they lie. Messages are waited for on `runner`, in order, so that the memory of each
+    is let go of as soon as it is away."""
+
+    edge: Edge
+    runner: Runner
+    _under_way: list[tuple[Work, int]] = field(default_factory=list)
+    _notes: list[Work] = field(default_factory=list)
+    _broken: CollectiveError | None = None
+
+    def open(self) -> Work:
+        return self.edge.send(Header(HELLO), self.edge.tag)
+
+    def send(self, header: Header, tensors: Sequence[Tensor]) -> None:
+        if self._broken is not None:
+            raise CollectiveError(f"an earlier message failed: {self._broken}", self._broken.code) from self._broken
+        edge, packed = self.edge, empty()
+        answer = edge.recv(packed, edge.answer_tag)
+        heading = edge.send(header, edge.tag)
+        tag = edge.tensor_tag(header)
+        full = [tensor.detach().contiguous().resolve_conj().resolve_neg() for tensor in tensors if tensor.numel()]
+        works = [heading, answer, *(edge.line.send(tensor, tag) for tensor in full)]
+
+        # What is on its way is in `works` alone, and leaves it message by message.
+        step = self.runner.start(lambda: self._see_off(header, packed, works))
+        self._under_way.append((Work(step, [], abort=edge.line.group.abort, what="send"), header.micro_batch))
+        self._under_way = [(work, k) for work, k in self._under_way if not work.is_success()]
+
+    def _see_off(self, sent: Header, packed: Tensor, works: list[Work]) -> None:
+        """On the runner's thread: waits for header, answer and tensors of a message."""
+        if self._broken is not None:
+            raise self._broken
+        try:
+            for _ in ("header", "answer"):
+                self.edge.line.wait(works.pop(0))
+            if not self.edge.line.group.counts_only:
+                expected = Header.unpack(packed)
+                if expected.kind == ABORT:
+                    raise CollectiveError(expected.text)
+                if not sent.agrees(expected):
+                    self.edge.fail(sent.micro_batch, sent, expected, receiving=False)
+            while works:
+                self.edge.line.wait(works.pop(0))
+        except CollectiveError as error:
+            self._broken = error
+            raise
+
+    def finish(self) -> None:
+        under_way, self._under_way = self._under_way, []
+        for work, micro_batch in under_way:
+            with self.edge.naming(micro_batch):
+                work.wait()
+
+    def abort(self, text: str) -> None:
+        self._notes.append(self.edge.send(Header(ABORT, text=text), self.edge.tag))
+
+
+@dataclass
+class _Coming:
+    """A message that was posted. answer: what the sender is told to be expected."""
+
+    header: Work
+    packed: Tensor
+    tensors: Tensors
+    works: list[Work]
+    answer: Work
+
+
+@dataclass
+class MessageReceiver:
+    """Receives into tensors of its own, while this rank computes."""
+
+    edge: Edge
+    posted: deque[Header] = field(default_factory=deque)
+    _coming: deque[_Coming] = field(default_factory=deque)
+    _notes: list[Work] = field(default_factory=list)
+
+    def open(self) -> None:
+        _greeting(self.edge)
+
+    def post(self, header: Header, specs: Sequence[Spec]) -> None:
+        edge, packed, tag = self.edge, empty(), self.edge.tensor_tag(header)
+        make = torch.zeros if edge.line.group.counts_only else torch.empty  # where nothing comes, there is no garbage
+        tensors = tuple(make(spec.shape, dtype=spec.dtype) for spec in specs)
+        heading = edge.recv(packed, edge.tag)
+        works = [edge.line.recv(tensor, tag) for tensor in tensors if tensor.numel()]
+        self._coming.append(_Coming(heading, packed, tensors, works, edge.send(header, edge.answer_tag)))
+        self.posted.append(header)
+
+    def take(self) -> Tensors:
+        expected, coming, line = self.posted.popleft(), self._coming.popleft(), self.edge.line
+        line.wait(coming.header)
+        if not line.group.counts_only:
+            sent = Header.unpack(coming.packed)
+            if sent.kind == ABORT:
+                raise CollectiveError(sent.text)
+            line.wait(coming.answer)  # the sender reads it, whatever it says
+            if not sent.agrees(expected):
+                self.edge.fail(expected.micro_batch, sent, expected, receiving=True)
+        for work in coming.works:
+            line.wait(work)
+        return coming.tensors
+
+    def abort(self, text: str) -> None:
+        self._notes.append(self.edge.send(Header(ABORT, text=text), self.edge.answer_tag))

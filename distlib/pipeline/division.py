@@ -1,0 +1,210 @@
+"""How a model is divided into stages: decided once, by one rank, the same on all.
+
+    module -> ghost -> leaves -> (example inputs: program -> costs -> bounds) -> stage of each leaf -> who holds what
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from distlib.data_parallel.agreement import require_equal
+from distlib.comm.group import Group
+from distlib.pipeline.costs import LeafCost, estimate, measure, split_auto
+from distlib.pipeline.ghost import places
+from distlib.pipeline.micro_batches import MicroBatch
+from distlib.pipeline.partition import split_layers
+from distlib.pipeline.record import Program, record
+from distlib.pipeline.simulate import Costs
+from distlib.pipeline.stages import Holding, Part, assign, chain, cut, edges, ghost, holdings, leaves_of, tied
+
+Split = str | Sequence[str] | Sequence[nn.Module]
+
+
+@dataclass(frozen=True)
+class Division:
+    """A model in stages.
+
+    ghost: the whole model without data. leaves: modules that lie wholly in a stage. stage_of: of each leaf, by call or,
+    without example inputs, by name. holdings: what each stage holds. aliases: other names of tied parameters and
+    buffers, to the first one. tied: names of parameters of several stages, with these. tensors: name, shape and dtype
+    of all that a state dict of the whole model has. costs: of leaf calls, where they were needed. edges: what the
+    example inputs let travel.
+    """
+
+    ghost: nn.Module
+    leaves: tuple[str, ...]
+    stage_of: tuple[int, ...] | dict[str, int]
+    holdings: tuple[Holding, ...]
+    aliases: dict[str, str]
+    tied: dict[str, tuple[int, ...]]
+    tensors: tuple[tuple[str, tuple[int, ...], str], ...]
+    costs: tuple[LeafCost, ...] | None
+    edges: tuple[tuple[int, int], ...]
+
+    @property
+    def stages(self) -> int:
+        return len(self.holdings)
+
+    @property
+    def stage_costs(self) -> Costs | None:
+        """Costs of the stages, if those of their leaves are known."""
+        if self.costs is None or isinstance(self.stage_of, dict):
+            return None
+        times = {key: [0.0] * self.stages for key in ("forward", "backward", "weight", "activations")}
+        for cost, stage in zip(self.costs, self.stage_of, strict=True):
+            times["forward"][stage] += cost.forward
+            times["backward"][stage] += cost.backward
+            times["weight"][stage] += cost.weight
+            times["activations"][stage] += cost.activation_bytes
+        return Costs(**times)
+
+
+def whole_model(module: nn.Module | None, split: Split) -> tuple[nn.Module, str | Sequence[str]]:
+    """The model, and where it is cut by name: modules that are given stage by stage become one."""
+    given = [] if isinstance(split, str) else list(split)
+    if any(isinstance(part, nn.Module) for part in given):
+        if module is not None:
+            raise ValueError("split is a list of stage modules: they are the model, so give module=None")
+        return chain(given)  # type: ignore[arg-type]
+    if module is None:
+        raise ValueError("module=None needs split=[module, ...], the stages in order")
+    return module, split  # type: ignore[return-value]
+
+
+def divide(
+    module: nn.Module,
+    split: str | Sequence[str],
+    stages: int,
+    example: MicroBatch | None,
+    how: str,
+    dtype: torch.dtype | None,
+    group: Group,
+    ranks: dist.ProcessGroup | None,
+) -> Division:
+    """Divides a model. A collective of `group` (`ranks` as a c10d group): all ranks that train the model together.
+
+    example: a micro-batch. how: "measured" or "estimated" costs, for split="auto".
+    """
+    _check(split, stages, how)
+    require_equal(group, "PipelineParallel: the model's parameters", _facts(module), torch.device("cpu"))
+    empty = ghost(module)
+    leaves = leaves_of(empty, split)
+    costs: list[LeafCost] | None = None
+    stage_of: tuple[int, ...] | dict[str, int]
+    crossing: tuple[tuple[int, int], ...] = ()
+    if example is None:
+        stage_of = _by_order(empty, leaves, split, stages)
+        held = _held_by_order(empty, leaves, stage_of, stages)
+    else:
+        program = record(empty, example.args, example.kwargs, leaves, dtype)
+        if split == "auto":
+            costs = _on_first(group, ranks, lambda: _costs(program, module, how))
+            stage_of = assign(program, split_auto(program, costs, stages))
+        else:
+            stage_of = assign(program, [str(name) for name in split])
+        parts = cut(program, stage_of, stages)
+        held, crossing = holdings(parts, empty), edges(parts)
+    aliases, tensors = _names(empty)
+    return Division(
+        empty,
+        tuple(leaves),
+        stage_of,
+        held,
+        aliases,
+        tied(empty, held),
+        tensors,
+        None if costs is None else tuple(costs),
+        crossing,
+    )
+
+
+def _check(split: str | Sequence[str], stages: int, how: str) -> None:
+    if how not in ("measured", "estimated"):
+        raise ValueError(f'costs={how!r}: give "measured" or "estimated"')
+    if not isinstance(split, str) and len(split) != stages - 1:
+        raise ValueError(
+            f"split has {len(split)} names for {stages} stages: name the {stages - 1} modules that begin the stages "
+            "after the first"
+        )
+
+
+def _facts(module: nn.Module) -> list[tuple[str, str]]:
+    return [
+        (place.name, f"shape {tuple(place.tensor.shape)}, {place.tensor.dtype}, trained {place.tensor.requires_grad}")
+        for place in places(module)
+    ]
+
+
+def _costs(program: Program, module: nn.Module, how: str) -> list[LeafCost]:
+    return measure(program, module) if how == "measured" else estimate(program, module)
+
+
+def _on_first(group: Group, ranks: dist.ProcessGroup | None, decide: Callable[[], Any]) -> Any:
+    """What rank 0 of the group decides, on all of its ranks; where it fails, it fails on all."""
+    found: list[Any] = [None]
+    if group.rank == 0:
+        try:
+            found = [decide()]
+        except Exception as error:
+            if group.size == 1:
+                raise
+            found = [error]
+    if group.size > 1:
+        dist.broadcast_object_list(found, src=group.ranks[0], group=ranks)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
+def _names(module: nn.Module) -> tuple[dict[str, str], tuple[tuple[str, tuple[int, ...], str], ...]]:
+    """(aliases, tensors) of a Division."""
+    first: dict[int, str] = {}
+    aliases, tensors = {}, []
+    for place in places(module):
+        if not place.persistent:
+            continue
+        name = first.setdefault(id(place.tensor), place.name)
+        if name != place.name:
+            aliases[place.name] = name
+        else:
+            tensors.append((name, tuple(place.tensor.shape), str(place.tensor.dtype)))
+    return aliases, tuple(tensors)
+
+
+# ---------------------------------------------------------------- without example inputs
+
+
+def _by_order(
+    module: nn.Module, leaves: Sequence[str], split: str | Sequence[str], stages: int
+) -> dict[str, int]:
+    """Leaves in the order of registration, taken to be that of their calls; "auto" by the bytes of their parameters."""
+    if split == "auto":
+        if len(leaves) < stages:
+            raise ValueError(f"the model has {len(leaves)} modules to divide ({', '.join(leaves)}), not {stages}")
+        sizes = [sum(p.nbytes for p in module.get_submodule(name).parameters()) + 1 for name in leaves]
+        bounds = split_layers(sizes, stages).bounds
+    else:
+        bounds = (0, *(leaves.index(str(name)) for name in split), len(leaves))
+    return {leaves[i]: stage for stage, (a, b) in enumerate(pairwise(bounds)) for i in range(a, b)}
+
+
+def _held_by_order(
+    module: nn.Module, leaves: Sequence[str], stage_of: Mapping[str, int], stages: int
+) -> tuple[Holding, ...]:
+    """What lies outside of leaves would be on stages that nothing tells: refused."""
+    for place in places(module):
+        if not any(place.name.startswith(f"{leaf}.") for leaf in leaves):
+            raise ValueError(
+                f"{place.name} hangs outside of the modules that are divided, and may be used anywhere: give "
+                "example_inputs, so that a run can show where"
+            )
+    return tuple(
+        Holding(stage, tuple(name for name in leaves if stage_of[name] == stage), (), ()) for stage in range(stages)
+    )

@@ -1,0 +1,122 @@
+"""Micro-batches: one batch of inputs and targets in, as many parts of about equal size out.
+
+    batch of 10 rows, 4 micro-batches      rows 0-2 | 3-5 | 6-7 | 8-9      weights .3 .3 .2 .2
+
+A micro-batch's loss is a mean over its own rows; the step's loss is the mean of these, weighted by rows. So it is the
+mean over the batch, however the batch is divided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from distlib.calls import as_call
+
+Weigh = Callable[[Any], float]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Marks an argument that every micro-batch gets as it is: `Whole(mask)`."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """args, kwargs: of the model. target: of the loss. rows: of the batch. share: of the micro-batch's loss in the
+    step's."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    target: Any
+    rows: int
+    share: float
+
+
+def divide(
+    inputs: Any, target: Any, count: int, keywords: dict[str, Any] | None = None, weigh: Weigh | None = None
+) -> list[MicroBatch]:
+    """`count` micro-batches of a batch.
+
+    inputs: one argument of the model, a tuple of positional ones, or a dict of keyword arguments. keywords: further
+    keyword arguments. The batch has as many rows as the first tensor of inputs has in its first dimension. Tensors
+    with so many rows, anywhere in inputs, keywords and target, are divided along that dimension; everything else, and
+    what is wrapped in `Whole`, goes to each micro-batch as it is. Views: nothing is copied.
+
+    weigh: from a micro-batch's target, its weight in the step's loss, such as the number of tokens that count;
+        default: its rows.
+
+    Raises ValueError for a batch with no tensor or fewer rows than micro-batches, for a target of other rows, and for
+    weights that are negative or all zero.
+    """
+    args, kwargs = as_call(inputs)
+    kwargs = {**kwargs, **(keywords or {})}
+    rows = rows_of((args, kwargs))
+    if rows < count:
+        raise ValueError(
+            f"a batch of {rows} rows cannot be divided into {count} micro-batches: give larger batches, or fewer "
+            "micro-batches"
+        )
+    for leaf in tree_leaves(target):
+        if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] != rows:
+            raise ValueError(
+                f"the target has a tensor of shape {list(leaf.shape)}, the inputs have {rows} rows: wrap it in "
+                "distlib.pipeline.Whole(...) if every micro-batch needs all of it"
+            )
+    parts = _parts((args, kwargs, target), rows, count)
+    weights = [float(weigh(part[2])) if weigh is not None else float(size) for part, size in parts]
+    total = sum(weights)
+    if not total > 0 or min(weights) < 0:
+        raise ValueError(f"the micro-batches' weights are {weights}: none may be negative, and one must be above 0")
+    return [MicroBatch(*part, size, weight / total) for (part, size), weight in zip(parts, weights, strict=True)]
+
+
+def rows_of(inputs: Any) -> int:
+    """Rows of a batch: the length of the first dimension of its first tensor. Raises ValueError if there is none."""
+    for leaf in tree_leaves(inputs):
+        if isinstance(leaf, torch.Tensor) and leaf.dim():
+            return leaf.shape[0]
+    raise ValueError("the inputs hold no tensor with rows: a batch's first dimension is its rows")
+
+
+def _parts(tree: Any, rows: int, count: int) -> list[tuple[Any, int]]:
+    """(part of the tree, its rows), `count` times. Larger parts come first."""
+    leaves, spec = tree_flatten(tree, is_leaf=lambda leaf: isinstance(leaf, Whole))
+    small, larger = divmod(rows, count)
+    sizes = [small + (number < larger) for number in range(count)]
+    divided = [_divide(leaf, rows, sizes) for leaf in leaves]
+    return [(tree_unflatten([d[k] for d in divided], spec), size) for k, size in enumerate(sizes)]
+
+
+def _divide(leaf: Any, rows: int, sizes: Sequence[int]) -> Sequence[Any]:
+    if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == rows:
+        return leaf.split(list(sizes))
+    return [leaf.value if isinstance(leaf, Whole) else leaf] * len(sizes)
+
+
+def join(outputs: Sequence[Any], rows: Sequence[int]) -> Any:
+    """The outputs of micro-batches as one: tensors that have their micro-batch's rows are put together along them,
+    scalars become their mean weighted by rows, everything else is the first one's."""
+    flat = [tree_flatten(output) for output in outputs]
+    spec = flat[0][1]
+    if any(other != spec for _, other in flat):
+        raise ValueError("the model's outputs differ in structure between micro-batches and cannot be joined")
+    joined = [_join(leaves, rows) for leaves in zip(*(leaves for leaves, _ in flat), strict=True)]
+    return tree_unflatten(joined, spec)
+
+
+def _join(leaves: Sequence[Any], rows: Sequence[int]) -> Any:
+    first = leaves[0]
+    if not isinstance(first, torch.Tensor):
+        return first
+    if all(leaf.dim() and leaf.shape[0] == size for leaf, size in zip(leaves, rows, strict=True)):
+        return torch.cat(list(leaves))
+    if first.dim() == 0 and first.is_floating_point():
+        return sum(leaf * (size / sum(rows)) for leaf, size in zip(leaves, rows, strict=True))
+    return first

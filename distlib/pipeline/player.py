@@ -1,0 +1,214 @@
+"""Plays one stage's part of a program: steps on a table of values, made ready once.
+
+slot          0        1        2    ...   the program's values, then constants
+load x        tensor                       from a port, the inputs, a module's parameters
+block(x)      .        tensor              slot 0 is empty again: that was its last use
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from distlib.pipeline.cut import Load, Part, Port
+from distlib.pipeline.program import Branch, Call, Const, Context, Ref, Template, rebuild, refs
+
+_Table = list[Any]
+_Get = Callable[[_Table], Any]
+_Put = Callable[[_Table, Any], None]
+_Step = Callable[[_Table, Sequence[Sequence[Tensor]], Sequence[Any]], None]
+
+
+class Player:
+    """A part, ready to run on the modules of `stage`, which has the names of the whole model."""
+
+    def __init__(self, stage: nn.Module, part: Part) -> None:
+        self._stage = stage
+        self._part = part
+        program = part.program
+        self._blank: _Table = [value.origin if isinstance(value.origin, Tensor) else None for value in program.values]
+        last = _last_uses(part)
+        self._output = self._getter(program.output) if part.last else None
+        self._steps: list[_Step] = []
+        for k, step in enumerate(part.steps):
+            if isinstance(step, Load):
+                self._steps.append(self._load(step))
+            else:
+                drop = tuple(v for v in dict.fromkeys(_used(step)) if last[v] == k)
+                self._steps.append(self._call(step, drop, last))
+
+    def __call__(
+        self, received: Sequence[Sequence[Tensor]], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[tuple[Tensor, ...], ...], Any]:
+        """(tensors per send port, output of the model or None)."""
+        part = self._part
+        inputs = pytree.tree_leaves((args, dict(kwargs)))
+        if len(inputs) != part.program.inputs or len(received) != len(part.receives):
+            raise ValueError(
+                f"pipeline: stage {part.stage} was given {len(inputs)} inputs and {len(received)} receive ports; its "
+                f"program was recorded with {part.program.inputs} and {len(part.receives)}"
+            )
+        values = self._blank.copy()
+        for step in self._steps:
+            step(values, received, inputs)
+        sends = tuple(tuple([values[v] for v in sent]) for sent in part.sent)
+        for port, tensors in zip(part.sends, sends, strict=True):
+            _check(port, tensors)
+        return sends, self._output(values) if self._output is not None else None
+
+    # ------------------------------------------------------------ steps
+
+    def _load(self, load: Load) -> _Step:
+        value, port, item, copy = load.value, load.port, load.item, load.copy
+        origin = self._part.program.values[value].origin
+
+        if port is not None:
+
+            def step(values: _Table, received: Sequence[Sequence[Tensor]], inputs: Sequence[Any]) -> None:
+                tensor = received[port][item]
+                values[value] = tensor.clone() if copy else tensor
+
+        elif isinstance(origin, int):
+
+            def step(values: _Table, received: Sequence[Sequence[Tensor]], inputs: Sequence[Any]) -> None:
+                values[value] = inputs[origin].clone() if copy else inputs[origin]
+
+        elif isinstance(origin, str):
+            path, _, key = origin.rpartition(".")
+            owner = self._stage.get_submodule(path)
+
+            def step(values: _Table, received: Sequence[Sequence[Tensor]], inputs: Sequence[Any]) -> None:
+                values[value] = getattr(owner, key)  # looked up each time: wrappers exchange parameters
+
+        else:
+            assert isinstance(origin, Tensor)
+
+            def step(values: _Table, received: Sequence[Sequence[Tensor]], inputs: Sequence[Any]) -> None:
+                values[value] = origin.clone() if copy else origin
+
+        return step
+
+    def _call(self, call: Call, drop: tuple[int, ...], last: Mapping[int, int]) -> _Step:
+        run = self._target(call)
+        put = _putter(call.result, last, str(call))
+        keywords = {key: self._getter(item) for key, item in call.kwargs.items()}
+        if not keywords and not any(isinstance(item, Branch) for item in call.args):
+            slots = tuple(self._slot(item) for item in call.args)
+
+            def step(values: _Table, received: Sequence[Sequence[Tensor]], inputs: Sequence[Any]) -> None:
+                result = run(*[values[slot] for slot in slots])
+                for slot in drop:
+                    values[slot] = None
+                put(values, result)
+
+            return step
+        getters = tuple(self._getter(item) for item in call.args)
+
+        def general(values: _Table, received: Sequence[Sequence[Tensor]], inputs: Sequence[Any]) -> None:
+            result = run(*[get(values) for get in getters], **{key: get(values) for key, get in keywords.items()})
+            for slot in drop:
+                values[slot] = None
+            put(values, result)
+
+        return general
+
+    def _target(self, call: Call) -> Callable[..., Any]:
+        if not isinstance(call.target, str):
+            run = call.target
+        else:
+            path, _, key = call.target.rpartition(".")
+            siblings = self._stage.get_submodule(path)._modules
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                leaf = siblings[key]
+                assert leaf is not None
+                return leaf(*args, **kwargs)
+
+        return run if call.context is None else _within(call.context, run)
+
+    # ------------------------------------------------------------ arguments
+
+    def _slot(self, item: Template) -> int:
+        """Where the table holds a value or a constant."""
+        if isinstance(item, Ref):
+            return item.value
+        assert isinstance(item, Const)
+        self._blank.append(item.value)
+        return len(self._blank) - 1
+
+    def _getter(self, item: Template) -> _Get:
+        if not isinstance(item, Branch):
+            slot = self._slot(item)
+            return lambda values: values[slot]
+        getters = tuple(self._getter(inner) for inner in item.items)
+        spec = item.spec
+        return lambda values: rebuild([get(values) for get in getters], spec)
+
+
+def _within(context: Context, run: Callable[..., Any]) -> Callable[..., Any]:
+    def within(*args: Any, **kwargs: Any) -> Any:
+        with context.entered():
+            return run(*args, **kwargs)
+
+    return within
+
+
+def _putter(item: Template, last: Mapping[int, int], where: str) -> _Put:
+    """Stores what a call returns, as far as somebody uses it."""
+    if isinstance(item, Ref):
+        slot = item.value
+        if slot not in last:
+            return lambda values, result: None
+
+        def put(values: _Table, result: Any) -> None:
+            values[slot] = result
+
+        return put
+    if isinstance(item, Const):
+        return lambda values, result: None
+    putters = [_putter(inner, last, where) for inner in item.items]
+    keys = item.spec if type(item.spec) is tuple else None
+    flat = item.spec is not list and item.spec is not tuple and keys is None
+    wanted = [k for k, inner in enumerate(item.items) if any(v in last for v in refs(inner))]
+
+    def put_each(values: _Table, result: Any) -> None:
+        if keys is not None:
+            result = [result[key] for key in keys]
+        elif flat:
+            result = pytree.tree_leaves(result)
+        if len(result) != len(putters):
+            raise ValueError(
+                f"pipeline: {where} returned {len(result)} items, and {len(putters)} when it was recorded; what it "
+                "returns must depend on the signature of the inputs only"
+            )
+        for k in wanted:
+            putters[k](values, result[k])
+
+    return put_each
+
+
+def _used(call: Call) -> list[int]:
+    return [v for item in (*call.args, *call.kwargs.values()) for v in refs(item)]
+
+
+def _last_uses(part: Part) -> dict[int, int]:
+    """Value -> the last step that uses it; what is sent or given back is used at the end."""
+    found = {v: k for k, step in enumerate(part.steps) if isinstance(step, Call) for v in _used(step)}
+    end = len(part.steps)
+    found |= {v: end for sent in part.sent for v in sent}
+    if part.last:
+        found |= {v: end for v in refs(part.program.output)}
+    return found
+
+
+def _check(port: Port, tensors: Sequence[Tensor]) -> None:
+    for spec, tensor in zip(port.specs, tensors, strict=True):
+        if tensor.shape != spec.shape or tensor.dtype != spec.dtype:
+            raise ValueError(
+                f"pipeline: stage {port.source} made {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} "
+                f"for stage {port.target}, which expects {spec}, as recorded. A leaf computes in another dtype (mixed "
+                "precision: record with that dtype), or its shapes depend on more than the signature of the inputs"
+            )

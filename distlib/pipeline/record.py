@@ -1,0 +1,547 @@
+"""Records one run of a model on fake tensors, as a list of calls: nothing is computed, no memory is taken.
+
+    module(*args, **kwargs)                 the model's own Python runs, once
+        embedding(tokens)                   a leaf: written down as one call, nothing of its inside
+        x = x + self.position[:12]          glue: two calls of torch functions and a parameter
+        for block in self.blocks:
+            x = block(x)                    a leaf each
+
+Python between the calls (loops, branches, shapes) happens while recording and is not repeated. Hence a program belongs
+to one `signature`; what depends on the values of tensors is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import traceback
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distlib.pipeline.flow import Edges, edges_of, flows
+from distlib.pipeline.ghost import faked, places
+from distlib.pipeline.leaves import Names
+from distlib.pipeline.program import Context, Program, Spec, Template, Value, template
+from distlib.pipeline.tidy import Draft, tidy
+
+__all__ = ["Program", "Spec", "record", "signature"]
+
+_PRIMITIVE = (int, float, complex, str, bytes, bool, type(None), type(...), slice, torch.dtype, torch.device)
+
+# Functions without a result whose effect on their first argument no version counter shows.
+_EFFECTS = frozenset(
+    {
+        Tensor.register_hook,
+        Tensor.register_post_accumulate_grad_hook,
+        Tensor.retain_grad,
+        Tensor.requires_grad.__set__,
+        Tensor.grad.__set__,
+        Tensor.data.__set__,
+    }
+)
+
+
+# ---------------------------------------------------------------- what a program belongs to
+
+_walks: weakref.WeakKeyDictionary[nn.Module, tuple[list[nn.Module], list[Tensor]]] = weakref.WeakKeyDictionary()
+
+
+def signature(args: tuple[Any, ...], kwargs: Mapping[str, Any], module: nn.Module) -> Hashable:
+    """What a recorded program depends on: equal signatures, equal programs.
+
+    Structure of the inputs; shape, dtype and requires_grad of tensors; type and value of all else; `training` of every
+    module and requires_grad of every parameter; grad mode and autocast. Not in it: other attributes of modules, such
+    as a dropout's p, which are taken to stay, and the tree of modules itself.
+
+    Raises ValueError for an input that is neither a tensor nor hashable.
+    """
+    walk = _walks.get(module)
+    if walk is None:
+        walk = _walks[module] = (list(module.modules()), list(module.parameters()))
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+    inputs = tuple(
+        (leaf.shape, leaf.dtype, leaf.requires_grad) if isinstance(leaf, Tensor) else (type(leaf), leaf)
+        for leaf in leaves
+    )
+    flags = bytes([part.training for part in walk[0]]), bytes([p.requires_grad for p in walk[1]])
+    device = _device(leaves).type
+    found = (spec, inputs, *flags, Context.now(device), torch.get_default_dtype())
+    try:
+        hash(found)
+    except TypeError:
+        bad = next(leaf for leaf in leaves if not isinstance(leaf, Tensor) and not isinstance(leaf, Hashable))
+        raise ValueError(
+            f"pipeline: an input of type {type(bad).__name__} is neither a tensor nor hashable, so it cannot be told "
+            "whether the next one is the same. Pass tensors, numbers, strings or containers known to "
+            "torch.utils._pytree"
+        ) from None
+    return found
+
+
+def _device(leaves: Sequence[Any]) -> torch.device:
+    """Where the model believes to be: the accelerator that holds an input, else the CPU."""
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and leaf.device.type not in ("cpu", "meta"):
+            return leaf.device
+    return torch.device("cpu")
+
+
+# ---------------------------------------------------------------- recording
+
+
+def record(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    leaves: Sequence[str],
+    dtype: torch.dtype | None = None,
+) -> Program:
+    """One run of `module(*args, **kwargs)` as a program.
+
+    module: the whole model, with parameters anywhere, meta included. It is never computed with, and is as before
+        afterwards. Only one thread at a time may record it.
+    args, kwargs: tensors anywhere, meta included, of which shapes, strides and dtypes are read; and anything else.
+    leaves: full names of modules that are called as one, none inside of another (`stages.leaves_of` finds them).
+    dtype: record as if floating parameters and floating inputs had this dtype (mixed precision).
+
+    No communication: each rank records alone, and all get the same program.
+
+    Raises ValueError, with module and line, for what a straight list of calls cannot say: control flow or shapes that
+    depend on the values of tensors; tensors that travel outside of arguments and results; activation checkpointing
+    around leaves instead of inside; hooks that would be lost; leaves that are unknown or lie inside of each other.
+    """
+    owners = _named_leaves(module, leaves)
+    opened = _opened(module, owners)
+    given, spec = pytree.tree_flatten((args, dict(kwargs)))
+    device = _device(given)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    ambient = Context.now(device.type)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(ambient.grad))
+        names = stack.enter_context(faked(module, mode, device, dtype))
+        stack.enter_context(mode)
+        recorder = _Recorder(module, names, ambient)
+        copies: dict[int, Tensor] = {}
+        for k, leaf in enumerate(given):
+            if isinstance(leaf, Tensor):
+                if id(leaf) not in copies:
+                    copies[id(leaf)] = _fake_input(leaf, device, dtype)
+                    recorder.input(copies[id(leaf)], k)
+                given[k] = copies[id(leaf)]
+        fake_args, fake_kwargs = pytree.tree_unflatten(given, spec)
+        before = [(place, place.store[place.key]) for place in places(module) if place.owner in opened]
+        stack.enter_context(_intercepted(owners, recorder))
+        try:
+            with _Draws(recorder), _whole_functions(recorder), _Glue(recorder):
+                result = module(*fake_args, **fake_kwargs)
+        except Exception as error:  # noqa: BLE001
+            raise _refusal(error, module, recorder) or error from error.__cause__
+        for place, fake in before:
+            if place.store.get(place.key) is not fake:
+                raise ValueError(
+                    f"pipeline: forward replaces {place.name} of a module that is divided among stages. Write into it "
+                    f"({place.key}.copy_(...)), or move it into a module that lies in one stage"
+                )
+        output = recorder.template(result, "the model's output")
+        recorder.check_state()
+    return tidy(recorder.drafts, recorder.values, recorder.specs, output, tuple(owners), len(given), ambient, dtype)
+
+
+def _fake_input(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+    kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    if tensor.layout != torch.strided:
+        return torch.zeros(tensor.shape, dtype=kind, layout=tensor.layout, device=device)
+    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=kind, device=device)
+    return fake.requires_grad_(tensor.requires_grad)
+
+
+def _named_leaves(module: nn.Module, leaves: Sequence[str]) -> dict[str, nn.Module]:
+    """The leaves by their first names; each once."""
+    names = Names(module)
+    found = dict(names.find(name) for name in leaves)
+    if "" in found:
+        raise ValueError("pipeline: the whole model is no leaf; name modules inside of it")
+    for name in found:
+        parent = name.rpartition(".")[0]
+        while parent:
+            if parent in found:
+                raise ValueError(
+                    f"pipeline: {name} lies inside of {parent}; a module of one stage holds no other. Give one of both"
+                )
+            parent = parent.rpartition(".")[0]
+    return found
+
+
+def _opened(module: nn.Module, leaves: Mapping[str, nn.Module]) -> set[nn.Module]:
+    """Modules that lie in no leaf. They run while recording only: refuses hooks that would be lost."""
+    inside = {part for leaf in leaves.values() for part in leaf.modules()}
+    found = set()
+    for name, part in module.named_modules():
+        if part in inside:
+            continue
+        found.add(part)
+        if part._backward_hooks or part._backward_pre_hooks:
+            raise ValueError(
+                f"pipeline: {name or type(part).__name__} is divided among stages, so its backward hooks would never "
+                "fire. Register them on modules that lie in one stage, such as its blocks"
+            )
+    return found
+
+
+class _Recorder:
+    """Writes calls down. `inside`: the leaf or autograd.Function that runs, inside of which nothing is written."""
+
+    def __init__(self, module: nn.Module, names: Mapping[int, str], ambient: Context) -> None:
+        self.module = module
+        self.ambient = ambient
+        self.inside: str | None = None
+        self.drew = False
+        self.thread = threading.get_ident()
+        self.values: list[Value] = []
+        self.specs: dict[tuple[int, int | None], Spec] = {}
+        self.drafts: list[Draft] = []
+        self._names = names
+        self._tensors: list[Tensor] = []  # by value: kept, so that ids stay theirs
+        self._number: dict[int, int] = {}  # id(tensor) -> the last value that it is
+        self._memory: dict[int, int] = {}  # storage -> memory
+        self._members: dict[int, list[int]] = {}  # memory -> its values
+        self._versions: dict[int, int] = {}  # value of a parameter or buffer -> version that glue has seen
+        self._leaf_calls = 0
+        self._hooks = _saving_hooks()
+
+    # ------------------------------------------------------------ values
+
+    def input(self, tensor: Tensor, k: int) -> None:
+        self._add(tensor, k)
+
+    def _add(self, tensor: Tensor, origin: int | str | Tensor | None, writer: int | None = None) -> int:
+        number = len(self.values)
+        key = id(tensor) if tensor.layout != torch.strided else tensor.untyped_storage()._cdata
+        memory = self._memory.setdefault(key, len(self._memory))
+        self._members.setdefault(memory, []).append(number)
+        self.values.append(Value(origin, memory, isinstance(origin, str) and isinstance(tensor, nn.Parameter)))
+        self._tensors.append(tensor)
+        self._number[id(tensor)] = number
+        self.specs[number, writer] = Spec.of(tensor)
+        return number
+
+    def value_of(self, tensor: Tensor, where: str) -> int:
+        """The value of a tensor that a call uses."""
+        known = self._number.get(id(tensor))
+        if known is not None:
+            return known
+        name = self._names.get(id(tensor))
+        if name is not None:
+            known = self._add(tensor, name)
+            self._versions[known] = 0  # as fresh as when the run began
+            return known
+        if not isinstance(tensor, FakeTensor):
+            if tensor.device.type == "meta":
+                raise ValueError(
+                    f"pipeline: {where} uses a tensor on the meta device that is neither parameter nor buffer"
+                    f"{self._hangs(tensor)}: it has no data. Make it a buffer (register_buffer), or a tensor with data"
+                )
+            return self._add(tensor, tensor)
+        raise ValueError(
+            f"pipeline: {where} uses a tensor, {Spec.of(tensor)}, that no call returned{self._hangs(tensor)}. A stage "
+            "receives what modules return: return it from the module that makes it, and pass it as an argument"
+        )
+
+    def _hangs(self, tensor: Tensor) -> str:
+        for name, part in self.module.named_modules():
+            for key, held in vars(part).items():
+                if held is tensor:
+                    return f" (attribute {name + '.' if name else ''}{key})"
+        return ""
+
+    def template(self, tree: Any, where: str) -> Template:
+        return template(tree, lambda tensor: self.value_of(tensor, where), lambda leaf: _check_opaque(leaf, where))
+
+    # ------------------------------------------------------------ calls
+
+    def call(
+        self,
+        target: str | Callable[..., Any],
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Run a leaf or a torch function and write it down."""
+        outer, self.inside = self.inside, target if isinstance(target, str) else "an autograd.Function"
+        try:
+            return self._call(target, run, args, kwargs)
+        finally:
+            self.inside = outer
+
+    def _call(
+        self,
+        target: str | Callable[..., Any],
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        is_leaf = isinstance(target, str)
+        used = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        where = f"the call of {target}"
+        arguments = self._arguments(args, kwargs, where) if is_leaf else None
+        versions = [tensor._version for tensor in used]
+        edges = edges_of(used) if torch.is_grad_enabled() else Edges()
+        context = Context.now(self.ambient.device)
+        self.drew = False
+        result = run(*args, **kwargs)
+        made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        written = [t for t, version in zip(used, versions, strict=True) if t._version != version]
+        if target in _EFFECTS:
+            written.append(used[0])
+        if not (is_leaf or made or written or self.drew):
+            return result  # a question: its answer is Python's
+        if arguments is None:
+            where = f"torch function {getattr(target, '__name__', target)}{_line()}"
+            arguments = self._arguments(args, kwargs, where)
+        elif [id(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)] != [id(t) for t in used]:
+            raise ValueError(
+                f"pipeline: {where} changes a list or dict that it is given; other stages would not see it. Return "
+                "what is new instead"
+            )
+        self._refuse_saving_hooks(where)
+        numbers = {id(tensor): self._number[id(tensor)] for tensor in used}
+        for tensor, version in zip(used, versions, strict=True):
+            self._check_version(numbers[id(tensor)], version)
+        index = len(self.drafts)
+        memories = {self.values[numbers[id(tensor)]].memory for tensor in written}
+        for memory in memories:
+            for member in self._members[memory]:
+                self.specs[member, index] = Spec.of(self._tensors[member])
+                if member in self._versions:
+                    self._versions[member] = self._tensors[member]._version
+        outputs = [(tensor, self._add(tensor, None, index)) for tensor in {id(t): t for t in made}.values()]
+        self.drafts.append(
+            Draft(
+                target=target,
+                number=self._leaf_calls if is_leaf else None,
+                args=arguments[0],
+                kwargs=arguments[1],
+                result=self.template(result, f"the result of {target}" if is_leaf else where),
+                reads=tuple(sorted(set(numbers.values()))),
+                memories=frozenset(memories),
+                flows=flows(outputs, edges, numbers, exact=not written),
+                differentiable=tuple(sorted({numbers[k] for k in edges.ids})),
+                context=context if context != self.ambient else None,
+                random=self.drew,
+                effect=target in _EFFECTS,
+            )
+        )
+        self._leaf_calls += is_leaf
+        return result
+
+    def _arguments(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], where: str
+    ) -> tuple[tuple[Template, ...], dict[str, Template]]:
+        return tuple(self.template(a, where) for a in args), {k: self.template(a, where) for k, a in kwargs.items()}
+
+    # ------------------------------------------------------------ refusals
+
+    def _refuse_saving_hooks(self, where: str) -> None:
+        if _saving_hooks() is not self._hooks and _saving_hooks() != self._hooks:
+            raise ValueError(
+                f"pipeline: {where} runs inside of activation checkpointing or of saved-tensor hooks that the model's "
+                "forward starts; stages would run without. Switch it off there and call "
+                "distlib.checkpoint_activations(module), which works inside of the blocks"
+            )
+
+    def _check_version(self, value: int, version: int) -> None:
+        """Refuses buffers that glue uses and that a leaf changes without being given them."""
+        if self._versions.get(value, version) != version:
+            raise ValueError(
+                f"pipeline: {self.values[value].origin} is used outside of the module that writes it in its forward: "
+                "stages would see different values. Use it in that module only"
+            )
+
+    def check_state(self) -> None:
+        """The same at the end of the run."""
+        for value in self._versions:
+            self._check_version(value, self._tensors[value]._version)
+
+
+def _saving_hooks() -> Any:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _check_opaque(leaf: Any, where: str) -> None:
+    """Refuses objects with tensors inside that pytree does not look into."""
+    if isinstance(leaf, _PRIMITIVE) or isinstance(leaf, (nn.Module, type)) or callable(leaf):
+        return
+    inside: list[Any] = []
+    if isinstance(leaf, Mapping):
+        inside += leaf.values()
+    elif isinstance(leaf, (list, tuple, set)):
+        inside += leaf
+    inside += getattr(leaf, "__dict__", {}).values()
+    if any(isinstance(item, Tensor) for item in pytree.tree_leaves(inside)):
+        raise ValueError(
+            f"pipeline: {where} has a {type(leaf).__name__} with tensors in it, which pytree does not know. Register "
+            "the class (torch.utils._pytree.register_dataclass or register_pytree_node), or use a tuple or dict"
+        )
+
+
+# ---------------------------------------------------------------- seeing the calls
+
+
+class _Glue(TorchFunctionMode):
+    """Hands torch functions of the glue to the recorder."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self._recorder.inside is not None:
+            return func(*args, **(kwargs or {}))
+        return self._recorder.call(func, func, args, kwargs or {})
+
+
+class _Draws(TorchDispatchMode):
+    """Notices operators that draw random numbers, wherever they are called."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags and not _never_drops(func, args, kwargs or {}):
+            self._recorder.drew = True
+        return func(*args, **(kwargs or {}))
+
+
+def _never_drops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Attention has the tag whatever its dropout."""
+    for argument, value in zip(func._schema.arguments, args, strict=False):
+        if argument.name == "dropout_p":
+            return not value
+    declared = {argument.name: argument for argument in func._schema.arguments}
+    return "dropout_p" in declared and not kwargs.get("dropout_p", declared["dropout_p"].default_value)
+
+
+@contextlib.contextmanager
+def _intercepted(leaves: Mapping[str, nn.Module], recorder: _Recorder) -> Iterator[None]:
+    """Calls of the leaves go to the recorder: each gets, for now, a subclass of its class."""
+
+    def subclass(name: str, kind: type[nn.Module]) -> type[nn.Module]:
+        def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            run = kind.__call__.__get__(self)
+            if recorder.inside is None:
+                return recorder.call(name, run, args, kwargs)
+            if recorder.inside in leaves:
+                return run(*args, **kwargs)
+            raise ValueError(
+                f"pipeline: {name} is called inside of {recorder.inside}, which runs in one stage. Activation "
+                "checkpointing belongs inside of the blocks: distlib.checkpoint_activations(module)"
+            )
+
+        return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+
+    changed: list[tuple[nn.Module, type[nn.Module]]] = []
+    try:
+        for name, part in leaves.items():
+            kind = type(part)
+            part.__class__ = subclass(name, kind)
+            changed.append((part, kind))
+        yield
+    finally:
+        for part, kind in changed:
+            part.__class__ = kind
+
+
+@contextlib.contextmanager
+def _whole_functions(recorder: _Recorder) -> Iterator[None]:
+    """Custom autograd Functions in glue are one call each: torch function modes see only what they do inside."""
+    function = torch.autograd.Function
+    plain = function.__dict__["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        run = plain.__get__(None, cls)
+        if recorder.inside is not None or threading.get_ident() != recorder.thread:
+            return run(*args, **kwargs)
+        return recorder.call(run, run, args, kwargs)
+
+    function.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        function.apply = plain
+
+
+# ---------------------------------------------------------------- saying no
+
+
+def _line() -> str:
+    """Where the model's code is, of the running stack."""
+    for frame in reversed(traceback.extract_stack()):
+        if _is_foreign(frame.filename):
+            return f" ({frame.filename}:{frame.lineno})"
+    return ""
+
+
+_OURS = tuple(folder for folder in (torch.__path__[0], __file__.rpartition("pipeline")[0]))
+
+
+def _is_foreign(filename: str) -> bool:
+    return not filename.startswith(_OURS) and not filename.startswith("<")
+
+
+def _refusal(error: Exception, module: nn.Module, recorder: _Recorder) -> Exception | None:
+    """What to say about an error that only fake tensors raise; None for the model's own."""
+    values = (
+        fake_tensor.DataDependentOutputException,
+        fake_tensor.DynamicOutputShapeException,
+    )
+    is_numpy = isinstance(error, RuntimeError) and ".numpy() is not supported" in str(error)
+    if isinstance(error, values) or is_numpy:
+        what = "asks for the value of a tensor" if not isinstance(error, values[1]) else "makes a shape of values"
+        detail = ".numpy()" if is_numpy else str(getattr(error, "func", error))
+        return ValueError(
+            f"pipeline: {_where(error, module)} {what} ({detail}). Stages are cut before any value is there, and a "
+            "rank has only its own: use torch.where or masks instead of `if`, .item(), .tolist() and boolean "
+            "indexing; or pass the number as an input that is no tensor; or wrap the code as a "
+            "torch.library.custom_op with register_fake"
+        )
+    unknown = (fake_tensor.UnsupportedOperatorException, fake_tensor.UnsupportedFakeTensorException)
+    if isinstance(error, unknown):
+        return ValueError(
+            f"pipeline: {_where(error, module)} calls an operator that says nothing of its result's shape: {error}. "
+            "Register it with torch.library.register_fake"
+        )
+    return None
+
+
+def _where(error: Exception, module: nn.Module) -> str:
+    """Module and line in which an error arose."""
+    names = {id(part): name for name, part in module.named_modules()}
+    inner, line = None, ""
+    trace = error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        held = frame.f_locals.get("self")
+        if isinstance(held, nn.Module) and id(held) in names:
+            inner = held
+        if _is_foreign(frame.f_code.co_filename):
+            line = f" at {frame.f_code.co_filename}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    if inner is None:
+        return f"the model{line}"
+    kind = next(base.__name__ for base in type(inner).__mro__ if base.__module__ == type(inner).__module__)
+    return f"module {names[id(inner)]!r} ({kind}){line}" if names[id(inner)] else f"the model ({kind}){line}"

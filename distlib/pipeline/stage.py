@@ -1,0 +1,189 @@
+"""One stage on this rank: forwards and backwards of its micro-batches, each as the table asks for it.
+
+received -> leaves -> forward -> sent                       kept per micro-batch: leaves and what was sent
+gradients of sent -> backward (BW, or B and later W) -> gradients of leaves
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from distlib.pipeline.split_backward import Report, WeightQueue
+from distlib.pipeline.stages import Part
+
+Tensors = tuple[Tensor, ...]
+
+
+class Replicated(Protocol):
+    """What a data-parallel wrapper around a stage's module offers to the pipeline."""
+
+    def no_sync(self) -> contextlib.AbstractContextManager[None]: ...
+    def partial_backward(self) -> contextlib.AbstractContextManager[None]: ...
+    def hold(self) -> bool: ...
+    def release(self) -> bool: ...
+
+
+class _Enter(torch.autograd.Function):
+    """The same values, no longer a leaf: the stage may write to them in place."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor) -> Tensor:
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+@dataclass
+class _InFlight:
+    """One micro-batch between its forward and the end of its backward.
+
+    leaves: per producer stage, what was received. sent: per consumer stage, what was sent. loss: on the last stage.
+    """
+
+    part: Part
+    leaves: dict[int, Tensors]
+    sent: dict[int, Tensors]
+    loss: Tensor | None = None
+    queue: WeightQueue | None = None
+
+
+@dataclass
+class Stage:
+    """index: of the stage. module: its StageModule, maybe in a data-parallel wrapper. report: of its split backward;
+    None where the schedule has no W for it."""
+
+    index: int
+    module: nn.Module
+    replicas: Replicated | None
+    report: Report | None
+    _flying: dict[int, _InFlight] = field(default_factory=dict)
+
+    # ------------------------------------------------------------ forward
+
+    def forward(
+        self,
+        micro_batch: int,
+        part: Part,
+        received: Mapping[int, Tensors],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        train: bool,
+        last: bool = False,
+    ) -> tuple[dict[int, Tensors], Any]:
+        """Returns what goes to each consumer stage, and on the last stage the model's output (else None).
+
+        received: by producer stage, tensors without a gradient of their own; this stage's from now on. last: the last
+        forward of the step, whose backward averages over replicas.
+        """
+        leaves: dict[int, Tensors] = {}
+        entering = []
+        for port in part.receives:
+            tensors = received[port.source]
+            if train:
+                for tensor, spec in zip(tensors, port.specs, strict=True):
+                    tensor.requires_grad_(spec.requires_grad)
+            leaves[port.source] = tensors
+            entering.append(tuple(_Enter.apply(t) if t.requires_grad else t for t in tensors))
+        paused = contextlib.nullcontext() if last or not train else self._no_sync()
+        with paused, torch.set_grad_enabled(train):
+            sent, output = self.module(part, tuple(entering), args, kwargs)
+        by_target = {port.target: tensors for port, tensors in zip(part.sends, sent, strict=True)}
+        if train:
+            self._flying[micro_batch] = _InFlight(part, leaves, by_target)
+        return by_target, output
+
+    def set_loss(self, micro_batch: int, loss: Tensor) -> None:
+        """On the last stage: what the backward of the micro-batch starts from."""
+        self._flying[micro_batch].loss = loss
+
+    # ------------------------------------------------------------ backward
+
+    def backward(self, micro_batch: int, gradients: Mapping[int, Tensors], *, split: bool, last: bool) -> dict:
+        """BW, or (split) B, of a micro-batch. Returns the gradients that go to each producer stage.
+
+        gradients: by consumer stage, of those sent tensors that require one. last: the last backward pass of the step.
+        """
+        flight = self._flying[micro_batch] if split else self._flying.pop(micro_batch)
+        roots, given = self._roots(flight, gradients)
+        with contextlib.ExitStack() as around:
+            if not last:
+                around.enter_context(self._no_sync())
+            if split:
+                if self.replicas is not None:
+                    around.enter_context(self.replicas.partial_backward())
+                flight.queue = WeightQueue(self.report)
+                if roots:
+                    flight.queue.backward(roots, given)
+            elif roots:
+                torch.autograd.backward(roots, given)
+        flight.sent, flight.loss = {}, None
+        back = {port.source: _gradients_of(flight.leaves[port.source]) for port in flight.part.receives}
+        flight.leaves = {}
+        return back
+
+    def weights(self, micro_batch: int, *, last: bool) -> None:
+        """W: the weight gradients of a micro-batch whose B is over."""
+        flight = self._flying.pop(micro_batch)
+        assert flight.queue is not None
+        with contextlib.nullcontext() if last else self._no_sync():
+            flight.queue.run()
+
+    # ------------------------------------------------------------ parameters, faults
+
+    def hold(self) -> None:
+        """GATHER: sharded parameters stay whole until `release`."""
+        if self.replicas is not None:
+            self.replicas.hold()
+
+    def release(self) -> None:
+        """FREE."""
+        if self.replicas is not None:
+            self.replicas.release()
+
+    def drop(self) -> None:
+        """Forgets what is under way: the step failed."""
+        for flight in self._flying.values():
+            if flight.queue is not None:
+                flight.queue.drop()
+        self._flying.clear()
+
+    def _roots(self, flight: _InFlight, gradients: Mapping[int, Tensors]) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Tensors to start from, with their gradients; a tensor that several stages got comes once, with the sum."""
+        found: dict[int, tuple[Tensor, Tensor | None]] = {}
+        if flight.loss is not None and flight.loss.requires_grad:
+            found[id(flight.loss)] = (flight.loss, None)
+        for target, tensors in flight.sent.items():
+            given = iter(gradients.get(target, ()))
+            port = next(port for port in flight.part.sends if port.target == target)
+            for tensor, spec in zip(tensors, port.specs, strict=True):
+                if not spec.requires_grad:
+                    continue
+                gradient = next(given)
+                before = found.get(id(tensor))
+                if before is not None and before[1] is not None:
+                    gradient = before[1] + gradient
+                found[id(tensor)] = (tensor, gradient)
+        pairs = [pair for pair in found.values() if pair[0].requires_grad]
+        return [tensor for tensor, _ in pairs], [gradient for _, gradient in pairs]
+
+    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.replicas is None else self.replicas.no_sync()
+
+
+def _gradients_of(leaves: Sequence[Tensor]) -> Tensors:
+    """The gradients of received tensors; zeros where the stage did not use one."""
+    found = []
+    for leaf in leaves:
+        if leaf.requires_grad:
+            found.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+            leaf.grad = None
+    return tuple(found)

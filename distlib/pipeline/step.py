@@ -1,0 +1,59 @@
+"""What a step is before it runs: its table, its stages' parts, and what each message carries. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from distlib.pipeline.actions import Action, Kind, Schedule
+from distlib.pipeline.record import Spec
+from distlib.pipeline.stages import Part
+
+Message = tuple[int, int, int]  # from stage, to stage, micro-batch
+
+
+class Step:
+    """All about a step but the values of its data.
+
+    schedule: complete, with messages. parts: per micro-batch, of all stages. numbers: specs of the generators' state.
+    """
+
+    def __init__(self, schedule: Schedule, parts: Sequence[tuple[Part, ...]], numbers: Sequence[Spec]) -> None:
+        self.schedule = schedule
+        self.parts = tuple(parts)
+        self._numbers = tuple(numbers)
+        # Micro-batches of equal signature share their parts: what is derived from parts is derived once.
+        self._carried = {id(p): _carried(p) for p in self.parts}
+        self._random = {id(p): [any(part.random for part in p[stage:]) for stage in range(len(p))] for p in self.parts}
+
+    def is_random(self, stage: int, micro_batch: int) -> bool:
+        """Whether this stage or one after it draws random numbers."""
+        return self._random[id(self.parts[micro_batch])][stage]
+
+    def numbers(self, message: Message) -> int:
+        """How many of a message's tensors, the first ones, are the generators' state: it goes from stage to stage, as
+        far as numbers are drawn."""
+        source, target, k = message
+        return len(self._numbers) if target == source + 1 and self.is_random(target, k) else 0
+
+    def specs(self, message: Message) -> tuple[Spec, ...]:
+        """What a message carries: activations, or (to an earlier stage) gradients. Empty: it is not sent."""
+        source, target, k = message
+        carried = self._carried[id(self.parts[k])]
+        if target < source:
+            return tuple(spec for spec in carried.get((target, source), ()) if spec.requires_grad)
+        return (*self._numbers[: self.numbers(message)], *carried.get((source, target), ()))
+
+    @cached_property
+    def last(self) -> frozenset[Action]:
+        """Of each stage, the last forward and the last pass that leaves weight gradients: replicas average there."""
+        found = {}
+        for line in self.schedule.actions:
+            for action in line:
+                if action.kind in (Kind.F, Kind.W, Kind.FULL):
+                    found[action.stage, action.kind is Kind.F] = action
+        return frozenset(found.values())
+
+
+def _carried(parts: Sequence[Part]) -> dict[tuple[int, int], tuple[Spec, ...]]:
+    return {(port.source, port.target): port.specs for part in parts for port in part.sends}

@@ -1,0 +1,443 @@
+"""Messages between pipeline stages: they arrive bit for bit by every way, slots are safe and do not grow, and whatever
+goes wrong is named on both ends."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from ranks import Outcome, process_group, run_ranks, run_ranks_raw
+from torch import Tensor
+
+import distlib
+from distlib import native
+from distlib.comm.group import Group
+from distlib.comm.meeting import Host
+from distlib.comm.slots import layout
+from distlib.comm.work import CollectiveError
+from distlib.pipeline.header import BYTES, DATA, Header
+from distlib.pipeline.program import Spec
+from distlib.pipeline.transport import Transport
+
+NO_CORE = pytest.mark.skipif(native.core() is None, reason=native.why_not())
+SLOTS = pytest.param("distlib", {}, id="slots", marks=NO_CORE)
+MIXED = pytest.param("distlib", {"DISTLIB_NODES": "2"}, id="two nodes", marks=NO_CORE)
+MESSAGES = pytest.param("distlib", {"DISTLIB_CORE": "0"}, id="without the core")
+STOCK = pytest.param("gloo", {}, id="stock gloo")
+EVERY_WAY = pytest.mark.parametrize(("backend", "env"), [SLOTS, MIXED, MESSAGES, STOCK])
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.bool, torch.int64, torch.uint8, torch.complex64]
+SHAPES: list[tuple[int, ...]] = [(), (0,), (3, 0, 2), (1,), (7,), (2, 3, 5), (1000,), (33, 1021), (65, 2, 1024)]
+
+
+def specs_of(tensors: Any) -> list[Spec]:
+    return [Spec.of(tensor) for tensor in tensors]
+
+
+def values(spec: Spec, seed: int) -> Tensor:
+    """Any rank can make any other's."""
+    generator = torch.Generator().manual_seed(seed)
+    raw = torch.randint(0, 256, (spec.nbytes,), generator=generator, dtype=torch.uint8)
+    if spec.dtype is torch.bool:
+        raw &= 1
+    flat = raw.view(spec.dtype) if spec.numel else torch.empty(0, dtype=spec.dtype)
+    return flat.view(spec.shape)
+
+
+def bits(tensor: Tensor) -> bytes:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+# ---------------------------------------------------------------- what is sent arrives
+
+
+class Sent(NamedTuple):
+    """A message of a random program; `layouts` of its tensors where they are sent."""
+
+    source: int
+    target: int
+    micro_batch: int
+    specs: tuple[Spec, ...]
+    layouts: tuple[str, ...]
+    seed: int
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [values(spec, self.seed + i) for i, spec in enumerate(self.specs)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.specs)
+
+
+class Program(NamedTuple):
+    """placement and edges of a pipeline, and steps of events ("send", "post" or "take", message), in an order in which
+    one process could run them: then ranks that each do their own events cannot block each other."""
+
+    placement: list[int]
+    edges: list[tuple[int, int]]
+    steps: list[list[tuple[str, Sent]]]
+
+
+def program(seed: int, ranks: int) -> Program:
+    rng = random.Random(seed)
+    stages = rng.randint(2, 5)
+    placement = [*range(min(ranks, stages)), *(rng.randrange(ranks) for _ in range(stages - ranks))][:stages]
+    rng.shuffle(placement)
+    all_pairs = [(a, b) for a in range(stages) for b in range(a + 1, stages)]
+    edges = rng.sample(all_pairs, rng.randint(1, len(all_pairs)))
+    crossing = [(a, b) for a, b in edges if placement[a] != placement[b]]
+    steps = []
+    for _ in range(rng.randint(1, 4)):
+        events: list[tuple[str, Sent]] = []
+        pending: list[tuple[str, Sent]] = []
+        for micro_batch in range(rng.randint(1, 4)):
+            for a, b in crossing:
+                for source, target in ((a, b), (b, a)):
+                    specs = tuple(Spec(rng.choice(SHAPES), rng.choice(DTYPES), False) for _ in range(rng.randint(1, 3)))
+                    layouts = tuple(rng.choice(["plain", "strided", "grad", "registered"]) for _ in specs)
+                    message = Sent(source, target, micro_batch, specs, layouts, rng.randrange(1 << 30))
+                    events.append(("send", message))
+                    events.insert(rng.randrange(len(events)) if rng.random() < 0.3 else len(events), ("post", message))
+                    pending.append(("take", message))
+                    while pending and rng.random() < 0.4:
+                        events.append(pending.pop(rng.randrange(len(pending))))
+        rng.shuffle(pending)
+        steps.append(_in_order(events) + pending)
+    return Program(placement, edges, steps)
+
+
+def _in_order(events: list[tuple[str, Sent]]) -> list[tuple[str, Sent]]:
+    """Posts of a channel in the order of its sends, and before its takes."""
+    posts: dict[tuple[int, int], list[Sent]] = {}
+    for what, message in events:
+        if what == "send":
+            posts.setdefault(message[:2], []).append(message)
+    return [("post", posts[m[:2]].pop(0)) if what == "post" else (what, m) for what, m in events]
+
+
+def laid_out(tensor: Tensor, how: str) -> Tensor:
+    """The same values as a stage may hold them."""
+    if how == "strided" and tensor.dim():
+        wide = torch.zeros([*tensor.shape[:-1], 2 * tensor.shape[-1]], dtype=tensor.dtype)
+        wide[..., ::2] = tensor
+        return wide[..., ::2]
+    if how == "registered":
+        return distlib.registered_empty(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
+    if how == "grad" and (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
+        return tensor.clone().requires_grad_() * 1
+    return tensor
+
+
+def links(group: Group, source: int, target: int) -> tuple[str, bool]:
+    """Between two group ranks: the ledger's link, and whether slots are used."""
+    near, core = group.topology.same_host(source, target), native.core() is not None
+    if type(group._channel).__name__ == "C10dChannel":
+        return "between hosts", False
+    return ("same host" if near else "between hosts"), near and core
+
+
+def random_traffic(rank: int, n: int, backend: str, seeds: list[int]) -> None:
+    with process_group(rank, n, backend):
+        group = Group.of()
+        for seed in seeds:
+            run_program(group, program(seed, n), seed)
+        assert (
+            not native.core()
+            or backend == "gloo"
+            or not any(name in str(type(group._channel)) for name in ("Gloo", "C10d"))
+        )
+
+
+def run_program(group: Group, p: Program, seed: int) -> None:
+    transport = Transport(group, p.placement, p.edges, None)
+    distlib.ledger().reset()
+    expected: Counter[tuple[str, str]] = Counter()
+    held: list[tuple[Tensor, bytes, Sent]] = []
+    for step in p.steps:
+        for what, message in step:
+            source, target, k = message[:3]
+            here = p.placement[source if what == "send" else target]
+            if group.rank != here:
+                continue
+            link, by_slots = links(group, p.placement[source], p.placement[target])
+            if what == "send":
+                tensors = [laid_out(t, how) for t, how in zip(message.tensors, message.layouts, strict=True)]
+                transport.send(source, target, k, tensors)
+                expected["send", link] += message.nbytes
+            elif what == "post":
+                transport.post(source, target, k, message.specs)
+                expected["recv", link] += message.nbytes if by_slots else 0
+            else:
+                got = transport.take(source, target, k)
+                assert specs_of(got) == list(message.specs), (seed, message)
+                for tensor, right in zip(got, message.tensors, strict=True):
+                    assert bits(tensor) == bits(right), (seed, message)
+                    assert tensor.is_leaf and tensor.is_contiguous() and not tensor._is_view()
+                    if tensor.numel() and message.seed % 3 == 0:
+                        tensor.zero_()  # it is the receiver's
+                        held.append((tensor, bits(tensor), message))
+                    elif message.seed % 3 == 1:
+                        held.append((tensor, bits(tensor), message))
+        transport.finish()
+        for tensor, was, message in held:
+            assert bits(tensor) == was, (seed, "changed while it was held", message)
+        held = held[len(held) // 2 :]
+    counted = {(row.op, row.link): row.bytes for row in distlib.ledger().rows if row.op != "control" and row.bytes}
+    assert counted == {key: nbytes for key, nbytes in expected.items() if nbytes}, seed
+    assert [row.bytes for row in distlib.ledger().rows] == [row.bytes for row in distlib.ledger().expected()]
+    control = sum(row.bytes for row in distlib.ledger().rows if row.op == "control")
+    assert control % BYTES == 0 and (control > 0 or not counted)
+    transport.close()
+    for tensor, was, message in held:
+        assert bits(tensor) == was, (seed, "changed after close", message)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@EVERY_WAY
+def test_whatever_is_sent_arrives_bit_for_bit_and_is_counted(backend: str, env: dict[str, str], n: int) -> None:
+    run_ranks(n, random_traffic, backend, list(range(n * 100, n * 100 + 12)), env=env)
+
+
+def one_tensor(source: int, k: int) -> Tensor:
+    return torch.full((300, 100), 10.0 * source + k)
+
+
+ONE = [Spec((300, 100), torch.float32, True)]
+
+
+def takes_in_another_order(rank: int, n: int) -> None:
+    with process_group(rank, n):
+        transport = Transport(Group.of(), [0, 1], [(0, 1)])
+        for k in (2, 0, 1):
+            if rank == 0:
+                transport.send(0, 1, k, [one_tensor(0, k)])
+            else:
+                transport.post(0, 1, k, ONE)
+        if rank == 1:
+            for k in (1, 2, 0):
+                assert torch.equal(transport.take(0, 1, k)[0], one_tensor(0, k))
+        transport.finish()
+        transport.close()
+
+
+@pytest.mark.parametrize("env", [pytest.param({}, marks=NO_CORE), {"DISTLIB_CORE": "0"}], ids=str)
+def test_a_channel_may_be_taken_from_in_another_order_than_posted(env: dict[str, str]) -> None:
+    run_ranks(2, takes_in_another_order, env=env)
+
+
+# ---------------------------------------------------------------- slots
+
+
+def one_f_one_b(transport: Transport, rank: int, n: int, k: int, hold: int) -> None:
+    """A step of a chain of n stages with k micro-batches; each stage runs `hold` forwards ahead."""
+    kept: dict[int, Tensor] = {}
+
+    def forward(m: int) -> None:
+        x = torch.zeros(300, 100)
+        if rank > 0:
+            transport.post(rank - 1, rank, m, ONE)
+            x = transport.take(rank - 1, rank, m)[0]
+        x.requires_grad_()
+        kept[m] = x
+        if rank < n - 1:
+            transport.send(rank, rank + 1, m, [x * 2 + m])
+
+    def backward(m: int) -> None:
+        x = kept.pop(m)
+        y = x * 2 + m
+        gradient = torch.ones_like(y)
+        if rank < n - 1:
+            transport.post(rank + 1, rank, m, ONE)
+            gradient = transport.take(rank + 1, rank, m)[0]
+        y.backward(gradient)
+        assert x.grad is not None and x.grad[0, 0] == 2 ** (n - rank)
+        if rank > 0:
+            transport.send(rank, rank - 1, m, [x.grad])
+
+    for m in range(k):
+        forward(m)
+        if m >= hold:
+            backward(m - hold)
+    for m in range(max(0, k - hold), k):
+        backward(m)
+    transport.finish()
+
+
+def fifty_steps(rank: int, n: int) -> None:
+    with process_group(rank, n):
+        transport = Transport(Group.of(), list(range(n)), [(a, a + 1) for a in range(n - 1)])
+        sizes, in_use = [], []
+        for _ in range(50):
+            one_f_one_b(transport, rank, n, 6, n - rank)
+            dist.barrier()
+            sizes.append(transport.nbytes)
+            in_use.append(Host.here().arena.in_use)
+        slot = 64 + 300 * 100 * 4
+        slot = -(-slot // 4096) * 4096
+        ahead = {0: n + 1, n - 1: 2}.get(rank, n - rank + 1 + 2 + n - rank)
+        assert slot <= max(sizes) <= ahead * slot, (rank, [size / slot for size in sizes])
+        late = in_use[10:]
+        assert max(late) - min(late) <= 2 * slot, "what changes is one step's luck"
+        transport.close()
+        dist.barrier()
+        assert Host.here().arena.in_use <= in_use[0] - sizes[0] + 4096, "all slots went back"
+
+
+@NO_CORE
+def test_slots_are_as_many_as_the_schedule_holds_at_once_and_do_not_grow() -> None:
+    run_ranks(3, fifty_steps)
+
+
+def holds(rank: int, n: int) -> list[int]:
+    """Rank 1 holds a view of one output for three steps, what autograd saved of another, and a third in a child."""
+    sizes = []
+    with process_group(rank, n):
+        transport = Transport(Group.of(), [0, 1], [(0, 1)])
+        view, product = torch.empty(0), torch.empty(0)
+        weight = torch.ones(300, 100, requires_grad=True)
+        for step in range(6):
+            for k in range(2):
+                if rank == 0:
+                    transport.send(0, 1, k, [one_tensor(step, k), torch.arange(5)])
+                    continue
+                transport.post(0, 1, k, [*ONE, Spec((5,), torch.int64, False)])
+                x, numbers = transport.take(0, 1, k)
+                if (step, k) == (1, 0):
+                    view = numbers[2:3]
+                elif (step, k) == (1, 1):
+                    product = x * weight  # autograd holds x
+                else:
+                    x.add_(1e6)
+                    numbers.zero_()
+                del x, numbers
+            if rank == 1 and step == 2:
+                child = os.fork()
+                if child == 0:  # drops its copies of what the parent holds
+                    del view, product
+                    os._exit(0)
+                assert os.waitpid(child, 0)[1] == 0
+            if rank == 1 and step == 4:
+                assert view.item() == 2
+                product.sum().backward()
+                assert weight.grad is not None and torch.equal(weight.grad, one_tensor(1, 1))
+                del view, product
+            transport.finish()
+            dist.barrier()
+            sizes.append(transport.nbytes)
+        transport.close()
+    return sizes
+
+
+@NO_CORE
+def test_what_a_receiver_holds_never_changes_and_comes_back_when_he_lets_go() -> None:
+    sizes = run_ranks(2, holds)[0]
+    slot = sizes[0] // 2 if sizes[0] > 130_000 else sizes[0]
+    assert max(sizes) <= 4 * slot, "two on their way, two held"
+    assert sizes[-1] == sizes[3], "those that came back are used"
+
+
+def outlives(rank: int, n: int) -> str:
+    with process_group(rank, n):
+        transport = Transport(Group.of(), [0, 1], [(0, 1)])
+        if rank == 0:
+            transport.send(0, 1, 0, [one_tensor(3, 0)])
+            transport.finish()
+            transport.close()
+            for _ in range(20):  # memory that was given back would be taken again, and filled
+                distlib.registered_empty(300, 100).fill_(-1)
+            dist.barrier()
+        else:
+            dist.barrier()
+            transport.post(0, 1, 0, ONE)
+            x = transport.take(0, 1, 0)[0]
+            transport.finish()
+            transport.close()
+    if rank == 1:
+        time.sleep(0.5)  # the sender ends
+        assert torch.equal(x, one_tensor(3, 0))
+    return "held"
+
+
+@NO_CORE
+def test_what_was_received_outlives_the_transport_the_group_and_the_sender() -> None:
+    assert run_ranks(2, outlives) == ["held", "held"]
+
+
+# ---------------------------------------------------------------- ends that do not agree
+
+
+def error_of(call: Callable[[], object]) -> CollectiveError:
+    with pytest.raises(CollectiveError) as caught:
+        call()
+    return caught.value
+
+
+def differ(rank: int, n: int, backend: str, how: str) -> str:
+    dist.init_process_group(backend, timeout=distlib.comm.group.timedelta(seconds=10))
+    transport = Transport(Group.of(), [0, 1], [(0, 1)], 10)
+    sent = {
+        "shape": [torch.ones(4, 6), torch.ones(2)],
+        "dtype": [torch.ones(4, 8).double(), torch.ones(2)],
+        "count": [torch.ones(4, 8)],
+        "micro-batch": [torch.ones(4, 8), torch.ones(2)],
+    }[how]
+    expected = [Spec((4, 8), torch.float32, True), Spec((2,), torch.float32, False)]
+    for k in range(2):  # a sound message first
+        bad = k == 1
+
+        def act() -> None:
+            if rank == 0:
+                transport.send(
+                    0, 1, 2 if bad and how == "micro-batch" else k, sent if bad else [torch.ones(4, 8), torch.ones(2)]
+                )  # noqa: B023, E501
+            else:
+                transport.post(0, 1, k, expected)  # noqa: B023
+                transport.take(0, 1, k)  # noqa: B023
+            transport.finish()
+
+        if not bad:
+            act()
+    if rank == 0:
+        # By slots nobody waits for the receiver: the next call that does says it.
+        def until_told() -> None:
+            act()
+            transport.post(1, 0, 1, expected)
+            transport.take(1, 0, 1)
+
+        error = error_of(until_told)
+    else:
+        error = error_of(act)
+    assert error.__cause__ is not None
+    time.sleep(0.5)  # the other end is still to see it
+    return str(error)
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("how", ["shape", "dtype", "count", "micro-batch"])
+def test_ends_that_do_not_agree_both_say_what_was_sent_and_expected(
+    how: str, backend: str, env: dict[str, str]
+) -> None:
+    got = {
+        "shape": "rank 0 sent float32 [4, 6], float32 [2]",
+        "dtype": "rank 0 sent float64 [4, 8], float32 [2]",
+        "count": "rank 0 sent float32 [4, 8]",
+        "micro-batch": "rank 0 sent micro-batch 2",
+    }[how]
+    for text in run_ranks(2, differ, backend, how, env=env, timeout=30):
+        assert "stage 0 -> 1, micro-batch" in text and "(activations)" in text, text
+        assert got in text, text
+        if how == "micro-batch":
+            assert "rank 1 expects micro-batch 1" in text, text
+        else:
+            assert "rank 1 expects float32 [4, 8], float32 [2]" in text and "sequence length" in text, text
