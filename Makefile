@@ -80,8 +80,17 @@ venv-bench: venv
 train: venv
 	$(PY) -m torch.distributed.run --nproc-per-node $(RANKS) examples/train_lm.py $(ARGS)
 
+# A third of the suite's time is waiting, for processes that start, for timeouts: so two files are tested at a time. Tests
+# that measure time or memory, marked `alone`, go before the others.
 test: venv-test
+ifeq ($(strip $(ARGS)),)
+	@failed=; \
+	$(PY) -m pytest -m alone $$(grep -l 'pytest\.mark\.alone' tests/test_*.py) || failed=1; \
+	$(PY) -m pytest -m 'not alone' --numprocesses 2 --dist loadfile || failed=1; \
+	[ -z "$$failed" ]
+else
 	$(PY) -m pytest $(ARGS)
+endif
 
 bench: venv-bench
 	$(PY) benchmarks/run_all.py $(ARGS)

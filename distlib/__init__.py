@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from distlib.comm.ledger import Ledger, ledger
     from distlib.comm.memory import registered_empty
     from distlib.data_parallel import DataParallel
+    from distlib.engine import Engine, parallelize
+    from distlib.pipeline.wrapper import PipelineParallel
     from distlib.plan import Plan
     from distlib.sharded import MemoryReport, MixedPrecision, ShardedDataParallel, suggest_partition
     from distlib.topology import Topology
@@ -29,10 +31,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DataParallel",
+    "Engine",
     "Group",
     "Ledger",
     "MemoryReport",
     "MixedPrecision",
+    "PipelineParallel",
     "Plan",
     "ShardedDataParallel",
     "Topology",
@@ -44,6 +48,7 @@ __all__ = [
     "ledger",
     "load",
     "optim",
+    "parallelize",
     "registered_empty",
     "save",
     "shutdown",
@@ -52,10 +57,12 @@ __all__ = [
 
 _HOME = {
     "DataParallel": "distlib.data_parallel",
+    "Engine": "distlib.engine",
     "Group": "distlib.comm.group",
     "Ledger": "distlib.comm.ledger",
     "MemoryReport": "distlib.sharded",
     "MixedPrecision": "distlib.sharded",
+    "PipelineParallel": "distlib.pipeline.wrapper",
     "Plan": "distlib.plan",
     "ShardedDataParallel": "distlib.sharded",
     "Topology": "distlib.topology",
@@ -65,6 +72,7 @@ _HOME = {
     "init": "distlib.world",
     "ledger": "distlib.comm.ledger",
     "load": "distlib.checkpoint",
+    "parallelize": "distlib.engine",
     "registered_empty": "distlib.comm.memory",
     "save": "distlib.checkpoint",
     "shutdown": "distlib.world",

@@ -57,6 +57,11 @@ class Shard:
         """`compute` holds what `parameter` holds now. Call it after both were written and the version counted up."""
         self._written = parameter._version
 
+    def may_be_written(self) -> None:
+        """From now on `compute` may be behind, unless `wrote` says otherwise. Versions do not tell: torch's fused
+        optimizers write without counting them up."""
+        self._written = -1
+
     def is_written(self, parameter: torch.Tensor) -> bool:
         """Whether `compute` still holds what `parameter` holds."""
         return self._written == parameter._version

@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 2 examples/train_lm.py
     mpirun -np 2 python examples/train_lm.py
     torchrun --nproc-per-node 4 examples/train_lm.py --strategy mics --partition-size 2
+    torchrun --nproc-per-node 4 examples/train_lm.py --plan examples/plans/pipeline.yaml
     torchrun --nproc-per-node 2 examples/train_lm.py --data my_texts/ --width 256 --steps 2000 --out run.json
 
 The parts lie beside it in lm/: settings, data, model, strategy, schedule, curve, checkpoint, report.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -26,10 +27,11 @@ from lm.data import Sampler, batch_of, count_windows, load_corpus
 from lm.model import GPT, generate, next_token_loss
 from lm.schedule import learning_rate
 from lm.settings import Settings, check, parse
-from lm.strategy import Parallel, wrap
-from torch import Tensor, nn
+from lm.strategy import plan_of
+from torch import nn
 
 import distlib
+from distlib.shards import shard_of
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -46,37 +48,49 @@ def train(settings: Settings, world: distlib.World) -> None:
     threads = share_cores(world)
     torch.manual_seed(settings.seed)
 
-    # Every rank reads the same text and builds the same model; the sampler deals each its own windows.
+    # Every rank reads the same text and builds the same model.
     with together(world):
         check(settings, world.size)
+        plan = plan_of(settings)
         text, validation_text = load_corpus(settings.data, settings.context)
-        windows = count_windows(text, settings.context)
-        sampler = Sampler(windows, settings.batch, world.rank, world.size, settings.seed)
         plain = GPT(settings.layers, settings.width, settings.heads, settings.tied).to(world.device)
-
-    # The parallel strategy. Whatever it is, gradients are averaged over all ranks when backward returns.
     parameters = sum(p.numel() for p in plain.parameters())
-    with together(world):
-        model = wrap(plain, settings)
-    optimizer = make_optimizer(model, settings)
-    curve = LossCurve(settings.steps, world.device)
-    checkpoints = Checkpoints(settings, model, optimizer, sampler, curve)
-    with together(world):
-        start = checkpoints.resume(settings.resume) if settings.resume else 0
 
+    # The plan says how the ranks share the work. Those that see different data are dealt different windows.
+    with together(world):
+        rows = settings.batch * plan.pipeline // world.size
+        engine = distlib.parallelize(
+            plain,
+            plan,
+            optimizer=lambda parameters: make_optimizer(parameters, plan, settings),
+            loss_fn=next_token_loss,
+            example_inputs=torch.zeros(rows, settings.context, dtype=torch.int64, device=world.device),
+        )
+        windows = count_windows(text, settings.context)
+        sampler = Sampler(windows, settings.batch, engine.data_rank, engine.data_size, settings.seed)
+    curve = LossCurve(settings.steps, world.device)
+    checkpoints = Checkpoints(settings, engine, sampler, curve)
+    if settings.resume:
+        with together(world):
+            checkpoints.resume(settings.resume)
+
+    start = engine.steps
     speaker = report.Speaker(world, settings.steps, start)
-    speaker.opening(world, threads, parameters, len(text), len(validation_text))
+    speaker.opening(world, threads, parameters, len(text), len(validation_text), engine)
     seconds = 0.0  # of training; validation is not in it
     with speaker, checkpoints:
         for step in range(start, settings.steps):
             if step % settings.validate_every == 0:
-                curve.validation.append((step, validate(model, validation_text, settings, world)))
+                curve.validation.append((step, validate(engine, validation_text, settings, world)))
                 speaker.validated(*curve.validation[-1])
 
             begun = time.perf_counter()
             rate = learning_rate(step, settings.steps, settings.lr, settings.warmup)
-            curve.add(train_step(model, optimizer, rate, next(sampler), text, settings))
-            done = step + 1
+            for group in engine.optimizer.param_groups:
+                group["lr"] = rate
+            inputs, targets = batch_of(text, next(sampler), settings.context, world.device)
+            curve.add(engine.train_step(inputs, targets))
+            done = engine.steps
             saves = done == settings.steps or settings.save_every and done % settings.save_every == 0
             loss = curve.settle() if saves or done % settings.report_every == 0 else None
             seconds += time.perf_counter() - begun
@@ -85,70 +99,50 @@ def train(settings: Settings, world: distlib.World) -> None:
             if loss is not None:
                 speaker.trained(done, loss, rate, tokens_per_second)
             if saves and settings.save:
-                speaker.saving(done, settings.save, checkpoints.save(done))
-        curve.validation.append((settings.steps, validate(model, validation_text, settings, world)))
+                speaker.saving(done, settings.save, checkpoints.save())
+        curve.validation.append((settings.steps, validate(engine, validation_text, settings, world)))
         speaker.validated(*curve.validation[-1])
 
-    sample = generate(model, settings.prompt.encode(), settings.sample, settings.context, settings.seed, world.device)
+    prompt = settings.prompt.encode()
+    sample = generate(engine.eval(), prompt, settings.sample, settings.context, settings.seed, world.device)
     speaker.sampled(sample)
     summary = report.Summary.of(
-        curve, parameters, seconds, tokens_per_second, report.gather(world, model.memory_report(optimizer))
+        curve, parameters, seconds, tokens_per_second, report.gather(world, engine.memory_report())
     )
     speaker.summary(summary)
     if settings.out and world.rank == 0:
-        report.write_json(settings.out, settings, world, threads, curve, summary)
+        report.write_json(settings.out, settings, plan, world, threads, curve, summary)
 
 
-def train_step(
-    model: Parallel,
-    optimizer: torch.optim.Optimizer,
-    rate: float,
-    windows: np.ndarray,
-    text: np.ndarray,
-    settings: Settings,
-) -> Tensor:
-    """One optimizer step on this rank's `windows`. Returns their mean loss, a scalar tensor."""
-    device = next(model.parameters()).device
-    total = torch.zeros((), device=device)
-    for micro_step, part in enumerate(np.split(windows, settings.accumulate)):
-        last = micro_step == settings.accumulate - 1
-        with contextlib.nullcontext() if last else model.no_sync():
-            inputs, targets = batch_of(text, part, settings.context, device)
-            loss = next_token_loss(model(inputs), targets) / settings.accumulate
-            loss.backward()
-        total += loss.detach()
-    model.clip_grad_norm_(settings.clip)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad()
-    return total
-
-
-@torch.no_grad()
-def validate(model: nn.Module, text: np.ndarray, settings: Settings, world: distlib.World) -> float:
+def validate(engine: distlib.Engine, text: np.ndarray, settings: Settings, world: distlib.World) -> float:
     """Mean loss in nats per byte of windows spread evenly over `text`. Every rank must call it.
 
-    Every rank runs equally many forwards, and which windows count does not depend on the number of ranks.
+    Which windows count does not depend on the number of ranks.
     """
     batches = max(1, settings.validation_windows // settings.batch)
     spread = np.linspace(0, count_windows(text, settings.context) - 1, batches * settings.batch).astype(np.int64)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
+    engine.eval()
     for batch in np.split(spread, batches):
-        inputs, targets = batch_of(text, np.split(batch, world.size)[world.rank], settings.context, world.device)
-        total += next_token_loss(model(inputs), targets, reduction="sum")
-    dist.all_reduce(total)
-    return total.item() / (spread.size * settings.context)
+        mine = np.split(batch, engine.data_size)[engine.data_rank]
+        total += engine.eval_step(*batch_of(text, mine, settings.context, world.device))
+    engine.train()
+    return total.item() / batches
 
 
-def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW, with weight decay on all but the norms' scales."""
-    scales = [p for name, p in model.named_parameters() if "norm" in name]
-    matrices = [p for name, p in model.named_parameters() if "norm" not in name]
+def make_optimizer(parameters: Iterable[nn.Parameter], plan: distlib.Plan, settings: Settings) -> torch.optim.Optimizer:
+    """AdamW, with weight decay on all but the norms' scales. distlib's own, where its state is to lie in files."""
+    matrices, scales = [], []
+    for parameter in parameters:
+        shard = shard_of(parameter)  # a rank may hold a piece only: of what?
+        shape = parameter.shape if shard is None else shard.shape
+        (matrices if len(shape) > 1 else scales).append(parameter)
     groups = [
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": scales, "weight_decay": 0.0},
     ]
+    if plan.offload:
+        return distlib.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95))
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True)
 
 

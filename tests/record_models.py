@@ -104,7 +104,9 @@ class Many(nn.Module):
         self.split = self.Split()
         self.head = nn.Linear(8, 5)
 
-    def forward(self, x: Tensor, y: dict[str, Any], flag: bool, *, kind: str = "dict", extra: Tensor | None = None) -> Any:
+    def forward(
+        self, x: Tensor, y: dict[str, Any], flag: bool, *, kind: str = "dict", extra: Tensor | None = None
+    ) -> Any:
         length = x.shape[1]
         mask = self.causal[:length]
         h = self.embed(x) + self.position[:length]
@@ -220,7 +222,9 @@ def many(kind: str, flag: bool = True) -> Callable[[], Inputs]:
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Inputs]]] = {
     "sequential": (
-        lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 3)),
+        lambda: nn.Sequential(
+            nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 3)
+        ),
         once(values(4, 6)),
     ),
     "gpt": (lambda: GPT(3, 16, 2), once(tokens())),

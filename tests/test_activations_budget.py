@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
-import subprocess
-import sys
+import resource
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from activation_models import WIDTH, AttentionModel, Convolution, Residual, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm.model import GPT, next_token_loss
+from ranks import run_ranks
 from torch import nn
 
 import distlib
@@ -236,37 +237,25 @@ def test_a_loss_without_gradient_is_refused() -> None:
         distlib.checkpoint_activations(model, budget=0.5, example_inputs=torch.randn(2, 4, WIDTH))
 
 
-RESIDENT = """
-import resource, sys, torch, distlib
-from torch import nn
-from activation_models import Residual
-import activation_models
-torch.manual_seed(0)
-torch.set_num_threads(1)
-model = nn.Sequential(*[Residual() for _ in range(8)])
-x = torch.randn(64, 256, activation_models.WIDTH)
-def step():
-    for p in model.parameters():
-        p.grad = None
+def resident(rank: int, n: int, policy: str, folder: str) -> int:
+    """Bytes by which the peak of this process grows in a step."""
+    ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: what is larger is mapped, and given back at once
+    torch.manual_seed(0)
+    model = nn.Sequential(*[Residual() for _ in range(8)])
+    x = torch.randn(64, 256, WIDTH)
+    if policy != "none":
+        distlib.checkpoint_activations(model, policy, **({"folder": folder} if policy == "offload" else {}))
+    nn.Sequential(Residual())(x[:1]).sum().backward()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     model(x).square().mean().backward()
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-if sys.argv[1] != "none":
-    options = {"folder": sys.argv[2]} if sys.argv[1] == "offload" else {}
-    report = distlib.checkpoint_activations(model, sys.argv[1], **options)
-nn.Sequential(Residual())(x[:1]).sum().backward()
-before = peak()
-step()
-print(peak() - before)
-"""
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
 def test_the_peak_of_the_process_falls(tmp_path) -> None:
     """Bytes of the operating system, not of our own count. 4 MiB and more per tensor: the allocator maps each."""
 
     def peak(policy: str) -> int:
-        command = [sys.executable, "-c", RESIDENT, policy, str(tmp_path)]
-        environment = {"PYTHONPATH": ":".join(sys.path), "MALLOC_MMAP_THRESHOLD_": str(1 << 20), "PATH": ""}
-        return int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+        return run_ranks(1, resident, policy, str(tmp_path))[0]
 
     alone = peak("none")
     # 8 blocks keep more than 50 MiB each with dropout's masks; one block's, the inputs and temporaries are left.

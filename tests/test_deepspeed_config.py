@@ -132,7 +132,7 @@ def test_a_configuration_becomes_its_plan(tmp_path: Path) -> None:
             "mics_shard_size": 4,
             "mics_hierarchical_params_gather": True,
             "zero_quantized_weights": True,
-            "zero_hpz_partition_size": 2,
+            "zero_hpz_partition_size": 1,
             "overlap_comm": True,
             "reduce_bucket_size": 5e8,
             "stage3_max_live_parameters": 1e9,
@@ -159,7 +159,6 @@ def test_a_configuration_becomes_its_plan(tmp_path: Path) -> None:
         partition_size=4,
         hierarchical=True,
         gather_dtype="int8",
-        reshard_after_forward=2,
         offload="/disk",
         activations="full",
         precision={"dtype": "bf16", "reduce": "fp32"},
@@ -218,8 +217,28 @@ def test_what_cannot_be_honoured_is_said_and_strict_raises() -> None:
         Plan.from_deepspeed(config, strict=True)
     with pytest.raises(ValueError, match="bf16 and fp16 are both enabled"):
         read_deepspeed({"bf16": {"enabled": True}, "fp16": {"enabled": True}})
+    secondary = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}, "pipeline": {"stages": 2}}
+    assert read_deepspeed(secondary, pipeline=1).plan == Plan(stage=3, reshard_after_forward=2)
+    with pytest.raises(ValueError, match="as a plan: Plan: reshard_after_forward=2 with pipeline=2 or more"):
+        read_deepspeed(secondary)
     with pytest.raises(ValueError, match="a mapping, not list"):
         read_deepspeed([])  # type: ignore[arg-type]
+
+
+def test_batches_are_divided_as_deepspeed_does() -> None:
+    batch, micro, steps = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
+    for config, world, microbatches, verdict in (
+        ({batch: 64, micro: 4}, 4, 4, "honoured"),
+        ({batch: 64, micro: 4}, None, 1, "cannot"),
+        ({batch: 65, micro: 4}, 4, 1, "cannot"),
+        ({batch: 64, micro: 4, steps: 4}, 4, 4, "yours"),
+        ({batch: 64, micro: 4, steps: 2}, 4, 2, "cannot"),
+        ({batch: 64, micro: 4, steps: 2}, None, 2, "yours"),
+        ({batch: 64}, 4, 1, "yours"),
+        ({batch: "many", steps: 2}, 4, 2, "cannot"),
+    ):
+        reading = read_deepspeed(config, world_size=world)
+        assert reading.plan == Plan(microbatches=microbatches) and verdicts(reading)[batch] == verdict, config
 
 
 def test_a_wordless_configuration_warns_of_nothing() -> None:
@@ -292,7 +311,7 @@ def test_sections_are_read_key_by_key() -> None:
             assert verdicts(reading)[f"{name}.unheard_of"] == "cannot"
 
 
-@pytest.mark.parametrize("plan", WRITTEN, ids=str)
+@pytest.mark.parametrize("plan", WRITTEN, ids=repr)
 def test_what_is_written_for_deepspeed_is_read_back(plan: Plan, known: dict[str, list[str]]) -> None:
     reading = read_deepspeed(write_deepspeed(plan, 2), engine="deepspeed")
     assert reading.plan == plan and not reading.of("cannot")

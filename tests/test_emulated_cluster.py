@@ -88,6 +88,7 @@ def test_names_of_the_living_are_not_stale_and_of_the_dead_are(tmp_path: Path, m
 
 @needs_cluster
 @pytest.mark.root
+@pytest.mark.alone  # rates are measured, and a run clears up after others
 def test_hosts_are_separate_and_links_have_the_rate(tmp_path: Path) -> None:
     script = tmp_path / "send.py"
     script.write_text(SEND)
@@ -108,6 +109,7 @@ def test_hosts_are_separate_and_links_have_the_rate(tmp_path: Path) -> None:
 
 @needs_cluster
 @pytest.mark.root
+@pytest.mark.alone
 def test_the_failing_hosts_exit_code_ends_the_run(tmp_path: Path) -> None:
     script = tmp_path / "fail.py"
     script.write_text(FAIL)
@@ -119,6 +121,7 @@ def test_the_failing_hosts_exit_code_ends_the_run(tmp_path: Path) -> None:
 
 @needs_cluster
 @pytest.mark.root
+@pytest.mark.alone
 def test_nothing_is_left_after_sigterm_of_the_driver(tmp_path: Path) -> None:
     with driver(tmp_path) as process:
         assert process.stdout is not None
@@ -131,6 +134,7 @@ def test_nothing_is_left_after_sigterm_of_the_driver(tmp_path: Path) -> None:
 
 @needs_cluster
 @pytest.mark.root
+@pytest.mark.alone
 def test_the_next_run_clears_up_after_kill_9_of_the_driver(tmp_path: Path) -> None:
     with driver(tmp_path) as process:
         wait_for(lambda: list(namespaces.NETNS.glob(f"distlib-*-{process.pid}-*.host0")))

@@ -281,6 +281,7 @@ def dies_while_its_child_lives(rank: int, n: int) -> str:
     return text
 
 
+@pytest.mark.alone
 @NO_CORE
 def test_a_rank_is_seen_to_die_though_its_forked_child_lives() -> None:
     outcome = run_ranks_raw(2, dies_while_its_child_lives, timeout=20)[0]
@@ -328,6 +329,7 @@ def all_are_killed(rank: int, n: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.alone  # looks at all shared memory
 @NO_CORE
 def test_nothing_is_left_after_every_rank_is_killed() -> None:
     shm, before = set(os.listdir("/dev/shm")), shared_kib()

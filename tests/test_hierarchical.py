@@ -127,7 +127,7 @@ def scatter_equals_all_reduce(rank: int, n: int) -> None:
     with process_group(rank, n):
         group = Group.of()
         for dtype in (torch.float32, torch.bfloat16):
-            whole = values(Case("", dtype, "sum", 0, "", 0, 9, False), rank, 12 * 2503)
+            whole = values(Case("", dtype, "sum", 0, "", 0, 9, False), rank, 12 * 2503).clone()
             shares = [torch.empty(12 * 2503 // n, dtype=dtype) for _ in range(2)]
             for share, levels in zip(
                 shares, (True, False) if not why_flat(group.topology) else (None, False), strict=True

@@ -265,6 +265,7 @@ def test_the_backend_is_known_whatever_is_imported_first(first: str) -> None:
     assert done.stdout == "True\n", done.stderr
 
 
+@pytest.mark.alone
 def test_import_distlib_costs_little_over_import_torch() -> None:
     program = (
         "import time, torch, sys; before = time.process_time(); import distlib; "

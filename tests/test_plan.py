@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import pickle
 import subprocess
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from distlib.activations import checkpoint_activations
+from distlib.activations.apply import _require_consistent
 from distlib.data_parallel import DataParallel
 from distlib.optim import GradScaler
 from distlib.plan import Activations, Mesh, Plan, Precision, checked, options, refusals, world
@@ -120,6 +122,7 @@ def test_a_plan_is_the_same_after_dict_text_file_and_pickle(tmp_path_factory: An
             assert Plan.from_file(folder / name) == plan
     assert pickle.loads(pickle.dumps(plan)) == plan == eval(repr(plan)) and hash(plan) == hash(plan.replace())
     assert all(name in str(plan) for name in plan.changed())
+    assert len(plan.expected(1000, 8).memory) == plan.pipeline, "what is allowed can be laid out, and has a schedule"
 
 
 def test_short_forms_mean_the_long_ones() -> None:
@@ -279,6 +282,36 @@ def test_a_plan_allows_what_sharding_allows(stage: int, kept: Any, shard: str, g
         assert plan is None
     else:
         assert plan is not None
+
+
+def test_a_plan_allows_what_activations_allow() -> None:
+    kept: tuple[tuple[str, tuple[Any, ...]], ...] = (
+        ("policy", (None, "full", "selective", "offload")),
+        ("budget", (None, "2GiB", 0.5)),
+        ("folder", (None, "disk")),
+        ("resident", (None, 2)),
+        ("window", (None, "1MiB")),
+    )
+    allowed = 0
+    for values in itertools.product(*(of for _, of in kept)):
+        chosen = {name: value for (name, _), value in zip(kept, values, strict=True)}
+        plan = plan_of({"activations": chosen})
+        if chosen["policy"] is None and chosen["budget"] is None:
+            assert (plan is not None) == (chosen == dict.fromkeys(chosen))
+            continue
+        policy = chosen["policy"] or "full"
+        if chosen["budget"] is not None and chosen["policy"] == "full":
+            assert plan is None  # checkpoint_activations cannot tell its default from the word
+            continue
+        arguments = (policy, chosen["budget"], "inputs", None, chosen["folder"], chosen["resident"], chosen["window"])
+        try:
+            _require_consistent(*arguments)
+        except ValueError:
+            assert plan is None, chosen
+        else:
+            assert plan is not None, chosen
+            allowed += 1
+    assert allowed > 10
 
 
 # ------------------------------------------------------------ nothing is inert

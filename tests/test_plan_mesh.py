@@ -22,24 +22,24 @@ from distlib.topology import Topology
 
 
 @st.composite
-def topologies(draw: st.DrawFn) -> Topology:
-    """Up to 24 ranks on hosts of equal or different size, numbered host by host or all mixed."""
-    ranks = list(range(draw(st.integers(1, 24))))
-    if draw(st.booleans()):
-        ranks = draw(st.permutations(ranks))
-    hosts: list[list[int]] = [[]]
+def layouts(draw: st.DrawFn) -> tuple[Plan, Topology]:
+    """A plan and up to 48 ranks, which mostly divide as it says, on hosts of equal or different size, numbered host by
+    host or all mixed."""
+    pipeline, replicas, p = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    n = draw(st.just(pipeline * replicas * p) | st.integers(1, 24)) if draw(st.booleans()) else pipeline * replicas * p
+    ranks = draw(st.permutations(range(n))) if draw(st.booleans()) else list(range(n))
     each = draw(st.integers(1, 8))
-    for rank in ranks:
-        if len(hosts[-1]) == each:
-            hosts.append([])
-        hosts[-1].append(rank)
-    return Topology(tuple(sorted(tuple(sorted(host)) for host in hosts)))
+    hosts = [tuple(sorted(ranks[i : i + each])) for i in range(0, n, each)]
+    stage = draw(st.sampled_from([0, 3, 3, 3]))
+    size = {"partition_size": draw(st.sampled_from([p, p, None, "node"]))} if stage else {}
+    return Plan(pipeline=pipeline, stage=stage, **size), Topology(tuple(sorted(hosts)))
 
 
 @settings(max_examples=200, deadline=None)
-@given(topologies(), st.integers(1, 6), st.sampled_from([None, "node", 1, 2, 3, 4]), st.integers(0, 3))
-def test_every_rank_is_in_one_group_of_each_kind(topology: Topology, pipeline: int, size: Any, stage: int) -> None:
-    plan = Plan(pipeline=pipeline, stage=stage, **({"partition_size": size} if stage else {}))
+@given(layouts())
+def test_every_rank_is_in_one_group_of_each_kind(layout: tuple[Plan, Topology]) -> None:
+    plan, topology = layout
+    pipeline, stage, size = plan.pipeline, plan.stage, plan.partition_size
     n = topology.size
     try:
         mesh = Mesh.of(plan, topology)
@@ -191,8 +191,9 @@ def test_memory_and_bytes_are_the_published_formulas(p: int, r: int, s: int, lin
 
     m = 4 * psi  # bytes of the model
     assert Plan().expected(psi, n).wire[0] == {"partition": 0, "replicas": 2 * m * (n - 1) // n, "pipeline": 0}
-    for stage in (1, 2):
-        assert Plan(stage=stage).expected(psi, n).wire[0]["partition"] == 2 * m * (n - 1) // n
+    for stage, hops in ((1, 1), (2, s)):
+        sent = Plan(stage=stage, microbatches=s).expected(psi, n).wire[0]
+        assert sent["partition"] == (1 + hops) * m * (n - 1) // n, "one gather; hop 1 per step, or per micro-step"
     assert Plan(stage=3, microbatches=s).expected(psi, n).wire[0]["partition"] == 3 * m * (n - 1) // n * s
     sent = mics.expected(psi, n).wire[0]
     assert sent == {"partition": 3 * m * (p - 1) // p * s, "replicas": 2 * (m // p) * (r - 1) // r, "pipeline": 0}
@@ -206,9 +207,13 @@ def test_memory_and_bytes_are_the_published_formulas(p: int, r: int, s: int, lin
         "optimizer": 12 * psi / p,
         "activations": 0,
     }
-    if p % 2 == 0 and p > 2:
-        secondary = mics.replace(reshard_after_forward=2, microbatches=1).expected(psi, n).wire[0]["partition"]
-        assert secondary == 2 * m * (p - 1) // p + m // 2
+    for k in (k for k in range(2, p) if p % k == 0):
+        secondary = mics.replace(reshard_after_forward=k, microbatches=1).expected(psi, n).wire[0]["partition"]
+        assert secondary == 2 * m * (p - 1) // p + m * (k - 1) // k
+    kept = mics.replace(reshard_after_forward=False).expected(psi, n).wire[0]["partition"]
+    assert kept == 2 * m * (p - 1) // p * s
+    quantized = mics.replace(gather_dtype="int8").expected(psi, n).wire[0]["partition"]
+    assert quantized == pytest.approx(m * (p - 1) / p * s * (1 + 2 * 260 / 1024), abs=1)
 
 
 @settings(max_examples=40, deadline=None)

@@ -46,6 +46,7 @@ def test_every_call_has_fresh_processes_with_one_thread() -> None:
     assert {threads for _, threads, _ in first + second} == {1}
 
 
+@pytest.mark.alone
 def test_four_ranks_start_in_well_under_a_second() -> None:
     run_ranks(1, _process_facts)  # the server may have to start
     begin = time.monotonic()

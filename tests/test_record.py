@@ -4,130 +4,26 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from record_models import CASES, Many, Residual, UNet, tokens, values
+from lm.model import GPT
+from played import Played, assert_same, compare, loss_of, recorded
+from record_models import CASES, Many, Residual, tokens, values
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils import _pytree as pytree
 
-from distlib.pipeline.program import Program
 from distlib.pipeline.record import record, signature
 from distlib.pipeline.stages import (
-    Part,
-    StageModule,
-    assign,
-    chain,
     cut,
-    edges,
     ghost,
     holdings,
     leaves_of,
     mirror,
-    tied,
 )
-
-
-class Played:
-    """Parts on stages that are made of `module`, in one process."""
-
-    def __init__(self, module: nn.Module, parts: Sequence[Part]) -> None:
-        self.parts = parts
-        self.stages = [StageModule(module, held.names) for held in holdings(parts, module)]
-
-    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.sent: dict[tuple[int, int], tuple[Tensor, ...]] = {}
-        self.received: dict[tuple[int, int], tuple[Tensor, ...]] = {}
-        output = None
-        for part, stage in zip(self.parts, self.stages, strict=True):
-            for port in part.receives:
-                tensors = self.sent[port.source, port.target]
-                assert [(tuple(t.shape), t.dtype) for t in tensors] == [spec[:2] for spec in port.specs]
-                self.received[port.source, port.target] = tuple(
-                    t.detach().requires_grad_(spec.requires_grad) for t, spec in zip(tensors, port.specs, strict=True)
-                )
-            sends, output = stage(part, [self.received[p.source, p.target] for p in part.receives], args, kwargs)
-            assert (output is not None) == part.last
-            for port, tensors in zip(part.sends, sends, strict=True):
-                self.sent[port.source, port.target] = tensors
-        return output
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-        for part in reversed(self.parts):
-            tensors, gradients = [], []
-            for port in reversed(part.sends):  # the furthest first, as in the whole model
-                for k, spec in enumerate(port.specs):
-                    gradient = self.received[port.source, port.target][k].grad
-                    assert (gradient is not None) == spec.requires_grad, (port, k)  # never a gradient for nobody
-                    if gradient is not None:
-                        tensors.append(self.sent[port.source, port.target][k])
-                        gradients.append(gradient)
-            if tensors:
-                torch.autograd.backward(tensors, gradients)
-
-
-def loss_of(output: Any) -> Tensor:
-    tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
-    return sum((t.double() * torch.linspace(-1, 2, t.numel()).view(t.shape)).sum() for t in tensors)
-
-
-def recorded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], split: Any = "auto") -> Program:
-    return record(ghost(module), args, kwargs, leaves_of(module, split))
-
-
-def bounds(calls: int, stages: int) -> list[int]:
-    return [k * stages // calls for k in range(calls)]
-
-
-def assert_same(found: Any, wanted: Any, tolerance: float = 0.0) -> None:
-    flat, spec = pytree.tree_flatten(found)
-    expected, wanted_spec = pytree.tree_flatten(wanted)
-    assert spec == wanted_spec
-    for a, b in zip(flat, expected, strict=True):
-        if not isinstance(b, Tensor):
-            assert a == b
-            continue
-        assert a.dtype == b.dtype and a.requires_grad == b.requires_grad
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-
-
-def compare(
-    module: nn.Module, inputs: Callable[[], Any], split: Any = "auto", tolerance: float = 0.0, program: Any = None
-) -> list[tuple[Part, ...]]:
-    """Against the plain module, in every number of stages. Returns the parts of each."""
-    program = program or recorded(module, *inputs(), split)
-    calls = len(program.leaf_calls)
-    plain = copy.deepcopy(module)
-    torch.manual_seed(5)
-    expected = plain(*inputs()[0], **inputs()[1])
-    loss = loss_of(expected)
-    if isinstance(loss, Tensor):
-        loss.backward()
-    found = []
-    for stages in range(1, calls + 1):
-        mine = copy.deepcopy(module)
-        parts = cut(program, bounds(calls, stages), stages)
-        played = Played(mine, parts)
-        args, kwargs = inputs()
-        torch.manual_seed(5)
-        output = played.forward(args, kwargs)
-        assert_same(output, expected)
-        assert_same((args, kwargs), inputs())  # nothing was written to them
-        if isinstance(loss, Tensor):
-            played.backward(loss_of(output))
-        for (name, a), b in zip(mine.named_parameters(), plain.parameters(), strict=True):
-            assert (a.grad is None) == (b.grad is None), name
-            if b.grad is not None:
-                torch.testing.assert_close(a.grad, b.grad, rtol=tolerance, atol=tolerance)
-        assert_same(dict(mine.named_buffers()), dict(plain.named_buffers()))
-        found.append(parts)
-    return found
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -151,6 +47,7 @@ class Drawn(nn.Module):
         self.steps, self.outputs = steps, outputs
         self.leaves = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
         self.pair = Pair()
+        self.wide = nn.Linear(12, 6)
         self.gain = nn.Parameter(torch.randn(6))
         self.register_buffer("count", torch.zeros(6))
         self.register_buffer("table", torch.randn(6))
@@ -192,6 +89,8 @@ class Drawn(nn.Module):
                 with torch.no_grad():
                     had.append((a * 2).round())
             elif kind == 15:
+                had.append(self.wide(torch.cat([a, b], dim=1)))
+            elif kind == 16:
                 had.append(a.clone().relu_())
             else:
                 had.append(a.view(4, 6))  # another name for the same memory
@@ -210,9 +109,9 @@ class Pair(nn.Module):
 seen: Counter[str] = Counter()
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
-    st.lists(st.tuples(st.integers(0, 16), st.integers(0, 9), st.integers(0, 9)), min_size=2, max_size=9),
+    st.lists(st.tuples(st.integers(0, 17), st.integers(0, 9), st.integers(0, 9)), min_size=2, max_size=9),
     st.lists(st.integers(0, 9), max_size=3),
     st.booleans(),
     st.booleans(),
@@ -234,7 +133,7 @@ def drawn_models_equal_their_stages(steps: Any, outputs: Any, training: bool, gr
             seen["impossible"] += 1
             return
         try:
-            compare_but_inputs(module, inputs)
+            compare(module, inputs, tolerance=1e-12)
             seen["equal"] += 1
         except ValueError as error:
             assert "one by one: the others would not see it" in str(error) or "and written on stage" in str(error)
@@ -245,8 +144,120 @@ def test_drawn_models_equal_their_stages() -> None:
     """Skips, several outputs, shared modules, writes in place through views, buffers that count, dropout."""
     seen.clear()
     drawn_models_equal_their_stages()
-    assert seen["equal"] > 3 * seen["refused"] and seen["equal"] > 60, seen
+    assert seen["equal"] > 3 * seen["refused"] and seen["equal"] > 30, seen
 
 
-def compare_but_inputs(module: nn.Module, inputs: Callable[[], Any]) -> None:
-    compare(module, inputs, tolerance=1e-12)
+# ---------------------------------------------------------------- modes and signatures
+
+
+def test_a_program_belongs_to_the_modes_it_is_recorded_in() -> None:
+    torch.manual_seed(0)
+    make, inputs = CASES["modes"]
+    module = make()
+    for grad, training, autocast in (
+        (True, True, True),
+        (False, True, False),
+        (True, False, True),
+        (False, False, True),
+    ):
+        module.train(training)
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            parts = compare(module, inputs)[-1]
+        crossing = [spec for part in parts for port in part.sends for spec in port.specs]
+        results = [spec for call in parts[0].program.leaf_calls for spec in call.outputs]
+        assert any(spec.dtype == torch.bfloat16 for spec in results) == autocast
+        assert any(spec.requires_grad for spec in crossing) == grad
+        assert parts[0].random == parts[1].random == training and not parts[-1].random
+    with torch.inference_mode():
+        compare(module, inputs)
+
+
+def test_the_signature_changes_with_all_that_a_program_depends_on() -> None:
+    module = Many()
+    x = tokens()
+
+    def key(*args: Any, **kwargs: Any) -> Any:
+        return signature(args, kwargs, module)
+
+    plain = key(x, {"a": x, "b": 1}, flag=True)
+    assert plain == key(x.clone(), {"a": x + 1, "b": 1}, flag=True)
+    others = [
+        key(x, {"a": x, "b": 2}, flag=True),
+        key(x, {"a": x, "b": True}, flag=True),
+        key(x, {"a": x, "b": 1}, flag=None),
+        key(x, {"a": x, "c": 1}, flag=True),
+        key(x[:, :5], {"a": x, "b": 1}, flag=True),
+        key(x.int(), {"a": x, "b": 1}, flag=True),
+        key(x, x, 1, flag=True),
+    ]
+    with torch.no_grad():
+        others.append(key(x, {"a": x, "b": 1}, flag=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        others.append(key(x, {"a": x, "b": 1}, flag=True))
+    module.blocks[1].drop.eval()
+    others.append(key(x, {"a": x, "b": 1}, flag=True))
+    module.blocks[1].drop.train()
+    module.head.weight.requires_grad_(False)
+    others.append(key(x, {"a": x, "b": 1}, flag=True))
+    assert len({plain, *others}) == 1 + len(others)
+    with pytest.raises(ValueError, match="an input of type set is neither a tensor nor hashable"):
+        key(x, {1, 2})
+
+
+def test_another_length_is_another_program_for_the_same_stages() -> None:
+    torch.manual_seed(0)
+    module = GPT(3, 16, 2)
+    empty, leaves = ghost(module), leaves_of(module)
+    programs = [record(empty, (tokens(length=length),), {}, leaves) for length in (6, 9)]
+    parts = [cut(program, [0, 0, 1, 1, 2, 2], 3) for program in programs]
+    played = Played(module, parts[0])
+    for one, length in zip(parts, (6, 9), strict=True):
+        played.parts = one
+        assert_same(played.forward((tokens(length=length),), {}), module(tokens(length=length)))
+    with pytest.raises(
+        ValueError, match="was given 2 inputs and 0 receive ports; its program was recorded with 1 and 0"
+    ):
+        played.forward((tokens(length=9), 3), {})
+    module = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    played = Played(module, cut(recorded(module, (values(2, 6),), {}), [0, 1], 2))
+    with pytest.raises(ValueError, match=r"stage 0 made float32 \[3, 6\] for stage 1, which expects float32 \[2, 6\]"):
+        played.forward((values(3, 6),), {})
+
+
+def test_leaves_that_only_one_mode_calls() -> None:
+    class TrainOnly(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self[1](self[0](x))
+            return self[2](x) if self.training else x
+
+    module = TrainOnly(*(nn.Linear(4, 4) for _ in range(3)))
+    empty, leaves = ghost(module), leaves_of(module)
+    trained = record(empty, (values(2, 4),), {}, leaves)
+    assert signature((), {}, empty) != signature((), {}, empty.eval())
+    evaluated = record(empty, (values(2, 4),), {}, leaves)
+    module.eval()
+    mirror(empty.train(), module)
+    assert not any(part.training for part in empty.modules())
+    by_name = {"0": 0, "1": 1, "2": 1}
+    played = Played(module, cut(trained, by_name, 2))
+    played.parts = cut(evaluated, by_name, 2)
+    assert_same(played.forward((values(2, 4),), {}), module(values(2, 4)))
+    other = Played(module, cut(evaluated, {"0": 0, "1": 1}, 2))  # "2" is never called: with its neighbour
+    assert [held.idle for held in holdings(other.parts, module)] == [(), ("2",)]
+    with pytest.raises(ValueError, match="leaf 2 has no stage; the stages hold 0, 1"):
+        cut(trained, {"0": 0, "1": 1}, 2)
+    played = Played(module, cut(trained, {"0": 0, "1": 0, "2": 1}, 2))
+    played.parts = cut(trained, [0, 1, 1], 2)
+    with pytest.raises(ValueError, match="stage 1 does not hold 1, which this run calls there"):
+        played.forward((values(2, 4),), {})
+
+
+def test_recorded_in_another_dtype_and_on_no_device() -> None:
+    with torch.device("meta"):
+        module = Residual(8)
+        x = torch.empty(3, 8)
+    program = record(nn.Sequential(module, Residual(8)), (x,), {}, ["0", "1"], dtype=torch.bfloat16)
+    parts = cut(program, [0, 1], 2)
+    assert parts[0].sends[0].specs == (((3, 8), torch.bfloat16, True),)
+    assert [str(spec) for spec in program.leaf_calls[0].inputs] == ["bfloat16 [3, 8]"]
+    assert module.inner.weight.dtype == torch.float32 and module.inner.weight.is_meta

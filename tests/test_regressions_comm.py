@@ -241,6 +241,7 @@ def ends_while_it_aborts(rank: int, n: int) -> float:
     return time.monotonic() - begin
 
 
+@pytest.mark.alone
 def test_a_rank_that_ends_while_it_aborts_holds_up_nobody() -> None:
     assert max(run_ranks(2, ends_while_it_aborts, timeout=20)) < 5
 

@@ -87,7 +87,7 @@ def test_every_kind_of_collective(env: dict[str, str]) -> None:
 def sums_in_rank_order(rank: int, n: int) -> bytes:
     with process_group(rank, n):
         case = Case("all_reduce", torch.float32, "sum", 10_007, "ordinary", 0, 4, False)
-        x = values(case, rank, 10_007)
+        x = values(case, rank, 10_007).clone()
         Group.of().all_reduce(x)
         return x.numpy().tobytes()
 
@@ -228,6 +228,7 @@ def lateness(rank: int, n: int) -> Any:
         return ledger.slowest_rank, ledger.arrivals["bucket 0"], ledger.seconds
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("env", [{}, {"DISTLIB_NODES": "2"}, {"DISTLIB_CORE": "0"}], ids=str)
 def test_the_slowest_rank_is_named_on_every_rank(env: dict[str, str]) -> None:
     for slowest, arrivals, _ in run_ranks(3, lateness, env=env):

@@ -1,14 +1,11 @@
-"""Messages between pipeline stages: they arrive bit for bit by every way, slots are safe and do not grow, and whatever
-goes wrong is named on both ends."""
+"""Messages between pipeline stages: they arrive bit for bit by every way, and slots are safe and do not grow."""
 
 from __future__ import annotations
 
 import os
 import random
-import signal
 import time
 from collections import Counter
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,7 +13,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import Outcome, process_group, run_ranks, run_ranks_raw
+from ranks import process_group, run_ranks
 from torch import Tensor
 
 import distlib
@@ -24,7 +21,6 @@ from distlib import native
 from distlib.comm.group import Group
 from distlib.comm.meeting import Host
 from distlib.comm.slots import layout
-from distlib.comm.work import CollectiveError
 from distlib.pipeline.header import BYTES, DATA, Header
 from distlib.pipeline.program import Spec
 from distlib.pipeline.transport import Transport
@@ -135,7 +131,7 @@ def laid_out(tensor: Tensor, how: str) -> Tensor:
     if how == "registered":
         return distlib.registered_empty(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
     if how == "grad" and (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
-        return tensor.clone().requires_grad_() * 1
+        return tensor.clone().requires_grad_().clone()
     return tensor
 
 
@@ -152,11 +148,6 @@ def random_traffic(rank: int, n: int, backend: str, seeds: list[int]) -> None:
         group = Group.of()
         for seed in seeds:
             run_program(group, program(seed, n), seed)
-        assert (
-            not native.core()
-            or backend == "gloo"
-            or not any(name in str(type(group._channel)) for name in ("Gloo", "C10d"))
-        )
 
 
 def run_program(group: Group, p: Program, seed: int) -> None:
@@ -206,7 +197,7 @@ def run_program(group: Group, p: Program, seed: int) -> None:
 @pytest.mark.parametrize("n", [2, 3])
 @EVERY_WAY
 def test_whatever_is_sent_arrives_bit_for_bit_and_is_counted(backend: str, env: dict[str, str], n: int) -> None:
-    run_ranks(n, random_traffic, backend, list(range(n * 100, n * 100 + 12)), env=env)
+    run_ranks(n, random_traffic, backend, list(range(n * 100, n * 100 + 8)), env=env)
 
 
 def one_tensor(source: int, k: int) -> Tensor:
@@ -214,6 +205,7 @@ def one_tensor(source: int, k: int) -> Tensor:
 
 
 ONE = [Spec((300, 100), torch.float32, True)]
+NUMBERED = [*ONE, Spec((5,), torch.int64, False)]
 
 
 def takes_in_another_order(rank: int, n: int) -> None:
@@ -237,6 +229,11 @@ def test_a_channel_may_be_taken_from_in_another_order_than_posted(env: dict[str,
 
 
 # ---------------------------------------------------------------- slots
+
+
+def slot_bytes(specs: list[Spec]) -> int:
+    """Bytes of the slot of a message."""
+    return -(-layout([spec.nbytes for spec in specs])[1] // 4096) * 4096
 
 
 def one_f_one_b(transport: Transport, rank: int, n: int, k: int, hold: int) -> None:
@@ -277,21 +274,18 @@ def one_f_one_b(transport: Transport, rank: int, n: int, k: int, hold: int) -> N
 def fifty_steps(rank: int, n: int) -> None:
     with process_group(rank, n):
         transport = Transport(Group.of(), list(range(n)), [(a, a + 1) for a in range(n - 1)])
-        sizes, in_use = [], []
+        sizes = []
         for _ in range(50):
             one_f_one_b(transport, rank, n, 6, n - rank)
             dist.barrier()
             sizes.append(transport.nbytes)
-            in_use.append(Host.here().arena.in_use)
-        slot = 64 + 300 * 100 * 4
-        slot = -(-slot // 4096) * 4096
-        ahead = {0: n + 1, n - 1: 2}.get(rank, n - rank + 1 + 2 + n - rank)
+        slot = slot_bytes(ONE)
+        # Forwards ahead of their backwards, gradients ahead of theirs, and one more each that is just being let go of.
+        ahead = (n - rank + 2 if rank < n - 1 else 0) + (3 if rank else 0)
         assert slot <= max(sizes) <= ahead * slot, (rank, [size / slot for size in sizes])
-        late = in_use[10:]
-        assert max(late) - min(late) <= 2 * slot, "what changes is one step's luck"
+        before = Host.here().arena.in_use
         transport.close()
-        dist.barrier()
-        assert Host.here().arena.in_use <= in_use[0] - sizes[0] + 4096, "all slots went back"
+        assert Host.here().arena.in_use == before - sizes[-1], "all slots went back"
 
 
 @NO_CORE
@@ -311,7 +305,7 @@ def holds(rank: int, n: int) -> list[int]:
                 if rank == 0:
                     transport.send(0, 1, k, [one_tensor(step, k), torch.arange(5)])
                     continue
-                transport.post(0, 1, k, [*ONE, Spec((5,), torch.int64, False)])
+                transport.post(0, 1, k, NUMBERED)
                 x, numbers = transport.take(0, 1, k)
                 if (step, k) == (1, 0):
                     view = numbers[2:3]
@@ -342,9 +336,8 @@ def holds(rank: int, n: int) -> list[int]:
 @NO_CORE
 def test_what_a_receiver_holds_never_changes_and_comes_back_when_he_lets_go() -> None:
     sizes = run_ranks(2, holds)[0]
-    slot = sizes[0] // 2 if sizes[0] > 130_000 else sizes[0]
-    assert max(sizes) <= 4 * slot, "two on their way, two held"
-    assert sizes[-1] == sizes[3], "those that came back are used"
+    assert max(sizes) <= 4 * slot_bytes(NUMBERED), "two on their way, two held"
+    assert sizes[4] > 2 * slot_bytes(NUMBERED) and sizes[5] == sizes[4], "those that came back are used"
 
 
 def outlives(rank: int, n: int) -> str:
@@ -374,70 +367,48 @@ def test_what_was_received_outlives_the_transport_the_group_and_the_sender() -> 
     assert run_ranks(2, outlives) == ["held", "held"]
 
 
-# ---------------------------------------------------------------- ends that do not agree
+# ---------------------------------------------------------------- without a cluster
 
 
-def error_of(call: Callable[[], object]) -> CollectiveError:
-    with pytest.raises(CollectiveError) as caught:
-        call()
-    return caught.value
+def test_without_a_cluster_bytes_are_counted_and_tensors_have_their_shapes() -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=64)
+    try:
+        distlib.ledger().reset()
+        transport = Transport(Group.of(), list(range(64)), [(a, a + 1) for a in range(63)])
+        transport.send(3, 4, 0, [one_tensor(0, 0)])
+        transport.post(2, 3, 0, ONE)
+        assert specs_of(transport.take(2, 3, 0)) == [ONE[0]._replace(requires_grad=False)]
+        transport.finish()
+        transport.close()
+        sent = {row.op: row.bytes for row in distlib.ledger().rows}
+        assert sent["send"] == ONE[0].nbytes
+    finally:
+        dist.destroy_process_group()
 
 
-def differ(rank: int, n: int, backend: str, how: str) -> str:
-    dist.init_process_group(backend, timeout=distlib.comm.group.timedelta(seconds=10))
-    transport = Transport(Group.of(), [0, 1], [(0, 1)], 10)
-    sent = {
-        "shape": [torch.ones(4, 6), torch.ones(2)],
-        "dtype": [torch.ones(4, 8).double(), torch.ones(2)],
-        "count": [torch.ones(4, 8)],
-        "micro-batch": [torch.ones(4, 8), torch.ones(2)],
-    }[how]
-    expected = [Spec((4, 8), torch.float32, True), Spec((2,), torch.float32, False)]
-    for k in range(2):  # a sound message first
-        bad = k == 1
+# ---------------------------------------------------------------- arithmetic
 
-        def act() -> None:
-            if rank == 0:
-                transport.send(
-                    0, 1, 2 if bad and how == "micro-batch" else k, sent if bad else [torch.ones(4, 8), torch.ones(2)]
-                )  # noqa: B023, E501
-            else:
-                transport.post(0, 1, k, expected)  # noqa: B023
-                transport.take(0, 1, k)  # noqa: B023
-            transport.finish()
-
-        if not bad:
-            act()
-    if rank == 0:
-        # By slots nobody waits for the receiver: the next call that does says it.
-        def until_told() -> None:
-            act()
-            transport.post(1, 0, 1, expected)
-            transport.take(1, 0, 1)
-
-        error = error_of(until_told)
-    else:
-        error = error_of(act)
-    assert error.__cause__ is not None
-    time.sleep(0.5)  # the other end is still to see it
-    return str(error)
+SPECS = st.lists(
+    st.builds(Spec, st.lists(st.integers(0, 9), max_size=4).map(tuple), st.sampled_from(DTYPES), st.booleans()),
+    max_size=90,
+)
 
 
-@EVERY_WAY
-@pytest.mark.parametrize("how", ["shape", "dtype", "count", "micro-batch"])
-def test_ends_that_do_not_agree_both_say_what_was_sent_and_expected(
-    how: str, backend: str, env: dict[str, str]
-) -> None:
-    got = {
-        "shape": "rank 0 sent float32 [4, 6], float32 [2]",
-        "dtype": "rank 0 sent float64 [4, 8], float32 [2]",
-        "count": "rank 0 sent float32 [4, 8]",
-        "micro-batch": "rank 0 sent micro-batch 2",
-    }[how]
-    for text in run_ranks(2, differ, backend, how, env=env, timeout=30):
-        assert "stage 0 -> 1, micro-batch" in text and "(activations)" in text, text
-        assert got in text, text
-        if how == "micro-batch":
-            assert "rank 1 expects micro-batch 1" in text, text
-        else:
-            assert "rank 1 expects float32 [4, 8], float32 [2]" in text and "sequence length" in text, text
+@given(SPECS, SPECS, st.integers(0, 1 << 40), st.integers(-1, 1 << 40))
+def test_a_header_says_what_it_goes_with(mine: list[Spec], other: list[Spec], k: int, offset: int) -> None:
+    header = Header.of(k, mine).in_slot(offset)
+    packed = header.pack()
+    assert packed.numel() == BYTES and Header.unpack(packed) == header and header.kind == DATA
+    alike = [spec[:2] for spec in mine] == [spec[:2] for spec in other]
+    assert header.agrees(Header.of(k, other)) == alike
+    assert not header.agrees(Header.of(k + 1, mine))
+
+
+@given(st.lists(st.integers(0, 1 << 40)))
+def test_tensors_of_a_slot_lie_apart_each_on_a_cache_line(sizes: list[int]) -> None:
+    offsets, end = layout(sizes)
+    assert all(offset % 64 == 0 for offset in offsets)
+    ends = [64, *(offset + size for offset, size in zip(offsets, sizes, strict=True))]
+    assert all(begin >= before for begin, before in zip([*offsets, end], ends, strict=True))

@@ -318,6 +318,7 @@ def _meet(launch: Launch, seconds: float = 20, **other: Any) -> Callable[[], obj
     return lambda: meet(launch, RECORD | other, timedelta(seconds=seconds)).store
 
 
+@pytest.mark.alone
 def test_missing_ranks_are_named_on_every_rank() -> None:
     port = _free_port()
     begin = time.monotonic()
@@ -340,6 +341,7 @@ def test_nobody_serving_names_address_launcher_and_fix() -> None:
         assert fix in str(caught.value)
 
 
+@pytest.mark.alone
 def test_a_port_in_use_is_named_on_every_rank() -> None:
     with socket.create_server(("127.0.0.1", 0)) as stale:  # listens, and never says a word
         port = stale.getsockname()[1]

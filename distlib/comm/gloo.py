@@ -86,7 +86,7 @@ def expected_sent(kind: str, n: int, me: int, root: int, sent: int, received: in
         return {to: sent // n for to in range(n)}
     if kind == "all_gather":
         return {after: sent * (n - 1)}
-    if kind in ("gather", "reduce"):
+    if kind in ("gather", "reduce", "send"):
         return {root: sent}
     if kind == "scatter":
         return {to: received for to in range(n)} if me == root else {}

@@ -63,9 +63,9 @@ class Slot:
         return self._state[0] == _RETURNED
 
     @property
-    def lost(self) -> bool:
-        """Whether it waits for a rank that has ended."""
-        return self._state[0] == _LENT and not self.borrower.alive
+    def taken(self) -> bool:
+        """Whether the receiver has come for it."""
+        return self._state[0] != _LENT
 
     def fill(self, tensors: Sequence[torch.Tensor], offsets: Sequence[int], borrower: Any) -> None:
         """Copies the tensors in. The caller then tells the receiver, which orders the copy before its reads."""

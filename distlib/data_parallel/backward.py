@@ -3,14 +3,27 @@
 Autograd runs callbacks at the end of the backward in which they were queued. A re-entrant checkpoint runs a
 backward inside the backward, so a callback queued when the first gradient lands could run too early. The
 first thing that the outermost backward of a model does is to visit its outputs: the callback is queued there.
+
+A pipeline may run a backward in two passes: the input pass visits outputs, the weight pass comes some time later and
+visits none, but where it walks the graph again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
+
+
+@dataclass
+class Passes:
+    """Which pass of a backward in two is under way: none, where a backward is whole."""
+
+    input: bool = False
+    weight: bool = False
 
 
 class BackwardWatch:
@@ -19,11 +32,13 @@ class BackwardWatch:
     Both are bound methods and held weakly: the graph of an output may outlive the model.
     """
 
-    def __init__(self, ended: Callable[[], None], died: Callable[[], None]) -> None:
+    def __init__(self, ended: Callable[[], None], died: Callable[[], None], passes: Passes) -> None:
         self._ended = weakref.WeakMethod(ended)
         self._died = weakref.WeakMethod(died)
+        self._passes = passes
         self._running = 0  # the number of the backward under way; 0: none
         self._begun = 0
+        self._ends = 0
 
     def outputs(self, output: object) -> None:
         """Watch the tensors of a forward's output."""
@@ -42,16 +57,52 @@ class BackwardWatch:
         """The running backward is dealt with."""
         self._running = 0
 
+    @contextlib.contextmanager
+    def input_pass(self) -> Iterator[None]:
+        """A backward in it is an input pass. `died()` if the block raises: what it began cannot go on."""
+        self._passes.input = True
+        try:
+            yield
+        except BaseException:
+            _call(self._died)
+            raise
+        finally:
+            self._passes.input = False
+
+    @contextlib.contextmanager
+    def weight_pass(self) -> Iterator[None]:
+        """A backward in it is a weight pass. `ended()` once, even if no gradient lands; `died()` if it raises first."""
+        self._passes.weight = True
+        before = self._ends
+        try:
+            yield
+            if self._ends == before:
+                self._end()
+        except BaseException:
+            if self._ends == before:
+                _call(self._died)
+            raise
+        finally:
+            self._passes.weight = False
+
     def _visited(self, _: torch.Tensor) -> None:
-        self.begin()
+        if not self._passes.weight:
+            self.begin()
 
     def _over(self, number: int, reached: bool) -> None:
-        if self._running != number:
-            return
-        self._running = 0
-        method = (self._ended if reached else self._died)()
-        if method is not None:
-            method()
+        if self._running == number:
+            self._running = 0
+            self._end() if reached else _call(self._died)
+
+    def _end(self) -> None:
+        self._ends += 1
+        _call(self._ended)
+
+
+def _call(method: weakref.WeakMethod[Callable[[], None]]) -> None:
+    bound = method()
+    if bound is not None:
+        bound()
 
 
 class _End:
@@ -66,6 +117,13 @@ class _End:
 
     def __del__(self) -> None:
         self._watch._over(self._number, reached=False)
+
+
+def will_land(leaf: torch.Tensor) -> bool:
+    """Whether the backward under way, if there is one, reaches a leaf."""
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(leaf).node)
 
 
 def tensors_in(value: object, seen: set[int]) -> list[torch.Tensor]:

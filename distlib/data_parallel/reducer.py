@@ -21,7 +21,7 @@ import torch
 from distlib.buckets import MIB, Parameter, plan
 from distlib.comm.group import Group
 from distlib.comm.work import Work
-from distlib.data_parallel.backward import BackwardWatch
+from distlib.data_parallel.backward import BackwardWatch, Passes, will_land
 from distlib.data_parallel.hooks import CommHook, GradientBucket, Handed
 from distlib.data_parallel.memory import BucketMemory, empty
 from distlib.data_parallel.report import Report
@@ -43,7 +43,7 @@ class Reducer:
 
     Attributes:
         paused: inside no_sync(); gradients accumulate on this rank.
-        pending: a forward was recorded and its backward has not ended.
+        pending: forwards recorded whose backwards have not ended.
         unsynchronised: `.grad` holds gradients that were not averaged.
         source: group rank whose arrival order decides the layout.
         scale: factor on the averages of the next backward (uneven inputs).
@@ -81,14 +81,16 @@ class Reducer:
         self._follow_layout()
 
         self.paused = self._forward_paused = False
-        self.pending = self.unsynchronised = self._unread = False
+        self.pending = 0
+        self.unsynchronised = self._unread = False
         self.source, self.scale = 0, 1.0
         self.arrivals: list[int] = []
         self._touched = [False] * count  # landed in a micro-step whose gradients were not averaged yet
         self._deferred = False
         self._works: list[Work] = []
         self._handed: list[Handed] = []
-        self._watch = BackwardWatch(self._finish, self._died)
+        self._passes = Passes()
+        self.watch = BackwardWatch(self._finish, self._died, self._passes)
         self._rest()
         _register(self, self._parameters)
 
@@ -131,14 +133,13 @@ class Reducer:
     def _rest(self) -> None:
         """Between two backwards."""
         self._idle = True
-        self.pending = False
         self._due = list(self._expected)
         self._left = list(self._members_due)
         self._launched = 0
         self._works.clear()
         self._handed.clear()
         self._report.clear()
-        self._watch.forget()
+        self.watch.forget()
 
     # ------------------------------------------------------------ what the wrapper calls
 
@@ -150,8 +151,8 @@ class Reducer:
 
     def after_forward(self, output: object) -> None:
         """At the end of each forward that records a graph."""
-        self.pending = True
-        self._watch.outputs(output)
+        self.pending += 1
+        self.watch.outputs(output)
 
     def traffic(self) -> tuple[int, int]:
         """(collectives, bytes handed to them) of one averaged backward on this rank, hooks not counted."""
@@ -173,13 +174,28 @@ class Reducer:
                 "create_graph=True) with respect to inputs or activations, add the penalty to the loss, and "
                 "call loss.backward()."
             )
+        self.watch.begin()
+        self._open()
+        if self._passes.weight and not self._deferred:
+            self._expect_no_more_of(
+                [i for i, p in enumerate(self._parameters) if self._touched[i] and not will_land(p)]
+            )
+
+    def _open(self) -> None:
         self.settle()
         self._idle = False
-        self._deferred = self.paused or self._forward_paused
-        self._watch.begin()
+        self._deferred = self.paused or self._forward_paused or self._passes.input
         if not self._deferred:
             self.arrivals = [0] * len(self._labels)
             self._fill(self._unused_here)
+
+    def _expect_no_more_of(self, early: Sequence[int]) -> None:
+        """These landed in an input pass, and their buckets need not wait for them."""
+        self._fill(early)
+        for i in early:
+            if self._due[i] > 0:
+                self._due[i] = 0
+                self._left[self._bucket_of[i]] -= 1
 
     def _adopt(self, index: int, parameter: torch.Tensor, view: torch.Tensor | None) -> None:
         """A gradient that is not its slice of the bucket: copy it there and make the slice the gradient."""
@@ -232,8 +248,11 @@ class Reducer:
     # ------------------------------------------------------------ end of backward
 
     def _finish(self) -> None:
+        if self._passes.weight and self._idle:
+            self._open()  # nothing landed in it, but something in its input pass
         if self._idle:
-            self._check_no_gradients_bypassed()
+            if not self._passes.input:
+                self._check_no_gradients_bypassed()
             return
         try:
             if self._deferred:
@@ -242,20 +261,28 @@ class Reducer:
                 self._synchronise()
         finally:
             if not self._deferred:
+                self.pending = 0
                 self._touched = [False] * len(self._touched)
+            elif not self._passes.input:
+                self.pending = max(0, self.pending - 1)
             self._rest()
 
     def _died(self) -> None:
         """The backward raised on this rank; the others may be waiting for its gradients.
 
         With buckets under way nothing can be undone: the group ends. Before the first bucket, the next
-        backward of this rank could stand in for this one, so it says in its report that it is a new start.
+        backward of this rank could stand in for this one, so it says in its report that it is a new start. Nothing
+        can stand in for one of two passes.
         """
-        if self._launched and self._group.size > 1:
+        if self._passes.input or self._passes.weight:
+            when = f"in its {'input' if self._passes.input else 'weight'} pass"
+        else:
+            when = f"after {self._launched} of {len(self._left)} gradient buckets were launched"
+        if self._group.size > 1 and (self._launched or self._passes.input or self._passes.weight):
             self._group.abort(
-                f"rank {self._group.rank}: backward stopped with an exception after {self._launched} of "
-                f"{len(self._left)} gradient buckets were launched; see that rank's own traceback"
+                f"rank {self._group.rank}: backward stopped with an exception {when}; see that rank's own traceback"
             )
+        self.pending = 0
         if self._group.size > 1 and not self._idle and not self._deferred:
             self._report.restarted = True
         self._rest()

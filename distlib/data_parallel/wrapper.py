@@ -42,7 +42,7 @@ class DataParallel(Transparent, Joinable):
         static_graph: every step uses the same parameters equally often. What is unused, or used several times
             by re-entrant checkpoints, is learnt in the first averaged backward, which does not overlap.
         broadcast_buffers: in training mode, copy buffers from group rank 0 to all ranks at the start of the
-            first forward of each step.
+            first forward of each step; in a pipeline, of the first after it that begins with no other under way.
         gradient_dtype: torch.float16 or torch.bfloat16: communicate gradients in it (summed in float32), and
             cast back.
         comm_hook: `hook(bucket) -> Future or Tensor` that averages a bucket itself; see `GradientBucket`.
@@ -89,6 +89,7 @@ class DataParallel(Transparent, Joinable):
         )
         self._module_buffers = replicas.ModuleBuffers(module, self._group, self._device)
         self._copies_buffers = broadcast_buffers and len(self._module_buffers) > 0 and self._group.size > 1
+        self._owes_buffers = False  # they were not copied when due: graphs of forwards under way may refer to them
         state = [p.detach() for p in module.parameters()] + self._module_buffers.tensors()
         replicas.broadcast(self._group, state, 0, self._device)
         self._reducer = Reducer(self._group, names, parameters, self._device, options)
@@ -108,7 +109,9 @@ class DataParallel(Transparent, Joinable):
         if recording and not reducer.paused:
             self._places.check(self._group.rank)
         reducer.before_forward(recording)
-        buffers = self._copies_buffers and self.training and not (reducer.paused or reducer.pending)
+        due = self._copies_buffers and self.training and (self._owes_buffers or not reducer.paused)
+        buffers = due and not reducer.pending
+        self._owes_buffers = not buffers and (due or self._owes_buffers)
         source = 0
         if self._uneven is not None and self._join_config.enable:
             source = self._uneven.announce(buffers, recording and not reducer.paused)
@@ -130,6 +133,37 @@ class DataParallel(Transparent, Joinable):
             yield
         finally:
             self._reducer.paused = before
+
+    # ------------------------------------------------------------ inside a pipeline
+
+    def partial_backward(self) -> contextlib.AbstractContextManager[None]:
+        """Around the input pass of a backward in two (B; see distlib.pipeline.split_backward): nothing is averaged.
+
+        Local; an exception in it ends the group, since all other ranks wait for this micro-batch.
+        """
+        return self._reducer.watch.input_pass()
+
+    def weight_backward(self) -> contextlib.AbstractContextManager[None]:
+        """Around the weight pass (W): ends what `partial_backward` began, outside no_sync() by averaging all of it.
+
+        Every rank must enter it, in the same order, even where nothing is left to compute. Exceptions as there.
+        """
+        return self._reducer.watch.weight_pass()
+
+    @property
+    def gathers(self) -> bool:
+        """False: every rank holds whole parameters."""
+        return False
+
+    def hold(self) -> bool:
+        """For code that also runs `ShardedDataParallel`: parameters are whole at all times. Returns False."""
+        return False
+
+    def release(self) -> bool:
+        """See `hold`."""
+        return False
+
+    # ------------------------------------------------------------ ranks with different numbers of inputs
 
     def join(
         self,

@@ -85,7 +85,13 @@ def read_deepspeed(
         raise ValueError(f"a DeepSpeed configuration is a mapping, not {type(config).__name__}")
     draft = Draft(config, settings, world_size)
     notes = walk(config, KEYS, draft)
-    return Reading(draft.plan(), tuple(notes), draft.optimizer, draft.scheduler)
+    try:
+        plan = draft.plan()
+    except ValueError as error:
+        raise ValueError(
+            f"DeepSpeed configuration, as a plan: {error}\nGive other settings beside the configuration"
+        ) from None
+    return Reading(plan, tuple(notes), draft.optimizer, draft.scheduler)
 
 
 def write_deepspeed(plan: Plan, rows: int) -> dict[str, Any]:

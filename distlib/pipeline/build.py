@@ -114,10 +114,19 @@ def stage_modules(
 def _separate(part: StageModule, modules: set[int], tensors: set[int]) -> None:
     """Gives the stage copies of what another stage of this rank holds as well."""
     copies: dict[int, nn.Module] = {}
-    for owner in list(part.modules()):
+
+    def walk(owner: nn.Module) -> None:
         for key, child in list(owner._modules.items()):
-            if child is not None and id(child) in modules:
-                owner._modules[key] = copies.setdefault(id(child), copy.deepcopy(child))
+            if child is None:
+                continue
+            if id(child) in modules:
+                if id(child) not in copies:
+                    copies[id(child)] = copy.deepcopy(child)
+                owner._modules[key] = copies[id(child)]
+            else:
+                walk(child)
+
+    walk(part)
     twins: dict[int, torch.Tensor] = {}
     for place in places(part):
         if id(place.tensor) in tensors:
@@ -153,6 +162,7 @@ def materialise(module: nn.Module, init: Init | None, only: set[str] | None = No
                 real[id(place.tensor)] = _like(place.tensor, torch.empty_like(place.tensor, device="cpu"))
             place.put(real[id(place.tensor)])
             owners.setdefault(id(place.owner), (place.name.rpartition(".")[0], place.owner))
+    done: set[int] = set()
     for name, owner in owners.values():
         reset = getattr(owner, "reset_parameters", None)
         if init is None and not callable(reset):
@@ -160,13 +170,22 @@ def materialise(module: nn.Module, init: Init | None, only: set[str] | None = No
                 f"{name or 'the model'} ({type(owner).__name__}) is on the meta device and has no reset_parameters(): "
                 "give init=, a function that initialises the parameters and buffers of a module"
             )
+        earlier = {t: t.detach().clone() for t in _own(owner) if id(t) in done}  # tied: the first owner's values count
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed((torch.initial_seed() + zlib.crc32(name.encode())) % 2**63)
             if init is not None:
                 init(owner)
             elif callable(reset):
                 reset()
+        with torch.no_grad():
+            for tensor, values in earlier.items():
+                tensor.copy_(values)
+        done |= {id(t) for t in _own(owner)}
     return module
+
+
+def _own(owner: nn.Module) -> list[torch.Tensor]:
+    return [t for t in (*owner._parameters.values(), *owner._buffers.values()) if t is not None]
 
 
 def split_backwards(modules: Mapping[int, StageModule], schedule: Schedule) -> dict[int, Report]:

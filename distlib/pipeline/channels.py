@@ -17,9 +17,9 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -37,14 +37,13 @@ _CONTROL = "control"  # the ledger's name of headers
 
 @dataclass(frozen=True)
 class Edge:
-    """source, target: stages. number: among all edges, on every rank. line: to the other rank, which holds the other
-    stage. abort: ends the transport for all ranks."""
+    """source, target: stages. number: among all channels, on every rank. line: to the rank that holds the other
+    stage."""
 
     source: int
     target: int
     number: int
     line: Line
-    abort: Callable[[CollectiveError], None]
 
     def words(self, micro_batch: int) -> str:
         """How errors name a message."""
@@ -80,12 +79,12 @@ class Edge:
     def recv(self, packed: Tensor, tag: int) -> Work:
         return self.line.recv(packed, tag, _CONTROL)
 
-    def fail(self, micro_batch: int, sent: Header, expected: Header, receiving: bool) -> NoReturn:
-        """Two headers do not agree: all ranks are told, and this one raises."""
-        mine, other = self.line.group.ranks[self.line.group.rank], self.line.group.ranks[self.line.peer]
-        text = disagreement(sent, expected, *((other, mine) if receiving else (mine, other)))
-        self.abort(CollectiveError(f"{self.words(micro_batch)}: {text}", "mismatch"))
-        raise CollectiveError(text, "mismatch")
+    def compare(self, sent: Header, expected: Header, receiving: bool) -> None:
+        """Raises CollectiveError if the two ends do not mean the same message; this rank is the receiver or not."""
+        if not sent.agrees(expected):
+            mine, other = self.line.group.ranks[self.line.group.rank], self.line.group.ranks[self.line.peer]
+            ends = (other, mine) if receiving else (mine, other)
+            raise CollectiveError(disagreement(sent, expected, *ends), "mismatch")
 
 
 class Sender(Protocol):
@@ -102,7 +101,7 @@ class Sender(Protocol):
         ...
 
     def finish(self) -> None:
-        """Until all that was sent is away."""
+        """Until all that was sent is away. Names the message that is not."""
         ...
 
     def abort(self, text: str) -> None:
@@ -166,12 +165,18 @@ class SlotSender:
 
     def finish(self) -> None:
         under_way, self._under_way = self._under_way, []
-        for work, micro_batch, slot in under_way:
+        for work, micro_batch, _ in under_way:
             with self.edge.naming(micro_batch):
                 self.edge.line.wait(work)
-                if slot is not None and slot.lost:
-                    rank = self.edge.line.group.ranks[self.edge.line.peer]
-                    raise CollectiveError(f"rank {rank} ended before it took the message", "dead")
+
+        def left() -> list[int]:
+            return [k for _, k, slot in under_way if slot is not None and not slot.taken]
+
+        # Asked again after the look at the rank: it may have come for its slots, and then ended.
+        if left() and not self.edge.line.memory.alive and (lost := left()):
+            rank = self.edge.line.group.ranks[self.edge.line.peer]
+            with self.edge.naming(lost[0]):
+                raise CollectiveError(f"rank {rank} ended before it took the message", "dead")
 
     def abort(self, text: str) -> None:
         """The group's own abort reaches every rank of the host."""
@@ -196,8 +201,7 @@ class SlotReceiver:
         expected, specs, packed = self.posted.popleft(), self._specs.popleft(), empty()
         self.edge.line.wait(self.edge.recv(packed, self.edge.tag))
         sent = Header.unpack(packed)
-        if not sent.agrees(expected):
-            self.edge.fail(expected.micro_batch, sent, expected, receiving=True)
+        self.edge.compare(sent, expected, receiving=True)
         nbytes = sum(spec.nbytes for spec in specs)
         self.edge.line.count("recv", nbytes)
         if not nbytes:
@@ -251,8 +255,7 @@ class MessageSender:
                 expected = Header.unpack(packed)
                 if expected.kind == ABORT:
                     raise CollectiveError(expected.text)
-                if not sent.agrees(expected):
-                    self.edge.fail(sent.micro_batch, sent, expected, receiving=False)
+                self.edge.compare(sent, expected, receiving=False)
             while works:
                 self.edge.line.wait(works.pop(0))
         except CollectiveError as error:
@@ -309,8 +312,7 @@ class MessageReceiver:
             if sent.kind == ABORT:
                 raise CollectiveError(sent.text)
             line.wait(coming.answer)  # the sender reads it, whatever it says
-            if not sent.agrees(expected):
-                self.edge.fail(expected.micro_batch, sent, expected, receiving=True)
+            self.edge.compare(sent, expected, receiving=True)
         for work in coming.works:
             line.wait(work)
         return coming.tensors

@@ -26,9 +26,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from distlib.pipeline.cut import Placing, crossing_bytes
+from distlib.pipeline.cut import crossing_bytes
 from distlib.pipeline.ghost import copy_with, faked, places
 from distlib.pipeline.partition import split_layers
+from distlib.pipeline.placing import Placing
 from distlib.pipeline.program import Call, Const, Program, Ref, Spec, Template, fill, refs
 
 # Estimated times are those of this machine; only their ratios matter.
@@ -217,8 +218,12 @@ def _key(program: Program, module: nn.Module, call: Call) -> Any:
 # ---------------------------------------------------------------- one call alone
 
 
+_Ends = tuple[list[Tensor], list[Tensor]]  # results of a forward, and gradients for them
+
+
 class _Alone:
-    """A call of a program with inputs of its own, to be run again and again."""
+    """A call of a program with inputs of its own, to be run again and again. inputs, parameters: that require a
+    gradient. weights: all parameters, trained or not."""
 
     def __init__(self, program: Program, module: nn.Module, call: Call, device: torch.device) -> None:
         self._call = call
@@ -233,14 +238,17 @@ class _Alone:
             if values[v].requires_grad:
                 (self.parameters if program.values[v].trained else self.inputs).append(values[v])
         self._values = values
+        self.weights = [values[v] for v in values if program.values[v].trained]
         if isinstance(call.target, str):
-            self._run: Callable[..., Any] = module.get_submodule(call.target)
-            self.parameters += [p for p in module.get_submodule(call.target).parameters() if p.requires_grad]
+            leaf = module.get_submodule(call.target)
+            self._run: Callable[..., Any] = leaf
+            self.weights += leaf.parameters()
+            self.parameters += [p for p in leaf.parameters() if p.requires_grad]
         else:
             self._run = call.target
 
     def forward(self) -> list[Tensor]:
-        """Results through which gradients come."""
+        """The results through which gradients come."""
         with self._context.entered():
             # What the call writes to must be no leaf of autograd.
             given = {v: t.clone() if self._call.writes else t for v, t in self._values.items()}
@@ -249,10 +257,10 @@ class _Alone:
             result = self._run(*args, **kwargs)
         return [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.requires_grad]
 
-    def backward(self, outputs: Sequence[Tensor], leaves: Sequence[Tensor], again: bool) -> None:
+    def backward(self, ends: _Ends, leaves: Sequence[Tensor], again: bool) -> None:
         """Gradients of some leaves. again: another backward follows."""
+        outputs, gradients = ends
         if outputs and leaves:
-            gradients = [torch.ones_like(t) for t in outputs]
             torch.autograd.grad(outputs, leaves, gradients, retain_graph=again, allow_unused=True)
 
 
@@ -273,16 +281,16 @@ def _estimated(alone: _Alone) -> _Times:
             result = run()
         return flops.get_total_flops() / FLOPS + traffic.bytes / BANDWIDTH, result
 
-    parameters = {p.untyped_storage()._cdata for p in alone.parameters}
-    with _saved(parameters) as saved:
+    with _saved({p.untyped_storage()._cdata for p in alone.weights}) as saved:
         forward, outputs = seconds(alone.forward)
-    backward, _ = seconds(lambda: alone.backward(outputs, alone.inputs, again=True))
-    both, _ = seconds(lambda: alone.backward(outputs, [*alone.inputs, *alone.parameters], again=False))
+    ends = outputs, [torch.ones_like(t) for t in outputs]
+    backward, _ = seconds(partial(alone.backward, ends, alone.inputs, again=True))
+    both, _ = seconds(partial(alone.backward, ends, [*alone.inputs, *alone.parameters], again=False))
     return _Times(forward, backward, max(both - backward, 0.0), sum(saved.values()))
 
 
 class _Traffic(TorchDispatchMode):
-    """Counts the bytes that operators read and write; views are free."""
+    """Counts the bytes that operators read and write; views and questions (prim) are free."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -290,7 +298,7 @@ class _Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not func.is_view:
+        if func.namespace != "prim" and not func.is_view:
             tensors = [t for t in pytree.tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
             self.bytes += sum(t.numel() * t.element_size() for t in tensors)
         return result
@@ -324,8 +332,9 @@ def _measured(alone: _Alone, repeat: int) -> _Times:
     rows = []
     for _ in range(1 + repeat):
         forward, outputs = seconds(alone.forward)
-        backward, _ = seconds(partial(alone.backward, outputs, alone.inputs, again=True))
-        both, _ = seconds(partial(alone.backward, outputs, [*alone.inputs, *alone.parameters], again=False))
+        ends = outputs, [torch.ones_like(t) for t in outputs]
+        backward, _ = seconds(partial(alone.backward, ends, alone.inputs, again=True))
+        both, _ = seconds(partial(alone.backward, ends, [*alone.inputs, *alone.parameters], again=False))
         rows.append((forward, backward, max(both - backward, 0.0)))
     forward, backward, weight = (statistics.median(column) for column in zip(*rows[1:], strict=True))
     return _Times(forward, backward, weight, 0)

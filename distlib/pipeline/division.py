@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -34,8 +35,8 @@ class Division:
     ghost: the whole model without data. leaves: modules that lie wholly in a stage. stage_of: of each leaf, by call or,
     without example inputs, by name. holdings: what each stage holds. aliases: other names of tied parameters and
     buffers, to the first one. tied: names of parameters of several stages, with these. tensors: name, shape and dtype
-    of all that a state dict of the whole model has. costs: of leaf calls, where they were needed. edges: what the
-    example inputs let travel.
+    of all that a state dict of the whole model has. costs: of leaf calls, where they were needed. edges: between which
+    stages something travels for the example inputs; sent: per stage, bytes of activations of a micro-batch that leave.
     """
 
     ghost: nn.Module
@@ -47,10 +48,45 @@ class Division:
     tensors: tuple[tuple[str, tuple[int, ...], str], ...]
     costs: tuple[LeafCost, ...] | None
     edges: tuple[tuple[int, int], ...]
+    sent: tuple[int, ...]
 
     @property
     def stages(self) -> int:
         return len(self.holdings)
+
+    @cached_property
+    def parameters(self) -> tuple[int, ...]:
+        """Trained parameters (elements) of each stage; a tied weight counts on each of its stages."""
+        hanging = places(self.ghost)
+        found = []
+        for held in self.holdings:
+            own = {
+                id(place.tensor): place.tensor.numel()
+                for place in hanging
+                if place.tensor.requires_grad
+                and (place.name in held.state or any(place.name.startswith(f"{leaf}.") for leaf in held.leaves))
+            }
+            found.append(sum(own.values()))
+        return tuple(found)
+
+    def __str__(self) -> str:
+        """A line per stage: its modules, its parameters, its part of the time."""
+        costs = self.stage_costs
+        lines = []
+        for held in self.holdings:
+            names = list(held.leaves)
+            shown = ", ".join(names) if len(names) <= 3 else f"{names[0]} ... {names[-1]} ({len(names)} modules)"
+            line = f"stage {held.stage}: {self.parameters[held.stage]:>14,} parameters"
+            if costs is not None:
+                times = [sum(t) for t in zip(costs.forward, costs.backward, costs.weight, strict=True)]  # type: ignore[arg-type]
+                line += f"  {times[held.stage] / max(sum(times), 1e-30):>6.1%} of the time"
+            lines.append(f"{line}  {shown}")
+        for name, stages in self.tied.items():
+            lines.append(f"{name} is on stages {', '.join(map(str, stages))}: their gradients are summed")
+        idle = [name for held in self.holdings for name in held.idle]
+        if idle:
+            lines.append(f"not used by the example inputs: {', '.join(idle)}")
+        return "\n".join(lines)
 
     @property
     def stage_costs(self) -> Costs | None:
@@ -99,6 +135,7 @@ def divide(
     costs: list[LeafCost] | None = None
     stage_of: tuple[int, ...] | dict[str, int]
     crossing: tuple[tuple[int, int], ...] = ()
+    sent = (0,) * stages
     if example is None:
         stage_of = _by_order(empty, leaves, split, stages)
         held = _held_by_order(empty, leaves, stage_of, stages)
@@ -111,6 +148,7 @@ def divide(
             stage_of = assign(program, [str(name) for name in split])
         parts = cut(program, stage_of, stages)
         held, crossing = holdings(parts, empty), edges(parts)
+        sent = tuple(sum(port.nbytes for port in part.sends) for part in parts)
     aliases, tensors = _names(empty)
     return Division(
         empty,
@@ -122,6 +160,7 @@ def divide(
         tensors,
         None if costs is None else tuple(costs),
         crossing,
+        sent,
     )
 
 

@@ -28,7 +28,7 @@ def edges_of(tensors: Sequence[Tensor]) -> Edges:
     """Taken before a call, since a write in place moves a tensor in the graph."""
     found = Edges()
     for tensor in tensors:
-        if tensor.requires_grad and id(tensor) not in found.ids:
+        if is_trained(tensor) and id(tensor) not in found.ids:
             found.ids.add(id(tensor))
             found.at.setdefault(_end(tensor), []).append(id(tensor))
     return found
@@ -44,11 +44,17 @@ def flows(
     """
     found = {}
     for tensor, number in outputs:
-        if not tensor.requires_grad:
+        if not is_trained(tensor):
             continue
         ids = _reached(tensor, edges) if exact else edges.ids
         found[number] = tuple(sorted({numbers[k] for k in ids}))
     return found
+
+
+def is_trained(tensor: Tensor) -> bool:
+    """Whether a gradient can come back for it. A view of a parameter that was made under no_grad says that it requires
+    one, and hangs nowhere in the graph."""
+    return tensor.requires_grad and not (tensor.grad_fn is None and tensor._is_view())
 
 
 def _end(tensor: Tensor) -> _End:

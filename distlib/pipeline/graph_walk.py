@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from distlib.pipeline.deferral import Hold
+from distlib.pipeline.deferral import Entry, Hold
 
 Node = Any  # torch.autograd.graph.Node
 
@@ -181,42 +181,41 @@ def _initial(tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> l
 
 
 def input_pass(
-    tensors: Sequence[Tensor], gradients: Sequence[Tensor | None], later: Mapping[Tensor, str]
-) -> tuple[list[Part], dict[str, str]]:
+    tensors: Sequence[Tensor], gradients: Sequence[Tensor | None], later: Mapping[Tensor, str], entries: list[Entry]
+) -> dict[str, str]:
     """Backward of `tensors` without the leaves in `later` (leaf -> name) and those that wait in Hold.
 
-    Returns the parts of the weight pass, in the order of backward, and by name the leaves of `later` that were not
-    deferred with the reason: their gradients are there already.
+    The parts of the weight pass are added to `entries`, in the order of backward: those of Hold come between them.
+    Returns by name the leaves of `later` that were not deferred, with the reason: their gradients are there already.
     """
     graph = _Graph(tensors, later)
     initial = _initial(tensors, gradients)
-    parts: list[Part] = []
     outer = [(e, g) for e, g in zip(graph.roots, initial, strict=True) if graph.deferred and e.node in graph.outer]
     if outer:
         behind = {node for node in _inputs_first([e.node for e, _ in outer])}
         leaves = [leaf for node, leaf in graph.deferred.items() if node in behind]
-        parts.append(Part([e for e, _ in outer], [g for _, g in outer], leaves))
+        entries.append(Part([e for e, _ in outer], [g for _, g in outer], leaves))
     frontier = graph.frontier if graph.deferred else {}
     handles = [
-        node.register_prehook(_noting(node, [graph.deferred[leaf] for leaf in leaves], parts))
+        node.register_prehook(_noting(node, [graph.deferred[leaf] for leaf in leaves], entries))
         for node, leaves in frontier.items()
     ]
     now = graph.now
     try:
         if now:
-            torch.autograd.backward(tensors, initial, retain_graph=bool(parts or handles), inputs=now)
+            torch.autograd.backward(tensors, initial, retain_graph=bool(outer or handles), inputs=now)
     finally:
         for handle in handles:
             handle.remove()
-    return parts, graph.kept
+    return graph.kept
 
 
-def _noting(node: Node, leaves: list[Tensor], parts: list[Part]) -> Callable[[Any], None]:
+def _noting(node: Node, leaves: list[Tensor], entries: list[Entry]) -> Callable[[Any], None]:
     def hook(gradients: tuple[Tensor | None, ...]) -> None:
         there = [(GradientEdge(node, i), g) for i, g in enumerate(gradients) if g is not None]
         if there:
             part = Part([edge for edge, _ in there], [g for _, g in there], leaves)
             part.replace = lambda _: gradients
-            parts.append(part)
+            entries.append(part)
 
     return hook

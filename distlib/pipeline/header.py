@@ -1,7 +1,7 @@
 """What goes before the tensors of a message: what they are, in a fixed number of bytes. Pure.
 
-    | kind | micro-batch | count | checksum | slot | text ...          |      int64 each, then UTF-8 padded with zeros
-    0      8             16      24         32     40               1024
+    | kind | micro-batch | tensors | checksum | slot | text ...          |      int64 each, then UTF-8 padded with zeros
+    0      8             16        24         32     40               1024
 
 Both ends make one, the sender of what it sends, the receiver of what it expects; they are compared.
 """
@@ -11,8 +11,8 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,14 +26,16 @@ HELLO, DATA, ABORT = 1, 2, 3  # kinds; what never came is none of them
 _NO_SLOT = -1
 
 
-@dataclass(frozen=True)
-class Header:
-    """kind: HELLO opens a channel, DATA goes with tensors, ABORT with the words of a fault. count, checksum, text: of
-    the tensors' shapes and dtypes. slot: the offset in the sender's arena, where they lie in one."""
+class Header(NamedTuple):
+    """kind: HELLO opens a channel, DATA goes with tensors, ABORT with the words of a fault.
+
+    tensors: how many. checksum, text: of their shapes and dtypes. slot: its offset in the sender's arena, where the
+    tensors lie in one.
+    """
 
     kind: int
     micro_batch: int = -1
-    count: int = 0
+    tensors: int = 0
     checksum: int = 0
     slot: int = _NO_SLOT
     text: str = ""
@@ -41,16 +43,16 @@ class Header:
     @staticmethod
     def of(micro_batch: int, specs: Iterable[Spec]) -> Header:
         """Of tensors with these specs; requires_grad does not count."""
-        return replace(_of_tensors(tuple((tuple(s.shape), s.dtype) for s in specs)), micro_batch=micro_batch)
+        return _of_tensors(tuple((tuple(s.shape), s.dtype) for s in specs))._replace(micro_batch=micro_batch)
 
     def in_slot(self, offset: int) -> Header:
         """The same, of tensors in a slot."""
-        return replace(self, slot=offset)
+        return self._replace(slot=offset)
 
     def pack(self) -> Tensor:
         """As uint8 [BYTES]."""
         buffer = bytearray(BYTES)
-        _NUMBERS.pack_into(buffer, 0, self.kind, self.micro_batch, self.count, self.checksum, self.slot)
+        _NUMBERS.pack_into(buffer, 0, self.kind, self.micro_batch, self.tensors, self.checksum, self.slot)
         text = self.text.encode()
         buffer[_NUMBERS.size : _NUMBERS.size + min(len(text), _TEXT)] = text[:_TEXT]
         return torch.frombuffer(buffer, dtype=torch.uint8)
@@ -60,13 +62,12 @@ class Header:
         """From what `pack` made."""
         buffer = packed.numpy().tobytes()
         text = buffer[_NUMBERS.size :].rstrip(b"\0").decode(errors="ignore")
-        kind, micro_batch, count, checksum, slot = _NUMBERS.unpack_from(buffer)
-        return Header(kind, micro_batch, count, checksum, slot, text)
+        kind, micro_batch, tensors, checksum, slot = _NUMBERS.unpack_from(buffer)
+        return Header(kind, micro_batch, tensors, checksum, slot, text)
 
     def agrees(self, other: Header) -> bool:
         """Whether two ends mean the same message."""
-        same = ("kind", "micro_batch", "count", "checksum")
-        return all(getattr(self, name) == getattr(other, name) for name in same)
+        return self[:4] == other[:4]
 
 
 def empty() -> Tensor:
@@ -91,7 +92,7 @@ def disagreement(sent: Header, expected: Header, sender: int, receiver: int) -> 
 def _of_tensors(tensors: tuple[tuple[tuple[int, ...], torch.dtype], ...]) -> Header:
     words = [f"{str(dtype).removeprefix('torch.')} {list(shape)}" for shape, dtype in tensors]
     checksum = zlib.crc32(";".join(words).encode())
-    return Header(DATA, count=len(tensors), checksum=checksum, text=_shortened(words))
+    return Header(DATA, tensors=len(tensors), checksum=checksum, text=_shortened(words))
 
 
 def _shortened(words: Sequence[str]) -> str:

@@ -26,9 +26,10 @@ class Player:
     """A part, ready to run on the modules of `stage`, which has the names of the whole model."""
 
     def __init__(self, stage: nn.Module, part: Part) -> None:
-        self._stage = stage
-        self._part = part
-        program = part.program
+        # Not the part itself: a stage keeps a player for as long as somebody keeps its part.
+        self._stage, self._number = stage, part.stage
+        self._program = program = part.program
+        self._ports, self._sends, self._sent = len(part.receives), part.sends, part.sent
         self._blank: _Table = [value.origin if isinstance(value.origin, Tensor) else None for value in program.values]
         last = _last_uses(part)
         self._output = self._getter(program.output) if part.last else None
@@ -44,18 +45,17 @@ class Player:
         self, received: Sequence[Sequence[Tensor]], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[tuple[Tensor, ...], ...], Any]:
         """(tensors per send port, output of the model or None)."""
-        part = self._part
         inputs = pytree.tree_leaves((args, dict(kwargs)))
-        if len(inputs) != part.program.inputs or len(received) != len(part.receives):
+        if len(inputs) != self._program.inputs or len(received) != self._ports:
             raise ValueError(
-                f"pipeline: stage {part.stage} was given {len(inputs)} inputs and {len(received)} receive ports; its "
-                f"program was recorded with {part.program.inputs} and {len(part.receives)}"
+                f"pipeline: stage {self._number} was given {len(inputs)} inputs and {len(received)} receive ports; its "
+                f"program was recorded with {self._program.inputs} and {self._ports}"
             )
         values = self._blank.copy()
         for step in self._steps:
             step(values, received, inputs)
-        sends = tuple(tuple([values[v] for v in sent]) for sent in part.sent)
-        for port, tensors in zip(part.sends, sends, strict=True):
+        sends = tuple(tuple([values[v] for v in sent]) for sent in self._sent)
+        for port, tensors in zip(self._sends, sends, strict=True):
             _check(port, tensors)
         return sends, self._output(values) if self._output is not None else None
 
@@ -63,7 +63,7 @@ class Player:
 
     def _load(self, load: Load) -> _Step:
         value, port, item, copy = load.value, load.port, load.item, load.copy
-        origin = self._part.program.values[value].origin
+        origin = self._program.values[value].origin
 
         if port is not None:
 

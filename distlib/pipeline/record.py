@@ -14,14 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import traceback
-import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -31,11 +28,11 @@ from distlib.pipeline.flow import Edges, edges_of, flows
 from distlib.pipeline.ghost import faked, places
 from distlib.pipeline.leaves import Names
 from distlib.pipeline.program import Context, Program, Spec, Template, Value, template
+from distlib.pipeline.refusals import check_opaque, line, refusal
+from distlib.pipeline.signature import device_of, signature
 from distlib.pipeline.tidy import Draft, tidy
 
 __all__ = ["Program", "Spec", "record", "signature"]
-
-_PRIMITIVE = (int, float, complex, str, bytes, bool, type(None), type(...), slice, torch.dtype, torch.device)
 
 # Functions without a result whose effect on their first argument no version counter shows.
 _EFFECTS = frozenset(
@@ -48,51 +45,6 @@ _EFFECTS = frozenset(
         Tensor.data.__set__,
     }
 )
-
-
-# ---------------------------------------------------------------- what a program belongs to
-
-_walks: weakref.WeakKeyDictionary[nn.Module, tuple[list[nn.Module], list[Tensor]]] = weakref.WeakKeyDictionary()
-
-
-def signature(args: tuple[Any, ...], kwargs: Mapping[str, Any], module: nn.Module) -> Hashable:
-    """What a recorded program depends on: equal signatures, equal programs.
-
-    Structure of the inputs; shape, dtype and requires_grad of tensors; type and value of all else; `training` of every
-    module and requires_grad of every parameter; grad mode and autocast. Not in it: other attributes of modules, such
-    as a dropout's p, which are taken to stay, and the tree of modules itself.
-
-    Raises ValueError for an input that is neither a tensor nor hashable.
-    """
-    walk = _walks.get(module)
-    if walk is None:
-        walk = _walks[module] = (list(module.modules()), list(module.parameters()))
-    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-    inputs = tuple(
-        (leaf.shape, leaf.dtype, leaf.requires_grad) if isinstance(leaf, Tensor) else (type(leaf), leaf)
-        for leaf in leaves
-    )
-    flags = bytes([part.training for part in walk[0]]), bytes([p.requires_grad for p in walk[1]])
-    device = _device(leaves).type
-    found = (spec, inputs, *flags, Context.now(device), torch.get_default_dtype())
-    try:
-        hash(found)
-    except TypeError:
-        bad = next(leaf for leaf in leaves if not isinstance(leaf, Tensor) and not isinstance(leaf, Hashable))
-        raise ValueError(
-            f"pipeline: an input of type {type(bad).__name__} is neither a tensor nor hashable, so it cannot be told "
-            "whether the next one is the same. Pass tensors, numbers, strings or containers known to "
-            "torch.utils._pytree"
-        ) from None
-    return found
-
-
-def _device(leaves: Sequence[Any]) -> torch.device:
-    """Where the model believes to be: the accelerator that holds an input, else the CPU."""
-    for leaf in leaves:
-        if isinstance(leaf, Tensor) and leaf.device.type not in ("cpu", "meta"):
-            return leaf.device
-    return torch.device("cpu")
 
 
 # ---------------------------------------------------------------- recording
@@ -122,7 +74,7 @@ def record(
     owners = _named_leaves(module, leaves)
     opened = _opened(module, owners)
     given, spec = pytree.tree_flatten((args, dict(kwargs)))
-    device = _device(given)
+    device = device_of(given)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     ambient = Context.now(device.type)
     with contextlib.ExitStack() as stack:
@@ -144,8 +96,11 @@ def record(
         try:
             with _Draws(recorder), _whole_functions(recorder), _Glue(recorder):
                 result = module(*fake_args, **fake_kwargs)
-        except Exception as error:  # noqa: BLE001
-            raise _refusal(error, module, recorder) or error from error.__cause__
+        except Exception as error:
+            refused = refusal(error, module)
+            if refused is None:
+                raise
+            raise refused from error
         for place, fake in before:
             if place.store.get(place.key) is not fake:
                 raise ValueError(
@@ -217,6 +172,9 @@ class _Recorder:
         self._members: dict[int, list[int]] = {}  # memory -> its values
         self._versions: dict[int, int] = {}  # value of a parameter or buffer -> version that glue has seen
         self._leaf_calls = 0
+        # Batch norms write their statistics without a new version.
+        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.training]
+        self._statistics = {id(tensor) for norm in norms for tensor in norm._buffers.values()}
         self._hooks = _saving_hooks()
 
     # ------------------------------------------------------------ values
@@ -242,6 +200,8 @@ class _Recorder:
             return known
         name = self._names.get(id(tensor))
         if name is not None:
+            if id(tensor) in self._statistics:
+                raise self._written_by_leaf(name)
             known = self._add(tensor, name)
             self._versions[known] = 0  # as fresh as when the run began
             return known
@@ -265,7 +225,7 @@ class _Recorder:
         return ""
 
     def template(self, tree: Any, where: str) -> Template:
-        return template(tree, lambda tensor: self.value_of(tensor, where), lambda leaf: _check_opaque(leaf, where))
+        return template(tree, lambda tensor: self.value_of(tensor, where), lambda leaf: check_opaque(leaf, where))
 
     # ------------------------------------------------------------ calls
 
@@ -306,7 +266,7 @@ class _Recorder:
         if not (is_leaf or made or written or self.drew):
             return result  # a question: its answer is Python's
         if arguments is None:
-            where = f"torch function {getattr(target, '__name__', target)}{_line()}"
+            where = f"torch function {getattr(target, '__name__', target)}{line()}"
             arguments = self._arguments(args, kwargs, where)
         elif [id(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)] != [id(t) for t in used]:
             raise ValueError(
@@ -352,7 +312,7 @@ class _Recorder:
     # ------------------------------------------------------------ refusals
 
     def _refuse_saving_hooks(self, where: str) -> None:
-        if _saving_hooks() is not self._hooks and _saving_hooks() != self._hooks:
+        if _saving_hooks() != self._hooks:
             raise ValueError(
                 f"pipeline: {where} runs inside of activation checkpointing or of saved-tensor hooks that the model's "
                 "forward starts; stages would run without. Switch it off there and call "
@@ -362,10 +322,14 @@ class _Recorder:
     def _check_version(self, value: int, version: int) -> None:
         """Refuses buffers that glue uses and that a leaf changes without being given them."""
         if self._versions.get(value, version) != version:
-            raise ValueError(
-                f"pipeline: {self.values[value].origin} is used outside of the module that writes it in its forward: "
-                "stages would see different values. Use it in that module only"
-            )
+            raise self._written_by_leaf(self.values[value].origin)
+
+    @staticmethod
+    def _written_by_leaf(name: Any) -> ValueError:
+        return ValueError(
+            f"pipeline: {name} is used outside of the module that writes it in its forward: stages would see different "
+            "values. Use it in that module only"
+        )
 
     def check_state(self) -> None:
         """The same at the end of the run."""
@@ -375,23 +339,6 @@ class _Recorder:
 
 def _saving_hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
-
-
-def _check_opaque(leaf: Any, where: str) -> None:
-    """Refuses objects with tensors inside that pytree does not look into."""
-    if isinstance(leaf, _PRIMITIVE) or isinstance(leaf, (nn.Module, type)) or callable(leaf):
-        return
-    inside: list[Any] = []
-    if isinstance(leaf, Mapping):
-        inside += leaf.values()
-    elif isinstance(leaf, (list, tuple, set)):
-        inside += leaf
-    inside += getattr(leaf, "__dict__", {}).values()
-    if any(isinstance(item, Tensor) for item in pytree.tree_leaves(inside)):
-        raise ValueError(
-            f"pipeline: {where} has a {type(leaf).__name__} with tensors in it, which pytree does not know. Register "
-            "the class (torch.utils._pytree.register_dataclass or register_pytree_node), or use a tuple or dict"
-        )
 
 
 # ---------------------------------------------------------------- seeing the calls
@@ -483,65 +430,3 @@ def _whole_functions(recorder: _Recorder) -> Iterator[None]:
         yield
     finally:
         function.apply = plain
-
-
-# ---------------------------------------------------------------- saying no
-
-
-def _line() -> str:
-    """Where the model's code is, of the running stack."""
-    for frame in reversed(traceback.extract_stack()):
-        if _is_foreign(frame.filename):
-            return f" ({frame.filename}:{frame.lineno})"
-    return ""
-
-
-_OURS = tuple(folder for folder in (torch.__path__[0], __file__.rpartition("pipeline")[0]))
-
-
-def _is_foreign(filename: str) -> bool:
-    return not filename.startswith(_OURS) and not filename.startswith("<")
-
-
-def _refusal(error: Exception, module: nn.Module, recorder: _Recorder) -> Exception | None:
-    """What to say about an error that only fake tensors raise; None for the model's own."""
-    values = (
-        fake_tensor.DataDependentOutputException,
-        fake_tensor.DynamicOutputShapeException,
-    )
-    is_numpy = isinstance(error, RuntimeError) and ".numpy() is not supported" in str(error)
-    if isinstance(error, values) or is_numpy:
-        what = "asks for the value of a tensor" if not isinstance(error, values[1]) else "makes a shape of values"
-        detail = ".numpy()" if is_numpy else str(getattr(error, "func", error))
-        return ValueError(
-            f"pipeline: {_where(error, module)} {what} ({detail}). Stages are cut before any value is there, and a "
-            "rank has only its own: use torch.where or masks instead of `if`, .item(), .tolist() and boolean "
-            "indexing; or pass the number as an input that is no tensor; or wrap the code as a "
-            "torch.library.custom_op with register_fake"
-        )
-    unknown = (fake_tensor.UnsupportedOperatorException, fake_tensor.UnsupportedFakeTensorException)
-    if isinstance(error, unknown):
-        return ValueError(
-            f"pipeline: {_where(error, module)} calls an operator that says nothing of its result's shape: {error}. "
-            "Register it with torch.library.register_fake"
-        )
-    return None
-
-
-def _where(error: Exception, module: nn.Module) -> str:
-    """Module and line in which an error arose."""
-    names = {id(part): name for name, part in module.named_modules()}
-    inner, line = None, ""
-    trace = error.__traceback__
-    while trace is not None:
-        frame = trace.tb_frame
-        held = frame.f_locals.get("self")
-        if isinstance(held, nn.Module) and id(held) in names:
-            inner = held
-        if _is_foreign(frame.f_code.co_filename):
-            line = f" at {frame.f_code.co_filename}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    if inner is None:
-        return f"the model{line}"
-    kind = next(base.__name__ for base in type(inner).__mro__ if base.__module__ == type(inner).__module__)
-    return f"module {names[id(inner)]!r} ({kind}){line}" if names[id(inner)] else f"the model ({kind}){line}"

@@ -237,11 +237,10 @@ class WeightQueue:
         before = len(self._entries)
         try:
             with deferral.collecting(self._entries):
-                parts, kept = graph_walk.input_pass(tensors, gradients, self._later)
+                kept = graph_walk.input_pass(tensors, gradients, self._later, self._entries)
         except BaseException:
             del self._entries[before:]
             raise
-        self._entries += parts
         self.kept.update(kept)
 
     def run(self) -> int:

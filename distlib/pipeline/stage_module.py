@@ -15,7 +15,7 @@ import weakref
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,7 +38,10 @@ class _Own:
     """What a StageModule has of its own, in one attribute: all other names are the model's."""
 
     leaves: tuple[str, ...]
-    players: weakref.WeakKeyDictionary[Part, Player]
+    players: weakref.WeakKeyDictionary[Part, Player] = field(default_factory=weakref.WeakKeyDictionary)
+
+    def __reduce__(self) -> Any:
+        return _Own, (self.leaves,)  # a copy of a stage has players of its own modules
 
 
 class StageModule(nn.Module):
@@ -75,7 +78,7 @@ class StageModule(nn.Module):
                 owner.register_parameter(key, tensor)
             else:
                 owner.register_buffer(key, tensor, persistent=state[name].persistent)
-        self._distlib = _Own(held, weakref.WeakKeyDictionary())
+        self._distlib = _Own(held)
 
     def _owner(self, name: str, modes: Mapping[str, bool]) -> tuple[nn.Module, str]:
         """The container in which a name hangs, and its last part. Makes those that are missing."""

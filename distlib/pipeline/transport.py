@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -81,7 +81,7 @@ class Transport:
                 continue
             peer = ranks[group.rank == ranks[0]]
             lines[peer] = lines.get(peer) or Line(group, peer, self._timeout)
-            self._add(Edge(source, target, number, lines[peer], self._abort), sending=group.rank == ranks[0])
+            self._add(Edge(source, target, number, lines[peer]), sending=group.rank == ranks[0])
         self._open()
 
     def _add(self, edge: Edge, sending: bool) -> None:
@@ -96,10 +96,10 @@ class Transport:
         """One message over each channel: what connects late connects now, on all ranks."""
         greetings = [(sender.edge, sender.open()) for sender in self._senders.values()]
         for receiver in self._receivers.values():
-            with receiver.edge.naming(-1):
+            with self._telling(), receiver.edge.naming(-1):
                 receiver.open()
         for edge, work in greetings:
-            with edge.naming(-1):
+            with self._telling(), edge.naming(-1):
                 edge.line.wait(work)
 
     # ------------------------------------------------------------ a step
@@ -117,13 +117,13 @@ class Transport:
                     f"{sender.edge.words(micro_batch)}: a tensor on {tensor.device} of layout {tensor.layout} cannot "
                     "be sent; make it dense and on the CPU at the end of the stage"
                 )
-        with sender.edge.naming(micro_batch):
+        with self._telling(), sender.edge.naming(micro_batch):
             sender.send(Header.of(micro_batch, map(Spec.of, tensors)), tensors)
 
     def post(self, source: int, target: int, micro_batch: int, specs: Sequence[Spec]) -> None:
         """Says that stage `target`, of this rank, will want a message. Returns at once."""
         receiver = self._end(self._receivers, source, target, "receives")
-        with receiver.edge.naming(micro_batch):
+        with self._telling(), receiver.edge.naming(micro_batch):
             receiver.post(Header.of(micro_batch, specs), specs)
 
     def take(self, source: int, target: int, micro_batch: int) -> Tensors:
@@ -139,7 +139,7 @@ class Transport:
             raise RuntimeError(f"{receiver.edge.words(micro_batch)}: take() without a post() before it")
         while message not in self._arrived:
             first = receiver.posted[0].micro_batch
-            with receiver.edge.naming(first):
+            with self._telling(), receiver.edge.naming(first):
                 self._arrived[source, target, first] = receiver.take()
         return self._arrived.pop(message)
 
@@ -147,8 +147,9 @@ class Transport:
         """The end of a step: waits until all that was sent is away. Raises what failed, and RuntimeError if a message
         was posted or received and not taken."""
         self._check()
-        for sender in self._senders.values():
-            sender.finish()
+        with self._telling():
+            for sender in self._senders.values():
+                sender.finish()
         forgotten = [r.edge.words(h.micro_batch) for r in self._receivers.values() for h in r.posted]
         forgotten += [self._receivers[s, t].edge.words(k) for s, t, k in self._arrived]
         if forgotten:
@@ -165,8 +166,14 @@ class Transport:
     def abort(self, message: str) -> None:
         """Ends the transport and its group: what other ranks wait for, or call later, raises `message` (between hosts,
         those that wait for this rank; others hear that it left). Only the first message counts."""
-        if not self._closed:
-            self._abort(CollectiveError(message))
+        if self._closed or self._ended is not None:
+            return
+        self._ended = CollectiveError(message)
+        ends: list[Sender | Receiver] = [*self._senders.values(), *self._receivers.values()]
+        for end in ends:
+            with contextlib.suppress(CollectiveError):  # whoever is gone needs no word
+                end.abort(message)
+        self._group.abort(message)
 
     def close(self) -> None:
         """Lets go of everything but what others still hold. Any rank may call it, alone, after `finish`."""
@@ -180,22 +187,20 @@ class Transport:
         if self._ended is None:  # else it may be in a wait until the timeout
             self._runner.close()
 
-    def _abort(self, error: CollectiveError) -> None:
-        """May be called by the runner's thread."""
-        if self._ended is not None:
-            return
-        self._ended = error
-        ends: list[Sender | Receiver] = [*self._senders.values(), *self._receivers.values()]
-        for end in ends:
-            with contextlib.suppress(CollectiveError):  # whoever is gone needs no word
-                end.abort(str(error))
-        self._group.abort(str(error))
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """A message that fails here ends the transport on all ranks: the first to see a fault says so."""
+        try:
+            yield
+        except CollectiveError as error:
+            self.abort(str(error))
+            raise
 
     def _check(self) -> None:
         if self._closed:
             raise RuntimeError("the pipeline's transport was closed on this rank")
         if self._ended is not None:
-            raise CollectiveError(str(self._ended), self._ended.code) from self._ended
+            raise CollectiveError(str(self._ended)) from self._ended
 
     def _end(self, ends: Mapping[tuple[int, int], End], source: int, target: int, does: str) -> End:
         """This rank's end of a channel."""

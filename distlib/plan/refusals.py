@@ -120,6 +120,13 @@ TABLE = (
         "Cast in loss_fn",
     ),
     Refusal(
+        "pipeline=2 or more",
+        lambda p: p.pipeline > 1,
+        ("reshard_after_forward",),
+        "the schedule's table says when a stage is whole",
+        "Leave it out",
+    ),
+    Refusal(
         "stage=0",
         lambda p: p.stage == 0,
         _SHARDED,

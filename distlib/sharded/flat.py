@@ -142,7 +142,7 @@ class Flat:
             if piece.numel() and not shard.is_written(piece):
                 assert shard.compute is not None
                 shard.compute.copy_(piece.view(-1))
-                shard.wrote(piece)
+            shard.may_be_written()
 
     # ------------------------------------------------------------ what the module holds
 

@@ -42,6 +42,7 @@ class Source(Protocol):
     """Where whole parameters come from."""
 
     frees: bool  # whether `release` gives memory back: else nobody need call it
+    held: bool  # `release` does nothing: units stay whole until it is False again
 
     def begin(self, written: bool) -> None:
         """A forward of the whole model begins; `written`: the optimizer may have written since the last."""
@@ -84,6 +85,7 @@ class SharedMapping:
     """One mapping for all ranks of the partition group: a gather is a barrier, and moves nothing."""
 
     frees = False
+    held = False
 
     def __init__(self, flats: Sequence[Flat], grid: Grid) -> None:
         self._flats = flats
@@ -125,6 +127,7 @@ class Gathers:
         self._grid = grid
         self._keep = keep
         self.frees = not keep
+        self.held = False
         self._hierarchical = None if options.hierarchical == "auto" else bool(options.hierarchical)
         self._quantized = options.gather_dtype is torch.int8
         self._secondary = secondary
@@ -159,7 +162,7 @@ class Gathers:
                 self._start(unit)
 
     def release(self, unit: UnitState, for_backward: bool = False) -> None:
-        if self._keep:
+        if self._keep or self.held:
             return
         self._settle(unit)
         if unit.whole and for_backward and self._secondary is not None and not unit.is_root:

@@ -6,6 +6,9 @@
 
 A *window* is what one optimizer step sees: micro-steps under no_sync(), then one backward that synchronises. Flats are
 reduced in one order on all ranks: a flat that is complete waits for those before it. Both hops average.
+
+A backward in two passes makes hop 1 once, too: what lands in the input pass (norm scales, mostly) is set aside, without
+a buffer, and goes with the next hop 1 of its flat.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 
 from distlib.comm.work import Work
+from distlib.data_parallel.backward import Passes, will_land
 from distlib.sharded.flat import Flat
 from distlib.sharded.gradients import Accumulator, BufferPool
 from distlib.sharded.groups import Grid
@@ -36,14 +40,15 @@ class _Landing:
     dtype: torch.dtype  # of the buffer: what travels in hop 1
     left: int = 0  # parameters whose gradient has not landed in this backward
     touched: bytearray = field(default_factory=bytearray)  # by parameter: _HOLDS, _NOW
+    early: dict[int, torch.Tensor] = field(default_factory=dict)  # by parameter: of input passes, for the next hop 1
     buffer: torch.Tensor | None = None
     views: Sequence[torch.Tensor] = ()
     launched: bool = False
     filled: bool = False  # the accumulator holds something of this window
 
-    def reset(self) -> None:
-        """A backward begins."""
-        self.left = len(self.flat.names)
+    def reset(self, weight_pass: bool) -> None:
+        """A backward begins; `weight_pass`: what landed in the input pass does not come again."""
+        self.left = sum(map(will_land, self.flat.full)) if weight_pass else len(self.flat.names)
         self.launched = False
 
 
@@ -77,17 +82,18 @@ class Reduction:
         self._idle = True
         self.paused = False  # inside no_sync()
         self.forward_paused = False  # the last forward was
+        self.passes = Passes()
         for landing in self._landings:
             landing.touched = bytearray(len(landing.flat.names))
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of gradient buffers."""
-        return self._pool.nbytes
+        """Bytes of gradient buffers, and of gradients set aside."""
+        return self._pool.nbytes + sum(t.nbytes for landing in self._landings for t in landing.early.values())
 
     @property
     def _deferred(self) -> bool:
-        return self.paused or self.forward_paused
+        return self.paused or self.forward_paused or self.passes.input
 
     # ------------------------------------------------------------ during backward
 
@@ -98,6 +104,10 @@ class Reduction:
         full.grad = None
         if self._idle:
             self._begin()
+        assert gradient is not None
+        if self.passes.input and not self._whole_gradients:
+            self._set_aside(index, i, gradient)
+            return
         if landing.launched:
             raise RuntimeError(
                 f"rank {self._grid.world.rank}: parameter {landing.flat.names[i]!r} received a second gradient in one "
@@ -106,7 +116,6 @@ class Reduction:
             )
         if landing.buffer is None:
             self._take_buffer(landing)
-        assert gradient is not None
         if landing.touched[i] & _HOLDS:
             landing.views[i].add_(gradient)
         else:
@@ -117,6 +126,14 @@ class Reduction:
             landing.left -= 1
             if landing.left == 0:
                 self._advance()
+
+    def _set_aside(self, index: int, i: int, gradient: torch.Tensor) -> None:
+        early = self._landings[index].early
+        held = early.get(i)
+        if held is not None:  # sums in fp32, as the accumulator's
+            gradient = held.to(torch.promote_types(held.dtype, torch.float32)).add_(gradient)
+        early[i] = gradient
+        self.window.use(index, i)
 
     def _take_buffer(self, landing: _Landing) -> None:
         dtype = landing.dtype
@@ -132,7 +149,7 @@ class Reduction:
         self._idle = False
         self._next = 0
         for landing in self._landings:
-            landing.reset()
+            landing.reset(self.passes.weight)
             for i in range(len(landing.touched)):
                 landing.touched[i] &= _HOLDS
         if self.window.open:
@@ -143,11 +160,13 @@ class Reduction:
         for landing in self._landings:
             landing.filled = False
             landing.touched = bytearray(len(landing.touched))
+            landing.early = {}
 
     def _clear(self, landing: _Landing, i: int) -> None:
         """Drops what parameter i has accumulated in this window."""
         if landing.touched[i] and landing.buffer is not None:
             landing.views[i].zero_()
+        landing.early.pop(i, None)
         if landing.filled:
             self.accumulator.clear(landing.flat, i)
 
@@ -167,9 +186,12 @@ class Reduction:
             self._take_buffer(landing)
         buffer = landing.buffer
         assert buffer is not None
-        for i, touched in enumerate(landing.touched):
-            if not touched:
-                landing.views[i].zero_()
+        early, landing.early = landing.early, {}
+        for i, (touched, view) in enumerate(zip(landing.touched, landing.views, strict=True)):
+            if i in early:
+                view.add_(early[i]) if touched else view.copy_(early[i])
+            elif not touched:
+                view.zero_()
         if buffer.dtype != landing.dtype:
             landing.buffer = self._pool.take(buffer.numel(), landing.dtype).copy_(buffer)
             self._pool.give(buffer)
@@ -219,8 +241,16 @@ class Reduction:
         return not self._idle
 
     def finish(self, asked: Sequence[str]) -> None:
-        """The backward is over on this rank; a collective, unless nothing was to be trained. asked: of the Source."""
+        """The backward, or its input pass, is over on this rank. asked: of the Source.
+
+        A collective, but after an input pass, or where nothing was to be trained.
+        """
         self._route.add(asked)
+        if self.passes.input:
+            if not self._idle:
+                self.window.lend()
+            self._idle = True
+            return
         if self._idle:
             if not self._landings:
                 return
@@ -256,10 +286,17 @@ class Reduction:
         self.window.close(together[: len(used)])
 
     def died(self) -> None:
-        """The backward raised on this rank: with hop 1s under way nothing can be undone, and the groups end."""
-        if any(landing.launched for landing in self._landings) and not self._idle:
+        """The backward raised on this rank: with hop 1s under way nothing can be undone, and the groups end. So they do
+        where it was one pass of two: nothing else of this rank can stand in for it."""
+        if self.passes.input or self.passes.weight:
+            when = f"in its {'input' if self.passes.input else 'weight'} pass"
+        elif any(landing.launched for landing in self._landings) and not self._idle:
+            when = "after gradients were under way"
+        else:
+            when = ""
+        if when:
             self._grid.abort(
-                f"rank {self._grid.world.rank}: backward stopped with an exception after gradients were under way; "
+                f"rank {self._grid.world.rank}: backward stopped with an exception {when}; "
                 "see that rank's own traceback"
             )
         self._idle = True

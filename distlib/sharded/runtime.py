@@ -5,15 +5,24 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from distlib.data_parallel.backward import BackwardWatch, tensors_in
+from distlib.data_parallel.backward import BackwardWatch, tensors_in, will_land
 from distlib.sharded.gather import Order, Source, UnitState
 from distlib.sharded.reduce import Reduction
+
+
+class _Flight:
+    """A forward of the whole model and its backward. Several may be under way: a pipeline's micro-batches."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[UnitState] = Counter()  # of units, in the forward
+        self.pending: Counter[UnitState] = Counter()  # calls whose backward is not over
 
 
 class Runtime:
@@ -35,11 +44,14 @@ class Runtime:
         self.order = Order([unit for unit in units if not unit.is_root], prefetch)
         self._reshard = reshard_after_forward
         self._depth = dict.fromkeys(self.units, 0)
-        self._in_backward: set[UnitState] = set()
-        self._pending = dict.fromkeys(self.units, 0)  # calls of the unit's modules whose backward is not over
+        self._flight = _Flight()  # of the last forward
+        self._returning: dict[_Flight, None] = {}  # those that the running backward goes through, the current one last
+        self._in_backward: dict[UnitState, set[_Flight]] = {}  # units whose backward is under way, and of which flights
         self._backward_runs = False
         self.written = True  # parameters were written by other means than an optimizer
-        self._watch = BackwardWatch(self._ended, self._died)
+        self._announced = False  # forwards under no_sync() began a window: no optimizer writes before it ends
+        self._fresh = False  # units are held, and were gathered since gradients were averaged
+        self.watch = BackwardWatch(self._ended, self._died, reduction.passes)
         me = weakref.ref(self)
         for unit, parts in zip(self.units, modules, strict=True):
             for part in parts:
@@ -59,24 +71,33 @@ class Runtime:
     def begin(self) -> None:
         """A forward of the whole model begins. Every rank must call."""
         self._depth = dict.fromkeys(self.units, 0)
-        self.source.begin(self.written or not self.reduction.window.open)
-        self.written = False
+        self._refresh()
+        self._flight = _Flight()
         if torch.is_grad_enabled():
             self.reduction.forward_paused = self.reduction.paused
+            if self.reduction.paused and not self.reduction.window.may_step:
+                self._announced = True
         self.order.begin_forward()
         self.source.need(self.root)
         for flat in self.root.flats:
             flat.show_full()
 
+    def _refresh(self) -> None:
+        """Whole parameters are to have the values that an optimizer may have written. Every rank must call."""
+        window = self.reduction.window
+        sure = window.open or self._fresh or (self._announced and not window.may_step)
+        self.source.begin(self.written or not sure)
+        self.written = False
+
     def end(self, output: Any) -> None:
         """It ended, with this output."""
         self.rest()
         self.order.end_forward()
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors_in(output, set())):
-            self._watch.outputs(output)
-            for tensor in tensors_in(output, set()):
+        returned = [t for t in tensors_in(output, set()) if t.requires_grad]
+        if torch.is_grad_enabled() and returned:
+            for tensor in returned:
                 if tensor.grad_fn is not None:
-                    tensor.register_hook(self._backward_begins)
+                    tensor.register_hook(functools.partial(self._backward_begins, self._flight))
             if not self.source.frees and self.reduction.window.may_step:
                 self.source.end()  # an optimizer may write before a backward makes ranks wait for each other
         else:
@@ -102,11 +123,14 @@ class Runtime:
         for flat in unit.flats:
             flat.show_full()
         if self.source.frees and torch.is_grad_enabled():
+            flight = self._current() if recomputing else self._flight
             if recomputing:
-                self._in_backward.add(unit)
+                self._in_backward.setdefault(unit, set()).add(flight)
+            else:
+                flight.calls[unit] += 1
             # A checkpoint that is not re-entrant recomputes what was counted in forward.
-            if not (recomputing and self._pending[unit]):
-                self._release_after_backward(unit, inputs)
+            if not (recomputing and flight.pending[unit]):
+                self._release_after_backward(flight, unit, inputs)
 
     def leave(self, unit: UnitState, output: Any, last: bool) -> None:
         """It ended, or raised. last: of the unit's modules."""
@@ -121,14 +145,19 @@ class Runtime:
         if recording:
             for tensor in tensors_in(output, set()):
                 if tensor.requires_grad and tensor.grad_fn is not None:
-                    tensor.register_hook(functools.partial(self._before_backward, unit))
+                    tensor.register_hook(functools.partial(self._before_backward, self._flight, unit))
         if last and (self._reshard or not recording):
             self.source.release(unit, for_backward=recording)
 
     # ------------------------------------------------------------ backward
 
-    def _backward_begins(self, _: torch.Tensor | None = None) -> None:
+    def _backward_begins(self, flight: _Flight, _: torch.Tensor | None = None) -> None:
         """Checkpoints inside of units, and in the root, compute with whole parameters again."""
+        if self.reduction.passes.weight:  # it walks graphs of backwards that are over
+            return
+        self._returning.pop(flight, None)
+        self._returning[flight] = None
+        self.watch.begin()
         if self._backward_runs:
             return
         if self.source.frees and torch.is_grad_enabled():
@@ -138,54 +167,69 @@ class Runtime:
                 'partition_size="node"'
             )
         self._backward_runs = True
-        self._watch.begin()
         self.source.need(self.root)  # a forward without gradients, or another backward, may have let it go
         for unit in self.units:
             if unit.is_root or not self.source.frees:
                 for flat in unit.flats:
                     flat.show_full()
 
-    def _before_backward(self, unit: UnitState, _: torch.Tensor) -> None:
-        self._backward_begins()
+    def _current(self) -> _Flight:
+        """The flight whose backward runs."""
+        return next(reversed(self._returning), self._flight)
+
+    def _before_backward(self, flight: _Flight, unit: UnitState, _: torch.Tensor) -> None:
+        self._backward_begins(flight)
+        if self.reduction.passes.weight:
+            return
         if unit not in self._in_backward:
-            self._in_backward.add(unit)
             self.source.need(unit)
             self.source.ahead(self.order.before(unit))
             for flat in unit.flats:
                 flat.show_full()
+        self._in_backward.setdefault(unit, set()).add(flight)
 
-    def _release_after_backward(self, unit: UnitState, inputs: Any) -> None:
+    def _release_after_backward(self, flight: _Flight, unit: UnitState, inputs: Any) -> None:
         """When the gradients of all inputs of all its calls are there, the unit's backward is over, frozen parameters
         included. Where no input has a gradient, the end of the backward is the end."""
-        self._pending[unit] += 1
+        flight.pending[unit] += 1
         entering = [t for t in tensors_in(inputs, set()) if t.requires_grad]
         if not entering:
             return
         # Autograd visits leaves first of all: what the unit computes from parameters alone may be still to come.
         over = self._over_at_end if any(t.grad_fn is None for t in entering) else self._over
-        torch.autograd.graph.register_multi_grad_hook(entering, lambda _: over(unit))
+        torch.autograd.graph.register_multi_grad_hook(entering, lambda _: over(flight, unit))
 
-    def _over_at_end(self, unit: UnitState) -> None:
-        torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._over, unit))
+    def _over_at_end(self, flight: _Flight, unit: UnitState) -> None:
+        torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._over, flight, unit))
 
-    def _over(self, unit: UnitState) -> None:
-        self._pending[unit] = max(0, self._pending[unit] - 1)
-        if unit in self._in_backward and not self._pending[unit]:
-            self._in_backward.discard(unit)
-            for flat in unit.flats:
-                flat.show_pieces()
-            self.source.release(unit)
+    def _over(self, flight: _Flight, unit: UnitState) -> None:
+        flight.pending[unit] = max(0, flight.pending[unit] - 1)
+        flights = self._in_backward.get(unit, set())
+        if flight in flights and not flight.pending[unit]:
+            flights.discard(flight)
+            if not flights:
+                del self._in_backward[unit]
+                for flat in unit.flats:
+                    flat.show_pieces()
+                self.source.release(unit)
 
     def landed(self, index: int, i: int, leaf: nn.Parameter) -> None:
         """The gradient of a parameter is there."""
         if not self.reduction.begun:
-            self._watch.begin()
+            self.watch.begin()
         self.reduction.landed(index, i, leaf)
 
     def _ended(self) -> None:
-        if self.reduction.begun or self._joins():
-            self.reduction.finish(self.source.asked())
-        self._release_all()
+        if self.reduction.begun or self.reduction.passes.weight or self._joins():
+            self._finish()
+        if not self.reduction.passes.weight:  # it used no parameters: what is whole is so for a forward
+            self._release_all()
+
+    def _finish(self) -> None:
+        """Gradients of a backward, or of its input pass, are complete."""
+        self.reduction.finish(self.source.asked())
+        if not (self.reduction.window.open or self.reduction.passes.input):
+            self._announced = self._fresh = False
 
     def _joins(self) -> bool:
         """Whether a backward that gave no parameter a gradient may have given some on other ranks: not if it was
@@ -193,8 +237,7 @@ class Runtime:
         for unit in self.units:
             for flat in unit.flats:
                 if flat.trained:
-                    node = torch.autograd.graph.get_gradient_edge(flat.full[0]).node
-                    return torch._C._will_engine_execute_node(node)
+                    return will_land(flat.full[0])
         return False
 
     def _died(self) -> None:
@@ -203,7 +246,9 @@ class Runtime:
 
     def _release_all(self) -> None:
         self._in_backward.clear()
-        self._pending = dict.fromkeys(self.units, 0)
+        for flight in self._returning:
+            flight.pending = Counter(flight.calls)  # the graph may be kept for another backward
+        self._returning.clear()
         if self._backward_runs:
             self._backward_runs = False
             for unit in self.units:
@@ -212,6 +257,27 @@ class Runtime:
         if self.source.frees:
             for unit in self.units:
                 self.source.release(unit)
+
+    # ------------------------------------------------------------ inside a pipeline
+
+    def hold(self) -> bool:
+        """All units become whole and stay so; False: nothing to gather."""
+        if not self.source.frees:
+            return False
+        self._refresh()
+        self._fresh = self.source.held = True
+        self.source.ahead(self.units)
+        return True
+
+    def release(self) -> bool:
+        """The end of `hold`."""
+        if not self.source.held:
+            return False
+        self._fresh = self.source.held = False
+        in_window = self._announced or self.reduction.window.open
+        for unit in self.units:
+            self.source.release(unit, for_backward=in_window)
+        return True
 
 
 def _in_backward() -> bool:

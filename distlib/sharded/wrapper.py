@@ -176,6 +176,44 @@ class ShardedDataParallel(Transparent):
         finally:
             self._reduction.paused = before
 
+    # ------------------------------------------------------------ inside a pipeline
+
+    def partial_backward(self) -> contextlib.AbstractContextManager[None]:
+        """Around the input pass of a backward in two (B; see distlib.pipeline.split_backward): nothing is reduced.
+
+        Gradients that land in it, of norm scales and the like, go with the next weight pass. Local; an exception in it
+        ends the groups, since all other ranks wait for this micro-batch.
+        """
+        return self._runtime.watch.input_pass()
+
+    def weight_backward(self) -> contextlib.AbstractContextManager[None]:
+        """Around the weight pass (W): ends what `partial_backward` began, with hop 1, and outside no_sync() hop 2.
+
+        Every rank must enter it, in the same order, even where nothing is left to compute. Exceptions as there.
+        """
+        return self._runtime.watch.weight_pass()
+
+    @property
+    def gathers(self) -> bool:
+        """Whether parameters move to be whole, and `hold` has something to do: stage 3 without a shared mapping."""
+        return self._source.frees
+
+    def hold(self) -> bool:
+        """All parameters become whole, without waiting for it, and stay whole until `release`: one gather for any
+        number of forwards and backwards.
+
+        Every rank of the partition group must call it, in the same order as forwards and backwards. Returns False, and
+        does nothing, where nothing is gathered (see `gathers`); outside of it units are gathered and freed as they are
+        used. Parameters that an optimizer writes within it are gathered again.
+        """
+        return self._runtime.hold()
+
+    def release(self) -> bool:
+        """Ends `hold`: parameters are freed. Returns False where nothing was held."""
+        return self._runtime.release()
+
+    # ------------------------------------------------------------ gradients
+
     def clip_grad_norm_(
         self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
     ) -> torch.Tensor:

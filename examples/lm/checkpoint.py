@@ -1,11 +1,8 @@
-"""A run on disk: what it continues from, on this or any other number of ranks, under this or any other strategy."""
+"""A run on disk: what it continues from, on this or any other number of ranks, under this or any other plan."""
 
 from __future__ import annotations
 
 from pathlib import Path
-
-import torch
-from torch import nn
 
 import distlib
 from lm.curve import LossCurve
@@ -21,20 +18,17 @@ class Checkpoints:
     Around the training loop it is a context manager: at its end, however it comes, the last save is on disk.
     """
 
-    def __init__(
-        self, settings: Settings, model: nn.Module, optimizer: torch.optim.Optimizer, sampler: Sampler, curve: LossCurve
-    ) -> None:
-        self._settings = settings
-        self._parts = {"model": model, "optimizer": optimizer}
+    def __init__(self, settings: Settings, engine: distlib.Engine, sampler: Sampler, curve: LossCurve) -> None:
+        self._settings, self._engine = settings, engine
         self._places = {"sampler": sampler, "curve": curve}
         self._last: distlib.checkpoint.SaveHandle | None = None
 
-    def save(self, step: int) -> float:
+    def save(self) -> float:
         """Copies what to save and returns; a thread writes it. Returns the seconds that training stood still."""
         assert self._settings.save is not None
         shape = {name: getattr(self._settings, name) for name in SHAPE}
         extra = {"shape": shape, **self._places}
-        self._last = distlib.save(self._settings.save, **self._parts, step=step, extra=extra, asynchronous=True)
+        self._last = self._engine.save(self._settings.save, extra=extra, asynchronous=True)
         assert self._last is not None
         return self._last.stall
 
@@ -45,13 +39,13 @@ class Checkpoints:
         if self._last is not None:
             self._last.wait()
 
-    def resume(self, path: Path) -> int:
-        """Weights, optimizer, place in the data and curve as saved. Returns the steps that lie behind.
+    def resume(self, path: Path) -> None:
+        """Weights, optimizer, number of steps, place in the data and curve as saved.
 
         Raises ValueError for what cannot be continued from.
         """
         try:
-            state = distlib.load(path, **self._parts)
+            state = self._engine.load(path)
         except RuntimeError as error:
             raise ValueError(f"--resume {path}: {error}") from error
         shape = state.extra.get("shape")
@@ -69,4 +63,3 @@ class Checkpoints:
             )
         for name, part in self._places.items():
             part.load_state_dict(state.extra[name])
-        return state.step

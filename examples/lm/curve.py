@@ -1,18 +1,17 @@
-"""The loss of every step, averaged over the ranks in one small message per report instead of one per step."""
+"""The loss of every step, kept where it was computed: nobody waits for it but at a report."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 
 class LossCurve:
-    """Collects this rank's losses (fp32, nats per byte); `settle()` turns them into means over all ranks.
+    """Collects losses (fp32, nats per byte), means over all ranks; `settle()` looks at them.
 
-    `steps` is how many it has room for; `validation` holds (step, loss) pairs, which are means already.
+    `steps` is how many it has room for; `validation` holds (step, loss) pairs.
     """
 
     def __init__(self, steps: int, device: torch.device) -> None:
@@ -21,19 +20,16 @@ class LossCurve:
         self.validation: list[tuple[int, float]] = []
 
     def add(self, loss: Tensor) -> None:
-        """The next step's loss on this rank, a scalar. It stays on its device: nobody waits for it."""
+        """The next step's loss, a scalar. It stays on its device."""
         self._losses[self._count] = loss
         self._count += 1
 
     def settle(self) -> float:
-        """Average over the ranks what was added since the last time, and return the mean of those steps.
+        """The mean of the steps since the last time.
 
-        Every rank must call it, after the same steps. Raises FloatingPointError, on all ranks alike, for a
-        loss that is not a finite number.
+        Raises FloatingPointError, on all ranks alike, for a loss that is not a finite number.
         """
         fresh = self._losses[self._settled : self._count]
-        dist.all_reduce(fresh)
-        fresh /= dist.get_world_size()
         if not bool(fresh.isfinite().all()):
             step = self._settled + int(fresh.isfinite().long().argmin()) + 1
             raise FloatingPointError(f"the loss of step {step} is not a number: try a smaller --lr")
@@ -42,7 +38,7 @@ class LossCurve:
 
     @property
     def training(self) -> list[float]:
-        """Means over all ranks, up to the last `settle()`."""
+        """Up to the last `settle()`."""
         return self._losses[: self._settled].tolist()
 
     def state_dict(self) -> dict[str, Any]:

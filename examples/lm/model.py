@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class Attention(nn.Module):
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [batch, heads, length, head_width]
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(q, cos, sin).type_as(v), rotate(k, cos, sin).type_as(v)  # turned in fp32
         y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y.transpose(1, 2).reshape(batch, length, width))
 
@@ -100,13 +101,13 @@ class GPT(nn.Module):
 
 
 def next_token_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy in nats per byte. logits [batch, length, 256], targets int64 [batch, length]."""
-    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+    """Cross-entropy in nats per byte, in fp32. logits [batch, length, 256], targets int64 [batch, length]."""
+    return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
 
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
+    model: Callable[[Tensor], Tensor],
     prompt: bytes,
     length: int,
     context: int,
@@ -114,11 +115,16 @@ def generate(
     device: torch.device,
     temperature: float = 0.8,
 ) -> bytes:
-    """`prompt` and `length` sampled bytes more. Every rank must call it, alike; all get the same bytes."""
+    """`prompt` and `length` sampled bytes more. Every rank must call it, alike; all get the same bytes.
+
+    Windows are filled up behind the last byte, which the model does not see, so that all have one shape.
+    """
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.tensor([list(prompt)], dtype=torch.int64, device=device)
     for _ in range(length):
-        logits = model(tokens[:, -context:])[0, -1].float().cpu()
+        seen = tokens[:, -context:]
+        window = functional.pad(seen, (0, context - seen.shape[1]))
+        logits = model(window)[0, seen.shape[1] - 1].float().cpu()
         choice = torch.multinomial((logits / temperature).softmax(dim=0), 1, generator=generator)
         tokens = torch.cat((tokens, choice.to(device)[None]), dim=1)
     return bytes(tokens[0].tolist())

@@ -128,7 +128,13 @@ class Speaker:
             self._bar.stop()
 
     def opening(
-        self, world: distlib.World, threads: int, parameters: int, train_bytes: int, validation_bytes: int
+        self,
+        world: distlib.World,
+        threads: int,
+        parameters: int,
+        train_bytes: int,
+        validation_bytes: int,
+        engine: distlib.Engine,
     ) -> None:
         device = f"{counted(threads, 'thread')} each" if world.device.type == "cpu" else "a GPU each"
         where = f"{counted(world.size, 'rank')} on {counted(world.node_count, 'node')}"
@@ -136,6 +142,7 @@ class Speaker:
         self.console.print(
             f"{parameters:,} parameters; {train_bytes:,} bytes to train on, {validation_bytes:,} to validate"
         )
+        self.console.print(f"\n{engine.describe()}\n")
 
     def trained(self, done: int, loss: float, rate: float, tokens_per_second: float) -> None:
         """`done` steps are; `loss` is the mean of all ranks and of the steps since the last time."""
@@ -202,11 +209,18 @@ def counted(number: int, noun: str) -> str:
 
 
 def write_json(
-    path: Path, settings: Settings, world: distlib.World, threads: int, curve: LossCurve, summary: Summary
+    path: Path,
+    settings: Settings,
+    plan: distlib.Plan,
+    world: distlib.World,
+    threads: int,
+    curve: LossCurve,
+    summary: Summary,
 ) -> None:
-    """Settings, loss curves and final numbers of a run. Written aside and renamed: whole or not at all."""
+    """Settings, plan, loss curves and final numbers of a run. Written aside and renamed: whole or not at all."""
     content = {
         "settings": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(settings).items()},
+        "plan": plan.to_dict(),
         "world": {"size": world.size, "nodes": world.node_count, "launcher": world.launcher,
                   "device": world.device.type, "threads": threads},
         "train_loss": curve.training,

@@ -8,11 +8,15 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import distlib
+from lm.strategy import plan_of
+
 AT_LEAST_ONE = (
     "steps", "batch", "accumulate", "context", "layers", "width", "heads", "validate_every",
     "validation_windows", "report_every",
 )  # fmt: skip
 STRATEGIES = ("replicated", "sharded", "mics")
+IN_A_PLAN = ("strategy", "stage", "partition_size", "accumulate", "clip")
 
 
 def option(default: Any, text: str, *more_names: str) -> Any:
@@ -27,7 +31,10 @@ class Settings:
     out: Path | None = option(None, "write settings, loss curves and final numbers here, as JSON")
     steps: int = option(1000, "optimizer steps")
     batch: int = option(8, "windows in a step, over all ranks together", "--global-batch")
-    strategy: str = option("replicated", "how ranks share the work: replicated, sharded (ZeRO) or mics")
+    plan: Path | None = option(None, "how ranks share the work: a distlib.Plan as YAML or JSON, see examples/plans/")
+    strategy: str = option(
+        "replicated", "for want of a plan, how ranks share the work: replicated, sharded (ZeRO) or mics"
+    )
     stage: int = option(3, "what is sharded: 1 optimizer state, 2 gradients too, 3 parameters too")
     partition_size: int = option(0, "ranks that share one copy under mics; 0: those of a host")
     accumulate: int = option(1, "micro-batches that a rank does its part of a step in")
@@ -94,15 +101,30 @@ def check(settings: Settings, ranks: int) -> None:
         raise ValueError(f"--stage {settings.stage} must be 1, 2 or 3")
     if settings.stage != 3 and settings.strategy == "replicated":
         raise ValueError(f"--stage {settings.stage} has no effect without --strategy sharded or mics")
+    if settings.plan is not None:
+        for name in IN_A_PLAN:
+            if getattr(settings, name) != getattr(Settings, name):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {getattr(settings, name)} has no effect with --plan: say it in "
+                    f"{settings.plan}"
+                )
     if settings.save_every and settings.save is None:
         raise ValueError(f"--save-every {settings.save_every} has no effect without --save FILE")
     if not settings.prompt:
         raise ValueError("--prompt must not be empty: the sample needs a byte to begin with")
-    unit = ranks * settings.accumulate
-    if settings.batch % unit:
-        cut = f"{ranks} ranks" + (f" x {settings.accumulate} micro-batches" if settings.accumulate > 1 else "")
-        fits = math.ceil(settings.batch / unit) * unit
-        raise ValueError(f"--batch {settings.batch} does not divide over {cut}: try --batch {fits}")
+    check_batch(settings.batch, ranks, plan_of(settings))
     for file in (settings.out, settings.save):
         if file is not None and not file.absolute().parent.is_dir():
             raise ValueError(f"{file}: there is no folder {file.absolute().parent} to write it in")
+
+
+def check_batch(batch: int, ranks: int, plan: distlib.Plan) -> None:
+    """Raises ValueError for a batch that does not divide over all that see different data, in equal micro-batches."""
+    replicas, left = divmod(ranks, plan.pipeline)
+    if left:
+        raise ValueError(f"pipeline={plan.pipeline} does not divide {ranks} ranks: start a multiple of {plan.pipeline}")
+    unit = replicas * plan.microbatches
+    if batch % unit:
+        cut = f"{replicas} ranks" if plan.pipeline == 1 else f"{replicas} x {plan.pipeline} ranks"
+        cut += f" x {plan.microbatches} micro-batches" if plan.microbatches > 1 else ""
+        raise ValueError(f"--batch {batch} does not divide over {cut}: try --batch {math.ceil(batch / unit) * unit}")

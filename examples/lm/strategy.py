@@ -1,19 +1,23 @@
-"""How a run is divided over ranks: one call that wraps the model. The rest of the script does not know which it was."""
+"""How a run is divided over ranks: a plan, from --plan FILE or from --strategy and its kin. The rest does not ask."""
 
 from __future__ import annotations
 
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 import distlib
-from lm.settings import Settings
 
-Parallel = distlib.DataParallel | distlib.ShardedDataParallel
+if TYPE_CHECKING:
+    from lm.settings import Settings
 
 
-def wrap(plain: nn.Module, settings: Settings) -> Parallel:
-    """The model, parallel as --strategy says. Every rank calls it with the same settings."""
-    if settings.strategy == "replicated":
-        return distlib.DataParallel(plain)
-    # ZeRO divides one copy over all ranks; MiCS keeps a copy in every partition group: by default, on every host.
-    partition = None if settings.strategy == "sharded" else settings.partition_size or "node"
-    return distlib.ShardedDataParallel(plain, stage=settings.stage, partition_size=partition)
+def plan_of(settings: Settings) -> distlib.Plan:
+    """The plan of the run. Raises ValueError for a file that holds none, OSError for one that cannot be read."""
+    if settings.plan is not None:
+        return distlib.Plan.from_file(settings.plan)
+    divided: dict[str, dict[str, Any]] = {
+        "replicated": {},
+        # ZeRO divides one copy over all ranks; MiCS keeps a copy in every partition group: by default, on every host.
+        "sharded": {"stage": settings.stage},
+        "mics": {"stage": settings.stage, "partition_size": settings.partition_size or "node"},
+    }
+    return distlib.Plan(**divided[settings.strategy], microbatches=settings.accumulate, clip=settings.clip)

@@ -42,7 +42,7 @@ class MicroSteps(Transparent):
             with contextlib.nullcontext() if k == len(batches) - 1 else self._no_sync():
                 with self._numbers.of(seed):
                     loss = self._loss(batch)
-                (loss * (batch.share * loss_scale)).backward()
+                self._backward(loss * (batch.share * loss_scale))
             share = loss.detach() * batch.share
             total = share if total is None else total + share
         assert total is not None
@@ -75,6 +75,9 @@ class MicroSteps(Transparent):
 
     def _loss(self, batch: MicroBatch) -> Tensor:
         return scalar(self._loss_fn(self.module(*batch.args, **batch.kwargs), batch.target))
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
 
     def _no_sync(self) -> contextlib.AbstractContextManager[None]:
         wrapped = getattr(self.module, "no_sync", None)

@@ -20,7 +20,10 @@ from distlib.optim import GradScaler
 from distlib.optim.flat import FlatOptimizer
 from distlib.optim.norm import clip_grad_norm_
 from distlib.plan import Plan, options
+from distlib.pipeline.wrapper import PipelineParallel
 from distlib.plan.mesh import Mesh
+from distlib.plan.world import Ranks
+from distlib.shards import shard_of
 
 
 class Stepper(Protocol):
@@ -173,6 +176,30 @@ class Engine:
         return self.model.memory_report(self.optimizer)
 
     def describe(self) -> str:
-        """The plan, the mesh, the stages, and the bytes expected in memory and on the wire, as text. Every rank must
-        call it; all get the same."""
-        raise NotImplementedError
+        """The plan, the mesh, the stages, and the bytes expected in memory and on the wire, as text. The same on all
+        ranks; nothing is communicated."""
+        stages = self.model.division if isinstance(self.model, PipelineParallel) else None
+        if stages is None:
+            told, parameters = "", sum(shape.numel() for shape in map(_whole_shape, self._trained()))
+            expected = self.plan.expected(parameters, self.mesh.topology, **self._sizes())
+        else:
+            told = f"\n\n{stages}"
+            costs = stages.stage_costs
+            held = 0 if costs is None else costs.activations
+            expected = self.plan.expected(
+                stages.parameters, self.mesh.topology, activations=held, messages=stages.sent, **self._sizes()
+            )
+        return f"{self.plan}\n\n{self.mesh}{told}\n\n{expected}"
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _sizes(self) -> dict[str, Any]:
+        """What the formulas need to know of the machine."""
+        device = next((p.device.type for p in self.model.parameters()), "cpu")
+        return {"shared": self.plan.stage > 0 and Ranks(self.mesh, device).share}
+
+
+def _whole_shape(parameter: nn.Parameter) -> torch.Size:
+    shard = shard_of(parameter)
+    return parameter.shape if shard is None else shard.shape

@@ -12,8 +12,8 @@ from torch import nn
 from distlib.activations import ActivationReport, checkpoint_activations
 from distlib.activations.blocks import find_blocks
 from distlib.data_parallel import DataParallel
-from distlib.engine import Engine, Stepper
-from distlib.micro_steps import MicroSteps
+from distlib.engine.engine import Engine, Stepper
+from distlib.engine.micro_steps import MicroSteps
 from distlib.optim import GradScaler
 from distlib.pipeline.build import materialise
 from distlib.pipeline.micro_batches import Weigh
@@ -72,7 +72,7 @@ def parallelize(
 
     def prepare(part: nn.Module) -> nn.Module:
         """Of the whole model, or of each of this rank's stages."""
-        reports.extend(keep_less(plan, part, blocks, example_inputs))
+        reports.extend(keep_less(plan, part, module, blocks, example_inputs))
         return replicate(plan, part, whole, groups["data_parallel"], initialize)
 
     model: Stepper
@@ -123,10 +123,10 @@ def block_classes(plan: Plan, module: nn.Module) -> list[type[nn.Module]]:
 
 
 def keep_less(
-    plan: Plan, part: nn.Module, blocks: Sequence[type[nn.Module]], example_inputs: Any
+    plan: Plan, part: nn.Module, whole: nn.Module, blocks: Sequence[type[nn.Module]], example_inputs: Any
 ) -> list[ActivationReport]:
-    """Activation memory, of the blocks that this part of the model has."""
-    wanted = options.activations(plan, part)
+    """Activation memory, of the blocks that this part of the whole model has."""
+    wanted = options.activations(plan, part, whole)
     if wanted is None:
         return []
     count = sum(type(m) in blocks for m in part.modules())

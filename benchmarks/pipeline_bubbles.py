@@ -1,0 +1,163 @@
+"""Bubbles of every schedule with stages that sleep, measured beside simulated.
+
+    stage       forward: sleeps F       gradient of its input: sleeps B       gradient of its weight: sleeps W
+
+Sleeping needs no core, so that eight ranks fit on two. What is left is the runtime: its messages, its order of actions,
+and what it does between them. The simulator is given the lengths of the sleeps and the latency of a message, which is
+measured apart, by ping-pong over the same transport.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import distlib
+from distlib.comm.group import Group
+from distlib.pipeline import NAMES, Costs, Schedule, Simulation, generate, parse, simulate
+from distlib.pipeline.record import Spec
+from distlib.pipeline.simulate import played
+from distlib.pipeline.transport import Transport
+
+if TYPE_CHECKING:  # ranks draw nothing
+    from report import Row
+
+F, B, W = 0.016, 0.018, 0.012  # seconds of a rank's share of the model, for a micro-batch
+WIDTH = 8  # elements of a message, a few bytes: no sleeping rank's core is needed to copy them
+NEAR = 0.03  # how far a measured bubble may be from the simulated one
+DRAWN = ("1f1b", "zb-h1", "zb-v")
+
+
+class _Sleep(torch.autograd.Function):
+    """The same values, a while later; and their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: float, backward: float) -> Tensor:
+        ctx.backward_time = backward
+        time.sleep(forward)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        time.sleep(ctx.backward_time)
+        return gradient, None, None
+
+
+class Sleeper(nn.Module):
+    """A Linear that takes as long as it is told to. forward, backward (B), weight (W): seconds.
+
+    Its weight's gradient lands in the weight pass of a divided backward and in a plain backward otherwise: the sleep W
+    is a hook there, and so is always where the runtime computes weight gradients.
+    """
+
+    def __init__(self, forward: float, backward: float, weight: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.linear.weight.register_post_accumulate_grad_hook(lambda _: time.sleep(weight))
+        self.times = forward, backward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Sleep.apply(self.linear(x), *self.times)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """bubbles: of the steps. simulated: the bubble by simulation. line: of the step with the median bubble, per rank,
+    (action, start, end)."""
+
+    bubbles: list[float]
+    simulated: float
+    lines: list[list[tuple[str, float, float]]]
+
+
+# ---- on every rank ----------------------------------------------------------------------------------------
+
+
+def measure(steps: int) -> dict[str, Any]:
+    """{"latency": seconds of a message, schedule: a `Measured` as a dict}. Every rank must call it."""
+    group = Group.of(None)
+    found: dict[str, Any] = {"latency": latency(group)}
+    for name in NAMES:
+        found[name] = asdict(_measure(name, group.size, found["latency"], steps))
+    return found
+
+
+def schedule_of(name: str, ranks: int, comm: float) -> tuple[Schedule, Costs]:
+    """Twice as many micro-batches as ranks: the least at which zb-v has no bubble. Two stages of a rank have half of
+    its work each."""
+    virtual = 2 if name in ("interleaved", "zb-v") else 1
+    costs = Costs(F / virtual, B / virtual, W / virtual, comm=comm)
+    return generate(name, ranks, 2 * ranks, costs=costs if name == "auto" else None), costs
+
+
+def _measure(name: str, ranks: int, comm: float, steps: int) -> Measured:
+    schedule, costs = schedule_of(name, ranks, comm)
+    stages = [Sleeper(costs.forward, costs.backward, costs.weight) for _ in range(schedule.stages)]
+    model = distlib.PipelineParallel(
+        None,
+        schedule=schedule,
+        microbatches=schedule.micro_batches,
+        split=stages,
+        loss_fn=lambda output, _: output.square().mean(),
+    )
+    batch = torch.ones(schedule.micro_batches, WIDTH)
+    for _ in range(2):
+        model.train_step(batch)
+    runs = sorted((model.timed_step(batch)[1] for _ in range(steps)), key=lambda run: run.bubble)
+    lines = [[(str(action), start, end) for action, start, end in line] for line in runs[steps // 2].lines]
+    return Measured([run.bubble for run in runs], simulate(schedule, costs).bubble, lines)
+
+
+def latency(group: Group, rounds: int = 60) -> float:
+    """Seconds from a send on rank 0 to the end of `take` on rank 1: half the median round trip. All ranks call it."""
+    transport = Transport(group, range(group.size), [(0, 1)])
+    tensor = torch.ones(1, WIDTH)
+    specs = [Spec.of(tensor)]
+    trips = []
+    for k in range(rounds):
+        began = time.perf_counter()
+        if group.rank == 0:
+            transport.post(1, 0, k, specs)
+            transport.send(0, 1, k, [tensor])
+            transport.take(1, 0, k)
+        elif group.rank == 1:
+            transport.post(0, 1, k, specs)
+            transport.take(0, 1, k)
+            transport.send(1, 0, k, [tensor])
+        trips.append(time.perf_counter() - began)
+        transport.finish()
+    transport.close()
+    found = torch.tensor(statistics.median(trips) / 2, dtype=torch.float64)
+    group.broadcast(found, 0)
+    return found.item()
+
+
+# ---- the process that starts the ranks --------------------------------------------------------------------
+
+
+def rows_of(ranks: int, found: dict[str, Any]) -> list[Row]:
+    """A row per schedule, with what `measure` returned."""
+    from pipeline_report import Gap, Plain
+
+    return [
+        Plain(
+            f"bubble, {name}, m={2 * ranks}",
+            ranks,
+            {"measured": found[name]["bubbles"], "simulated": [found[name]["simulated"]]},
+            [Gap("measured", "simulated", at_most=NEAR)],
+        )
+        for name in NAMES
+    ]
+
+
+def time_line(name: str, ranks: int, found: dict[str, Any]) -> Simulation:
+    """What the ranks did when, in the step with the median bubble; for `distlib.pipeline.save_png`."""
+    schedule, _ = schedule_of(name, ranks, found["latency"])
+    lines: Sequence[Any] = found[name]["lines"]
+    return played(schedule, [[(parse(token), start, end) for token, start, end in line] for line in lines])

@@ -1,0 +1,90 @@
+"""What a recording says no to, and where in the model that is."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import fake_tensor
+from torch.utils import _pytree as pytree
+
+_PRIMITIVE = (int, float, complex, str, bytes, bool, type(None), type(...), slice, torch.dtype, torch.device)
+
+
+def check_opaque(leaf: Any, where: str) -> None:
+    """Refuses objects with tensors inside that pytree does not look into."""
+    if isinstance(leaf, _PRIMITIVE) or isinstance(leaf, (nn.Module, type)) or callable(leaf):
+        return
+    inside: list[Any] = []
+    if isinstance(leaf, Mapping):
+        inside += leaf.values()
+    elif isinstance(leaf, (list, tuple, set)):
+        inside += leaf
+    inside += getattr(leaf, "__dict__", {}).values()
+    if any(isinstance(item, Tensor) for item in pytree.tree_leaves(inside)):
+        raise ValueError(
+            f"pipeline: {where} has a {type(leaf).__name__} with tensors in it, which pytree does not know. Register "
+            "the class (torch.utils._pytree.register_dataclass or register_pytree_node), or use a tuple or dict"
+        )
+
+
+def line() -> str:
+    """Where the model's code is, of the running stack."""
+    for frame in reversed(traceback.extract_stack()):
+        if _is_foreign(frame.filename):
+            return f" ({frame.filename}:{frame.lineno})"
+    return ""
+
+
+_OURS = tuple(folder for folder in (torch.__path__[0], __file__.rpartition("pipeline")[0]))
+
+
+def _is_foreign(filename: str) -> bool:
+    return not filename.startswith(_OURS) and not filename.startswith("<")
+
+
+def refusal(error: Exception, module: nn.Module) -> Exception | None:
+    """What to say about an error that only fake tensors raise; None for the model's own."""
+    values = (
+        fake_tensor.DataDependentOutputException,
+        fake_tensor.DynamicOutputShapeException,
+    )
+    is_numpy = isinstance(error, RuntimeError) and ".numpy() is not supported" in str(error)
+    if isinstance(error, values) or is_numpy:
+        what = "asks for the value of a tensor" if not isinstance(error, values[1]) else "makes a shape of values"
+        detail = ".numpy()" if is_numpy else str(getattr(error, "func", error))
+        return ValueError(
+            f"pipeline: {_where(error, module)} {what} ({detail}). Stages are cut before any value is there, and a "
+            "rank has only its own: use torch.where or masks instead of `if`, .item(), .tolist() and boolean "
+            "indexing; or pass the number as an input that is no tensor; or wrap the code as a "
+            "torch.library.custom_op with register_fake"
+        )
+    unknown = (fake_tensor.UnsupportedOperatorException, fake_tensor.UnsupportedFakeTensorException)
+    if isinstance(error, unknown):
+        return ValueError(
+            f"pipeline: {_where(error, module)} calls an operator that says nothing of its result's shape: {error}. "
+            "Register it with torch.library.register_fake"
+        )
+    return None
+
+
+def _where(error: Exception, module: nn.Module) -> str:
+    """Module and line in which an error arose."""
+    names = {id(part): name for name, part in module.named_modules()}
+    inner, line = None, ""
+    trace = error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        held = frame.f_locals.get("self")
+        if isinstance(held, nn.Module) and id(held) in names:
+            inner = held
+        if _is_foreign(frame.f_code.co_filename):
+            line = f" at {frame.f_code.co_filename}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    if inner is None:
+        return f"the model{line}"
+    kind = next(base.__name__ for base in type(inner).__mro__ if base.__module__ == type(inner).__module__)
+    return f"module {names[id(inner)]!r} ({kind}){line}" if names[id(inner)] else f"the model ({kind}){line}"

@@ -1,0 +1,55 @@
+"""What a recorded program belongs to: equal signatures, equal programs. Cheap: looked up for every micro-batch."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from distlib.pipeline.program import Context
+
+_walks: weakref.WeakKeyDictionary[nn.Module, tuple[list[nn.Module], list[Tensor]]] = weakref.WeakKeyDictionary()
+
+
+def signature(args: tuple[Any, ...], kwargs: Mapping[str, Any], module: nn.Module) -> Hashable:
+    """What a recorded program depends on: equal signatures, equal programs.
+
+    Structure of the inputs; shape, dtype and requires_grad of tensors; type and value of all else; `training` of every
+    module and requires_grad of every parameter; grad mode and autocast. Not in it: other attributes of modules, such
+    as a dropout's p, which are taken to stay, and the tree of modules itself.
+
+    Raises ValueError for an input that is neither a tensor nor hashable.
+    """
+    walk = _walks.get(module)
+    if walk is None:
+        walk = _walks[module] = (list(module.modules()), list(module.parameters()))
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+    inputs = tuple(
+        (leaf.shape, leaf.dtype, leaf.requires_grad) if isinstance(leaf, Tensor) else (type(leaf), leaf)
+        for leaf in leaves
+    )
+    flags = bytes([part.training for part in walk[0]]), bytes([p.requires_grad for p in walk[1]])
+    device = device_of(leaves).type
+    found = (spec, inputs, *flags, Context.now(device), torch.get_default_dtype())
+    try:
+        hash(found)
+    except TypeError:
+        bad = next(leaf for leaf in leaves if not isinstance(leaf, Tensor) and not isinstance(leaf, Hashable))
+        raise ValueError(
+            f"pipeline: an input of type {type(bad).__name__} is neither a tensor nor hashable, so it cannot be told "
+            "whether the next one is the same. Pass tensors, numbers, strings or containers known to "
+            "torch.utils._pytree"
+        ) from None
+    return found
+
+
+def device_of(leaves: Sequence[Any]) -> torch.device:
+    """Where the model believes to be: the accelerator that holds an input, else the CPU."""
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and leaf.device.type not in ("cpu", "meta"):
+            return leaf.device
+    return torch.device("cpu")
