@@ -9,15 +9,15 @@ begin. The loss of torch's contenders is known where their last stage is, and na
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 
 import peers
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from data_parallel import GPT
+from data_parallel import GPT, LAYERS
 from torch import Tensor, nn
 
 import distlib
@@ -69,6 +69,16 @@ class Distlib(Contender):
         return self.model.train_step(tokens, targets).item()
 
 
+def even_split(stages: int) -> list[str]:
+    """Where stages begin that have equally many layers, earlier ones one more where it does not come out even.
+
+    Embedding and output layer count as a layer each: the usual rule of those who divide a model by hand.
+    """
+    small, larger = divmod(LAYERS + 2, stages)
+    ends = itertools.accumulate(small + (stage < larger) for stage in range(stages - 1))
+    return [f"blocks.{end - 1}" for end in ends]
+
+
 class _Front(nn.Module):
     """Embedding and positions."""
 
@@ -97,7 +107,7 @@ class TorchPipeline(Contender):
         named |= {"norm": module.norm, "head": module.head}
         order, size, count = list(named), dist.get_world_size(), len(begins) + 1
         bounds = [0, *(order.index(name) for name in begins), len(order)]
-        parts = [nn.Sequential(*(named[name] for name in order[a:b])) for a, b in pairwise(bounds)]
+        parts = [nn.Sequential(*(named[name] for name in order[a:b])) for a, b in itertools.pairwise(bounds)]
         own = sorted({dist.get_rank(), 2 * size - 1 - dist.get_rank()}) if kind == "ZBV" else [dist.get_rank()]
         stages = [PipelineStage(parts[stage], stage, count, torch.device("cpu")) for stage in own]
         makes = {

@@ -25,7 +25,8 @@ SPLIT = "F0 F1 F2 B0 F3 B1 W0 B2 B3 W1 W2 W3"  # W2 and W3: no input pass comes 
 
 
 class Layer(nn.Module):
-    """A norm lands in the input pass, Linears in the weight pass, `mix` there too, by a walk over the graph."""
+    """A norm lands in the input pass, Linears in the weight pass; `mix` there too, by a walk over the graph that reads
+    it, where it is not freed before."""
 
     def __init__(self, remade: bool = False) -> None:
         super().__init__()
@@ -41,7 +42,7 @@ class Layer(nn.Module):
 
     def body(self, x: Tensor) -> Tensor:
         self.runs += 1
-        return self.down(torch.tanh(self.up(self.norm(x)))) @ self.mix
+        return self.down(torch.tanh(self.up(self.norm(x)))) @ (self.mix * self.mix)
 
 
 class StageNet(nn.Module):

@@ -62,7 +62,7 @@ def deepspeed_engine(
     _check(plan, module, world)
     config = configuration(plan)
     seed(plan, mesh.place(world.rank))
-    reports = keep_less(plan, module, block_classes(plan, module), None)
+    reports = keep_less(plan, module, module, block_classes(plan, module), None)
     made = optimizer([p for p in module.parameters() if p.requires_grad])
     if isinstance(made, FlatOptimizer):
         raise ValueError(

@@ -1,4 +1,5 @@
-"""Pipeline parallelism: schedules as tables of actions, made, checked and simulated before the first step.
+"""Pipeline parallelism. `distlib.PipelineParallel` runs it; here are schedules as tables of actions, made, checked and
+simulated before the first step.
 
 schedule = prepare(generate("zb-h1", ranks=4, micro_batches=8))
 verify(schedule)
@@ -7,8 +8,10 @@ print(draw(simulate(schedule, Costs(forward=1, backward=1, weight=1, comm=0.1)))
 
 from distlib.pipeline.actions import Action, Kind, Schedule, ScheduleError, load_csv, parse, save_csv
 from distlib.pipeline.auto import auto
+from distlib.pipeline.micro_batches import Whole
 from distlib.pipeline.partition import Split, split_layers
 from distlib.pipeline.passes import forward_only, fuse, gather, lower, prepare, reduce, unfuse
+from distlib.pipeline.random import micro_batch_seeds
 from distlib.pipeline.schedules import NAMES, generate, peak_activations
 from distlib.pipeline.simulate import Costs, Simulation, simulate
 from distlib.pipeline.timeline import draw, save_png
@@ -23,6 +26,7 @@ __all__ = [
     "ScheduleError",
     "Simulation",
     "Split",
+    "Whole",
     "auto",
     "draw",
     "forward_only",
@@ -31,6 +35,7 @@ __all__ = [
     "generate",
     "load_csv",
     "lower",
+    "micro_batch_seeds",
     "parse",
     "peak_activations",
     "prepare",

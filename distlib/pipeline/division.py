@@ -32,8 +32,8 @@ Split = str | Sequence[str] | Sequence[nn.Module]
 class Division:
     """A model in stages.
 
-    ghost: the whole model without data. leaves: modules that lie wholly in a stage. stage_of: of each leaf, by call or,
-    without example inputs, by name. holdings: what each stage holds. aliases: other names of tied parameters and
+    ghost: the whole model without data. leaves: modules that lie wholly in a stage. stage_of: of each leaf. calls: with
+    example inputs, their leaf calls in order, with the stage of each. holdings: what each stage holds. aliases: other names of tied parameters and
     buffers, to the first one. tied: names of parameters of several stages, with these. tensors: name, shape and dtype
     of all that a state dict of the whole model has. costs: of leaf calls, where they were needed. edges: between which
     stages something travels for the example inputs; sent: per stage, bytes of activations of a micro-batch that leave.
@@ -41,7 +41,8 @@ class Division:
 
     ghost: nn.Module
     leaves: tuple[str, ...]
-    stage_of: tuple[int, ...] | dict[str, int]
+    stage_of: dict[str, int]
+    calls: tuple[tuple[str, int], ...]
     holdings: tuple[Holding, ...]
     aliases: dict[str, str]
     tied: dict[str, tuple[int, ...]]
@@ -91,10 +92,10 @@ class Division:
     @property
     def stage_costs(self) -> Costs | None:
         """Costs of the stages, if those of their leaves are known."""
-        if self.costs is None or isinstance(self.stage_of, dict):
+        if self.costs is None:
             return None
         times = {key: [0.0] * self.stages for key in ("forward", "backward", "weight", "activations")}
-        for cost, stage in zip(self.costs, self.stage_of, strict=True):
+        for cost, (_, stage) in zip(self.costs, self.calls, strict=True):
             times["forward"][stage] += cost.forward
             times["backward"][stage] += cost.backward
             times["weight"][stage] += cost.weight
@@ -133,7 +134,7 @@ def divide(
     empty = ghost(module)
     leaves = leaves_of(empty, split)
     costs: list[LeafCost] | None = None
-    stage_of: tuple[int, ...] | dict[str, int]
+    calls: tuple[tuple[str, int], ...] = ()
     crossing: tuple[tuple[int, int], ...] = ()
     sent = (0,) * stages
     if example is None:
@@ -143,10 +144,12 @@ def divide(
         program = record(empty, example.args, example.kwargs, leaves, dtype)
         if split == "auto":
             costs = _on_first(group, ranks, lambda: _costs(program, module, how))
-            stage_of = assign(program, split_auto(program, costs, stages))
+            by_call = assign(program, split_auto(program, costs, stages))
         else:
-            stage_of = assign(program, [str(name) for name in split])
-        parts = cut(program, stage_of, stages)
+            by_call = assign(program, [str(name) for name in split])
+        calls = tuple((call.name, stage) for call, stage in zip(program.leaf_calls, by_call, strict=True))
+        stage_of = dict(reversed(calls))  # of the first call
+        parts = cut(program, by_call, stages)
         held, crossing = holdings(parts, empty), edges(parts)
         sent = tuple(sum(port.nbytes for port in part.sends) for part in parts)
     aliases, tensors = _names(empty)
@@ -154,6 +157,7 @@ def divide(
         empty,
         tuple(leaves),
         stage_of,
+        calls,
         held,
         aliases,
         tied(empty, held),

@@ -74,6 +74,8 @@ class _Graph:
         for node, leaf in list(self.deferred.items()):
             if getattr(leaf, "_backward_hooks", None):
                 self._drop({node}, "a hook of its own sees its gradient, and would see it twice")
+            elif getattr(leaf, "_distlib_comes_and_goes", False):  # set by ShardedDataParallel
+                self._drop({node}, "sharded, and freed before the weight pass: hold() the model over both passes")
         while not self._divide():
             pass
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import traceback
+import sys
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -33,13 +34,13 @@ def check_opaque(leaf: Any, where: str) -> None:
 
 def line() -> str:
     """Where the model's code is, of the running stack."""
-    for frame in reversed(traceback.extract_stack()):
-        if _is_foreign(frame.filename):
-            return f" ({frame.filename}:{frame.lineno})"
-    return ""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and not _is_foreign(frame.f_code.co_filename):
+        frame = frame.f_back
+    return "" if frame is None else f" ({frame.f_code.co_filename}:{frame.f_lineno})"
 
 
-_OURS = tuple(folder for folder in (torch.__path__[0], __file__.rpartition("pipeline")[0]))
+_OURS = (torch.__path__[0], __file__.rpartition("pipeline")[0])
 
 
 def _is_foreign(filename: str) -> bool:

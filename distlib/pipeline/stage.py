@@ -25,6 +25,7 @@ class Replicated(Protocol):
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]: ...
     def partial_backward(self) -> contextlib.AbstractContextManager[None]: ...
+    def weight_backward(self) -> contextlib.AbstractContextManager[None]: ...
     def hold(self) -> bool: ...
     def release(self) -> bool: ...
 
@@ -134,7 +135,11 @@ class Stage:
         """W: the weight gradients of a micro-batch whose B is over."""
         flight = self._flying.pop(micro_batch)
         assert flight.queue is not None
-        with contextlib.nullcontext() if last else self._no_sync():
+        with contextlib.ExitStack() as around:
+            if not last:
+                around.enter_context(self._no_sync())
+            if self.replicas is not None:
+                around.enter_context(self.replicas.weight_backward())
             flight.queue.run()
 
     # ------------------------------------------------------------ parameters, faults

@@ -39,7 +39,7 @@ class Steps:
         dtype: torch.dtype | None,
         limit: float | None,
     ) -> None:
-        self._ghost, self._leaves, self._stage_of = division.ghost, division.leaves, division.stage_of
+        self._division, self._ghost = division, division.ghost
         self._schedule, self._numbers = schedule, tuple(numbers)
         self._sharded, self._whole, self._dtype, self._limit = tuple(sharded), whole, dtype, limit
         self._parts: dict[Hashable, tuple[Part, ...]] = {}
@@ -48,7 +48,7 @@ class Steps:
 
     def program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
         """A recording of the model's run on these inputs."""
-        return record(self._ghost, args, kwargs, self._leaves, self._dtype)
+        return record(self._ghost, args, kwargs, self._division.leaves, self._dtype)
 
     def of(self, batches: Sequence[MicroBatch], train: bool) -> Step:
         """The step of these micro-batches. Equal on all ranks that are given inputs of equal shapes."""
@@ -63,7 +63,9 @@ class Steps:
     def _parts_of(self, key: Hashable, batch: MicroBatch) -> tuple[Part, ...]:
         if key not in self._parts:
             program = self.program(batch.args, batch.kwargs)
-            self._parts[key] = cut(program, self._stage_of, self._schedule.stages)
+            known = [stage for _, stage in self._division.calls]
+            alike = [call.name for call in program.leaf_calls] == [name for name, _ in self._division.calls]
+            self._parts[key] = cut(program, known if alike else self._division.stage_of, self._schedule.stages)
         return self._parts[key]
 
     def _table(self, parts: Sequence[tuple[Part, ...]], train: bool) -> Schedule:

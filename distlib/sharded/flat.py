@@ -154,6 +154,11 @@ class Flat:
         """The module's parameters are this rank's pieces."""
         self.show(self.pieces)
 
+    def come_and_go(self, yes: bool) -> None:
+        """Says whether whole parameters lose their memory after use: a weight pass must then not read them."""
+        for parameter in self.full:
+            parameter._distlib_comes_and_goes = yes
+
     def show(self, parameters: Sequence[nn.Parameter]) -> None:
         """The module's parameters are these, one per entry."""
         for parameter, places in zip(parameters, self.places, strict=True):

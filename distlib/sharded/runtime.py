@@ -52,6 +52,7 @@ class Runtime:
         self._announced = False  # forwards under no_sync() began a window: no optimizer writes before it ends
         self._fresh = False  # units are held, and were gathered since gradients were averaged
         self.watch = BackwardWatch(self._ended, self._died, reduction.passes)
+        self._set_held(False)
         me = weakref.ref(self)
         for unit, parts in zip(self.units, modules, strict=True):
             for part in parts:
@@ -265,7 +266,8 @@ class Runtime:
         if not self.source.frees:
             return False
         self._refresh()
-        self._fresh = self.source.held = True
+        self._fresh = True
+        self._set_held(True)
         self.source.ahead(self.units)
         return True
 
@@ -273,11 +275,18 @@ class Runtime:
         """The end of `hold`."""
         if not self.source.held:
             return False
-        self._fresh = self.source.held = False
+        self._fresh = False
+        self._set_held(False)
         in_window = self._announced or self.reduction.window.open
         for unit in self.units:
             self.source.release(unit, for_backward=in_window)
         return True
+
+    def _set_held(self, held: bool) -> None:
+        self.source.held = held
+        for unit in self.units:
+            for flat in unit.flats:
+                flat.come_and_go(self.source.frees and not held)
 
 
 def _in_backward() -> bool:
