@@ -80,8 +80,8 @@ venv-bench: venv
 train: venv
 	$(PY) -m torch.distributed.run --nproc-per-node $(RANKS) examples/train_lm.py $(ARGS)
 
-# A third of the suite's time is waiting, for processes that start, for timeouts: so two files are tested at a time. Tests
-# that measure time or memory, marked `alone`, go before the others.
+# One by one, tests use 1.1 of two cores: they wait for timeouts, for processes to start, for a single rank. So two files
+# are tested at a time. Those that measure time or memory, marked `alone`, go before the others.
 test: venv-test
 ifeq ($(strip $(ARGS)),)
 	@failed=; \

@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # ranks draw nothing
     from report import Report, Row
 
 MICRO_BATCHES = 4
-# In the first GPT, that of the other benchmarks, the output layer weighs 1.3 blocks; in the second 5.3, as in GPT-2 small.
+# The output layer weighs 1.3 blocks in the first GPT, that of other benchmarks; 5.3 in the second, as in GPT-2 small.
 VOCABULARIES = (VOCABULARY, 4 * VOCABULARY)
 OURS = {"1f1b": "distlib 1f1b", "zb-h1": "distlib zb-h1", "zb-v": "distlib zb-v"}
 TORCH = {"1F1B": "torch 1F1B", "ZB1P": "torch ZB1P", "ZBV": "torch ZBV"}
@@ -180,7 +180,7 @@ def step_row(vocabulary: int, found: dict[str, Any]) -> Row:
 def step_notes(vocabulary: int, found: dict[str, Any]) -> list[str]:
     """What a rank's time goes into, and the splits."""
     inside = (
-        f"{name}: the busier rank computes {at['busy'] * 1e3:.0f} of {at['span'] * 1e3:.0f} ms, bubble {at['bubble']:.3f}"
+        f"{name}: the busier rank computes {at['busy']:.2f} of {at['span']:.2f} s, bubble {at['bubble']:.3f}"
         for name, at in found["timed"].items()
     )
     splits = (f"{name}:\n{words}" for name, words in found["splits"].items() if name != OURS["zb-h1"])
@@ -260,8 +260,8 @@ def results(options: argparse.Namespace) -> Report:
         "Steps: torch's stages have equally many layers, embedding and output layer counted as one each; or, where it "
         "says so, the split that distlib found. ZB1P is ScheduleInterleavedZeroBubble with one stage per rank.",
         *steps,
-        "Activations: the formula holds a micro-batch from its forward to its weight gradients, live bytes include what "
-        "a backward makes on its way.",
+        "Activations: the formula holds a micro-batch from its forward to its weight gradients; live bytes are also "
+        "those that a backward makes on its way.",
     ]
     return PipelineReport("pipeline", "Pipeline parallelism on one host", rows, notes)
 

@@ -28,7 +28,7 @@ from distlib.pipeline.transport import Transport
 if TYPE_CHECKING:  # ranks draw nothing
     from report import Row
 
-F, B, W = 0.016, 0.018, 0.012  # seconds of a rank's share of the model, for a micro-batch
+F, B, W = 0.020, 0.020, 0.016  # seconds of a rank's share of the model, for a micro-batch
 WIDTH = 8  # elements of a message, a few bytes: no sleeping rank's core is needed to copy them
 NEAR = 0.03  # how far a measured bubble may be from the simulated one
 DRAWN = ("1f1b", "zb-h1", "zb-v")

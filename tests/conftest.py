@@ -10,7 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import pool
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # each has its share of the cores; threads that spin would take the other's
+    torch.set_num_threads(1)
 
 
 def find_mpirun() -> str | None:

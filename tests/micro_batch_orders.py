@@ -21,7 +21,7 @@ from distlib.pipeline.split_backward import WeightQueue
 
 WIDTH = 8
 WHOLE = "F0 F1 F2 A0 F3 A1 A2 A3"
-SPLIT = "F0 F1 F2 B0 F3 B1 W0 B2 B3 W1 W2 W3"  # W2 and W3: no input pass comes before them
+SPLIT = "F0 F1 F2 B0 F3 W0 B1 B2 B3 W1 W2 W3"  # before W2 and W3 comes no input pass of their own
 
 
 class Layer(nn.Module):

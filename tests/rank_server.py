@@ -208,7 +208,7 @@ def _run(number: int, call: dict[str, Any]) -> tuple[str, bytes, str]:
         # The variables of a failed assertion, as pytest would show them; other errors explain themselves.
         show = isinstance(error, AssertionError)
         lines = "".join(traceback.TracebackException.from_exception(error, capture_locals=show).format())
-        return "exception", b"", "\n".join(line[:300] for line in lines.splitlines())
+        return "exception", b"", "\n".join(line[:1000] for line in lines.splitlines())
     multiprocessing = sys.modules.get("multiprocessing")
     for child in multiprocessing.active_children() if multiprocessing else []:
         child.terminate()  # what Python does with daemons at exit; this process skips its exit handlers

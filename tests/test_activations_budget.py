@@ -126,6 +126,7 @@ def gpt() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return GPT(5, 64, 2), tokens[:, :-1], tokens[:, 1:]
 
 
+@pytest.mark.alone  # times that are measured choose among plans of one peak
 @pytest.mark.parametrize("part", [0.0, 0.5, 0.99])
 def test_peak_is_as_predicted_and_within_the_budget(part: float) -> None:
     model, inputs, targets = gpt()
@@ -156,11 +157,11 @@ def test_peak_is_as_predicted_and_within_the_budget(part: float) -> None:
 
 def test_a_larger_budget_is_never_predicted_slower() -> None:
     model, inputs, targets = gpt()
-    from distlib.calls import as_call
     from distlib.activations.measure import Measurement
     from distlib.activations.report import ActivationReport
     from distlib.activations.selective import make_policy
     from distlib.activations.wrapped import Setting, Wrapped
+    from distlib.calls import as_call
 
     report = ActivationReport("budget")
     wrapped = [Wrapped(b, str(i), "full", Setting(report, make_policy(None), None)) for i, b in enumerate(model.blocks)]

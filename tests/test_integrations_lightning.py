@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +18,13 @@ import distlib
 if importlib.util.find_spec("lightning") is None:
     pytest.skip("lightning is not installed: make test installs it", allow_module_level=True)
 
-ROWS, STEPS, CLIP = 4, 3, 0.3
+ROWS, STEPS, CLIP = 4, 3, 0.1
 
 
 def data() -> TensorDataset:
-    """Rows of both ranks for all micro-batches."""
+    """An epoch is a step: the Trainer's sampler deals these rows to 2 ranks, two batches each."""
     torch.manual_seed(1)
-    return TensorDataset(torch.randn(2 * ROWS * 2 * STEPS, 6), torch.randint(5, (2 * ROWS * 2 * STEPS,)))
+    return TensorDataset(torch.randn(4 * ROWS, 6), torch.randint(5, (4 * ROWS,)))
 
 
 def network() -> nn.Module:
@@ -36,19 +34,20 @@ def network() -> nn.Module:
 
 
 def plain() -> tuple[list[float], dict[str, Tensor]]:
-    """Losses by step, and the weights in the end, of one process that sees every rank's rows."""
+    """Losses before each step and after the last, and the weights in the end, of one process that sees all rows."""
     model, x, y = network(), *data().tensors
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)  # unlike Adam, it feels the gradients' scale
     losses = []
-    for step in range(STEPS):
-        rows = slice(step * 4 * ROWS, (step + 1) * 4 * ROWS)
-        loss = functional.cross_entropy(model(x[rows]), y[rows])
+    for _ in range(STEPS):
+        loss = functional.cross_entropy(model(x), y)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        assert nn.utils.clip_grad_norm_(model.parameters(), CLIP) > CLIP
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return losses, {name: p.detach() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        losses.append(functional.cross_entropy(model(x), y).item())
+    return losses, {f"network.{name}": p for name, p in model.state_dict().items()}
 
 
 def lightning_module() -> Any:
@@ -58,7 +57,7 @@ def lightning_module() -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.network = network()
-            self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
+            self.scale = nn.Parameter(torch.ones(1), requires_grad=False)  # outside of all blocks
             self.losses: list[float] = []
 
         def forward(self, x: Tensor) -> Tensor:
@@ -74,20 +73,20 @@ def lightning_module() -> Any:
             self.log("validation", functional.cross_entropy(self(batch[0]), batch[1]), sync_dist=True)
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.02)
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.3, momentum=0.9)
 
     return Module()
 
 
-def trainer(plan: distlib.Plan, folder: str, steps: int) -> Any:
+def trainer(plan: distlib.Plan, folder: str, epochs: int) -> Any:
     from lightning.pytorch import Trainer
 
     from distlib.integrations.lightning_strategy import DistlibStrategy
 
     return Trainer(
-        strategy=DistlibStrategy(plan=plan),
+        strategy=DistlibStrategy(plan=plan) if plan.stage else "distlib",
         accelerator="cpu",
-        max_steps=steps,
+        max_epochs=epochs,
         accumulate_grad_batches=2,
         gradient_clip_val=CLIP,
         default_root_dir=folder,
@@ -98,36 +97,92 @@ def trainer(plan: distlib.Plan, folder: str, steps: int) -> Any:
     )
 
 
-def train(rank: int, n: int, folder: str, settings: list[dict[str, Any]]) -> list[Any]:
+def whole_state(run: Any) -> dict[str, Tensor]:
+    return getattr(run.model, "full_state_dict", run.model.state_dict)()
+
+
+def train(rank: int, n: int, folder: str, settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each plan: a run without a break, and one that goes on from another's checkpoint."""
+
+    def loader() -> DataLoader[Any]:
+        return DataLoader(data(), batch_size=ROWS, shuffle=True)
+
     found = []
     for k, setting in enumerate(settings):
         plan = distlib.Plan(**setting)
-        loader = lambda: DataLoader(data(), batch_size=ROWS)  # noqa: E731
-        whole = lightning_module()
-        run = trainer(plan, folder, STEPS)
-        run.fit(whole, loader())
-        state = getattr(run.model, "full_state_dict", run.model.state_dict)()
-        logged = float(run.callback_metrics["loss"])
-        validated = run.validate(whole, loader(), verbose=False)[0]["validation"]
+        module, run = lightning_module(), trainer(plan, folder, STEPS)
+        run.fit(module, loader())
+        validated = run.validate(module, loader(), verbose=False)[0]["validation"]
+        unbroken = {"losses": module.losses, "state": whole_state(run), "validated": validated}
 
-        first = lightning_module()
-        run = trainer(plan, folder, 2)
-        run.fit(first, loader())
+        module, run = lightning_module(), trainer(plan, folder, STEPS - 1)
+        run.fit(module, loader())
         path = f"{folder}/{k}"
         run.save_checkpoint(path)
-        rest = lightning_module()
-        run = trainer(plan, folder, STEPS)
-        run.fit(rest, loader(), ckpt_path=path)
-        again = getattr(run.model, "full_state_dict", run.model.state_dict)()
-        found.append((whole.losses, state, logged, validated, rest.losses, again))
+        module, run = lightning_module(), trainer(plan, folder, STEPS)
+        run.fit(module, loader(), ckpt_path=path)
+        resumed = {"losses": module.losses, "state": whole_state(run), "step": run.global_step}
+        found.append({"unbroken": unbroken, "resumed": resumed})
     return found
 
 
 SETTINGS = [{"stage": 0}, {"stage": 3, "activations": "full"}]
 
 
-def test_x(tmp_path):
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[dict[str, Any]]]]:
+    """(folder with the checkpoints "0", "1", ...; per rank and plan, what `train` found)."""
+    folder = tmp_path_factory.mktemp("lightning")
+    return folder, run_ranks(2, train, str(folder), SETTINGS, timeout=110)
+
+
+def step_losses(by_rank: list[list[float]]) -> list[float]:
+    """The mean over ranks and micro-batches, by step."""
+    return torch.tensor(by_rank, dtype=torch.float64).view(len(by_rank), -1, 2).mean((0, 2)).tolist()
+
+
+@pytest.mark.parametrize("case", range(len(SETTINGS)), ids=str)
+def test_the_trainer_trains_as_a_plain_loop(case: int, runs: tuple[Path, Any]) -> None:
     losses, weights = plain()
-    for f in zip(*run_ranks(2, train, str(tmp_path), SETTINGS, timeout=110)):
-        print(losses)
-        for r in f: print(r[0], r[2:5], max(float((r[1]["network."+k]-v).abs().max()) for k,v in weights.items()), max(float((r[5]["network."+k]-v).abs().max()) for k,v in weights.items()))
+    of_ranks = [found[case]["unbroken"] for found in runs[1]]
+    assert step_losses([found["losses"] for found in of_ranks]) == pytest.approx(losses[:-1], rel=1e-5)
+    for found in of_ranks:
+        assert found["validated"] == pytest.approx(losses[-1], rel=1e-5)
+        assert found["state"].keys() == weights.keys() | {"scale"}
+        for name, weight in weights.items():
+            torch.testing.assert_close(found["state"][name], weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", range(len(SETTINGS)), ids=str)
+def test_a_checkpoint_goes_on_and_is_read_without_ranks(case: int, runs: tuple[Path, Any]) -> None:
+    losses, weights = plain()
+    folder, found = runs
+    of_ranks = [one[case]["resumed"] for one in found]
+    assert step_losses([one["losses"] for one in of_ranks]) == pytest.approx(losses[-2:-1], rel=1e-5)
+    for one in of_ranks:
+        assert one["step"] == STEPS
+        for name, weight in weights.items():
+            torch.testing.assert_close(one["state"][name], weight, rtol=1e-4, atol=1e-5)
+    module = lightning_module()
+    assert distlib.load(folder / str(case), model=module).step == STEPS - 1
+    x, y = data().tensors
+    with torch.no_grad():
+        assert functional.cross_entropy(module(x), y).item() == pytest.approx(losses[-2], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        (distlib.Plan(pipeline=2), "pipeline=2: training_step computes the loss .* distlib.parallelize"),
+        (distlib.Plan(engine="deepspeed"), 'strategy="deepspeed"'),
+        (distlib.Plan(microbatches=4), r"accumulate_grad_batches=4"),
+        (distlib.Plan(clip=0.5), r"gradient_clip_val=0.5"),
+        (distlib.Plan(precision="fp16"), "no loss scale"),
+        (distlib.Plan(activations={"budget": "1GiB"}), "no example inputs"),
+    ],
+)
+def test_what_the_trainer_decides_is_refused_in_a_plan(plan: distlib.Plan, words: str) -> None:
+    from distlib.integrations.lightning_strategy import DistlibStrategy
+
+    with pytest.raises(ValueError, match=words):
+        DistlibStrategy(plan)

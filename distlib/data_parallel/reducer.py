@@ -280,7 +280,7 @@ class Reducer:
             when = f"after {self._launched} of {len(self._left)} gradient buckets were launched"
         if self._group.size > 1 and (self._launched or self._passes.input or self._passes.weight):
             self._group.abort(
-                f"rank {self._group.rank}: backward stopped with an exception {when}; see that rank's own traceback"
+                f"rank {self._group.ranks[self._group.rank]}: backward stopped with an exception {when}; see that rank's own traceback"
             )
         self.pending = 0
         if self._group.size > 1 and not self._idle and not self._deferred:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from distlib.activations import ActivationReport, checkpoint_activations
 from distlib.activations.blocks import find_blocks
+from distlib.comm.group import Group
 from distlib.data_parallel import DataParallel
 from distlib.engine.engine import Engine, Stepper
 from distlib.engine.micro_steps import MicroSteps
@@ -98,10 +100,13 @@ def parallelize(
 def make_groups(mesh: Mesh, place: Place, plan: Plan) -> dict[str, dist.ProcessGroup | None]:
     """This rank's groups: of its pipeline, and of the ranks with the same stages. Made by all ranks in one order."""
     found: dict[str, dist.ProcessGroup | None] = {}
+    world = Group.of(None)
+    limit = options.timeout(plan) or timedelta(seconds=world.timeout)  # torch would take its own default
+    serves = limit.total_seconds() == world.timeout
     for name, everyone in (("pipeline", mesh.pipelines), ("data_parallel", mesh.data_parallel)):
         own = getattr(place, name)
         for ranks in everyone:
-            made = dist.new_group(ranks, timeout=options.timeout(plan)) if len(ranks) < mesh.size else dist.group.WORLD
+            made = dist.group.WORLD if serves and len(ranks) == mesh.size else dist.new_group(ranks, timeout=limit)
             if ranks == own:
                 found[name] = made
     return found

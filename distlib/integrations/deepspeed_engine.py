@@ -66,8 +66,8 @@ def deepspeed_engine(
     made = optimizer([p for p in module.parameters() if p.requires_grad])
     if isinstance(made, FlatOptimizer):
         raise ValueError(
-            f"engine='deepspeed' cannot use distlib.optim.{type(made).__name__}: ZeRO gives the optimizer parameters of "
-            f"its own. Pass torch's, such as optimizer=lambda p: torch.optim.{type(made).__name__}(p, ...)"
+            f"engine='deepspeed' cannot use distlib.optim.{type(made).__name__}: ZeRO gives the optimizer parameters "
+            f"of its own. Pass torch's, such as optimizer=lambda p: torch.optim.{type(made).__name__}(p, ...)"
         )
     _use_process_group(deepspeed)
     zero, *_ = deepspeed.initialize(

@@ -1,13 +1,13 @@
 """A Strategy for Lightning's Trainer: the training loop is Lightning's, data parallelism and its plan are ours.
 
-    trainer = Trainer(strategy=DistlibStrategy(plan=Plan(stage=3)))      or strategy="distlib", once this is imported
-    trainer.fit(module)                                                  under torchrun, mpirun, srun, or alone
+trainer = Trainer(strategy=DistlibStrategy(plan=Plan(stage=3)))      or strategy="distlib", once this is imported
+trainer.fit(module)                                                  under torchrun, mpirun, srun, or alone
 
-    Trainer                 strategy                           distlib
-    training_step   ---->   forward of a wrapper       ---->   DataParallel | ShardedDataParallel
-    accumulation    ---->   block_backward_sync        ---->   no_sync()
-    clipping        ---->   a Precision plugin         ---->   norm over all ranks and pieces
-    checkpoints     ---->   save_checkpoint(folder)    ---->   distlib.save: any stage and world size can load it
+Trainer                 strategy                           distlib
+training_step   ---->   forward of a wrapper       ---->   DataParallel | ShardedDataParallel
+accumulation    ---->   block_backward_sync        ---->   no_sync()
+clipping        ---->   a Precision plugin         ---->   norm over all ranks and pieces
+checkpoints     ---->   save_checkpoint(folder)    ---->   distlib.save: any stage and world size can load it
 """
 
 from __future__ import annotations
@@ -245,7 +245,9 @@ class DistlibStrategy(ParallelStrategy):
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
-        strategy_registry.register(cls.strategy_name, cls, description="data parallelism by distlib: replicated, ZeRO, MiCS")
+        strategy_registry.register(
+            cls.strategy_name, cls, description="data parallelism by distlib: replicated, ZeRO, MiCS"
+        )
 
 
 class GlobalNorm(Precision):
@@ -297,8 +299,8 @@ def _check(plan: Plan) -> None:
     wrong = []
     if plan.pipeline > 1:
         wrong.append(
-            f"pipeline={plan.pipeline}: training_step computes the loss with Python of its own, which stages on several "
-            "ranks cannot share. Use distlib.parallelize and a loop"
+            f"pipeline={plan.pipeline}: training_step computes the loss with Python of its own, which stages on "
+            "several ranks cannot share. Use distlib.parallelize and a loop"
         )
     if plan.engine != "distlib":
         wrong.append(f'engine={plan.engine!r}: Trainer(strategy="deepspeed") is Lightning\'s own')

@@ -16,6 +16,4 @@ def require(library: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != library:
             raise  # it is there, and lacks something itself
-        raise ImportError(
-            f"{library} is not installed: pip install 'distlib-train[{extra}]'", name=library
-        ) from None
+        raise ImportError(f"{library} is not installed: pip install 'distlib-train[{extra}]'", name=library) from None

@@ -95,6 +95,7 @@ class Runtime:
         self._losses = losses
         self._loss_fn = loss_fn
         self._numbers = numbers
+        self._ended: str | None = None  # by which error: the group is then of no further use
         self.recorder: list[tuple[Action, float, float]] | None = None
         self._do: dict[Kind, Callable[[_Running, Action], None]] = {
             Kind.RECV: self._receive,
@@ -132,23 +133,25 @@ class Runtime:
 
         seeds: of the micro-batches' random numbers. scale: gradients are those of the loss times this.
         """
+        if self._ended is not None:
+            raise CollectiveError(f"this pipeline ended in an earlier step, and cannot go on: {self._ended}")
         assert self._transport is not None
         running = _Running(step, batches, seeds, train, has_loss, scale)
-        if has_loss:
-            self._losses.begin()
-        if train:
-            self._ties.begin()
-        action = None
+        at: Action | str = "the beginning of the step"
         try:
-            for action in step.schedule.actions[self._rank]:
-                self._do[action.kind](running, action)
-            action = None
+            if has_loss:
+                self._losses.begin()
+            if train:
+                self._ties.begin()
+            for at in step.schedule.actions[self._rank]:
+                self._do[at.kind](running, at)
+            at = "the end of the step"
             self._transport.finish()
             if train:
                 self._ties.finish()
             loss = self._losses.result() if has_loss else None
         except BaseException as error:
-            self._fail(action, error)
+            self._fail(at if isinstance(at, str) else _describe(at), error)
         assert not running.kept, f"left over: {sorted(running.kept)}"
         return loss, [running.outputs[k] for k in sorted(running.outputs)]
 
@@ -263,16 +266,19 @@ class Runtime:
 
     # ------------------------------------------------------------ faults
 
-    def _fail(self, action: Action | None, error: BaseException) -> NoReturn:
-        """Ends the step on all ranks of the pipeline, each naming what it was at."""
+    def _fail(self, at: str, error: BaseException) -> NoReturn:
+        """Ends the step on all ranks of the pipeline and of its replicas, each naming what it was at."""
+        kind = "" if isinstance(error, CollectiveError) else f"{type(error).__name__}: "
+        text = f"rank {self._group.ranks[self._rank]}, {at}: {kind}{error}"
+        heard = isinstance(error, CollectiveError) and error.code == "aborted"
+        told = str(error) if heard else text
+        self._ended = text
+        assert self._transport is not None
+        self._transport.abort(told)
         for stage in self._stages.values():
-            stage.drop()
-        at = "the end of the step" if action is None else _describe(action)
-        text = f"pipeline rank {self._rank}, {at}: {type(error).__name__}: {error}"
+            stage.fail(told)
         if isinstance(error, CollectiveError):
-            self._transport.abort(text)
-            raise CollectiveError(f"pipeline rank {self._rank}, {at}: {error}", error.code) from error
-        self._transport.abort(text)
+            raise CollectiveError(text, error.code) from error
         if isinstance(error, Exception):
             raise StageError(text) from error
         raise error

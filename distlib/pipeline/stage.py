@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from distlib.comm.group import Group
 from distlib.pipeline.split_backward import Report, WeightQueue
 from distlib.pipeline.stages import Part
 
@@ -28,6 +29,8 @@ class Replicated(Protocol):
     def weight_backward(self) -> contextlib.AbstractContextManager[None]: ...
     def hold(self) -> bool: ...
     def release(self) -> bool: ...
+    @property
+    def process_groups(self) -> dict[str, Group | None]: ...
 
 
 class _Enter(torch.autograd.Function):
@@ -154,12 +157,16 @@ class Stage:
         if self.replicas is not None:
             self.replicas.release()
 
-    def drop(self) -> None:
-        """Forgets what is under way: the step failed."""
+    def fail(self, text: str) -> None:
+        """The step failed: forgets what is under way, and ends the groups of the stage's replicas with these words."""
         for flight in self._flying.values():
             if flight.queue is not None:
                 flight.queue.drop()
         self._flying.clear()
+        groups = {} if self.replicas is None else self.replicas.process_groups
+        for group in groups.values():
+            if group is not None and group.size > 1:
+                group.abort(text)
 
     def _roots(self, flight: _InFlight, gradients: Mapping[int, Tensors]) -> tuple[list[Tensor], list[Tensor | None]]:
         """Tensors to start from, with their gradients; a tensor that several stages got comes once, with the sum."""

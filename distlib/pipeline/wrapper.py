@@ -122,15 +122,16 @@ class PipelineParallel(nn.Module):
             for stage, part in parts.items()
         }
         dtype = next((p.dtype for p in found.ghost.parameters() if p.is_floating_point()), torch.float32)
+        limit = seconds_of(timeout, group.timeout)
         self._runtime = Runtime(
             group,
             table.placement,
             stages_here,
             Ties(ties),
-            LossShare(group, table.placement[-1], torch.promote_types(dtype, torch.float32)),
+            LossShare(group, table.placement[-1], torch.promote_types(dtype, torch.float32), limit),
             loss_fn or own_loss,
             numbers,
-            seconds_of(timeout, group.timeout),
+            limit,
         )
         self._runtime.connect(found.edges)
 

@@ -296,7 +296,7 @@ class Reduction:
             when = ""
         if when:
             self._grid.abort(
-                f"rank {self._grid.world.rank}: backward stopped with an exception {when}; "
+                f"rank {self._grid.world.ranks[self._grid.world.rank]}: backward stopped with an exception {when}; "
                 "see that rank's own traceback"
             )
         self._idle = True
