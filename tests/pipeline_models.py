@@ -141,7 +141,9 @@ CASES = {
 }
 
 
-def reference_step(model: nn.Module, case: Case, rows: int, step: int, micro_batches: int, train: bool = True) -> Tensor:
+def reference_step(
+    model: nn.Module, case: Case, rows: int, step: int, micro_batches: int, train: bool = True
+) -> Tensor:
     """The loss of a batch, and its gradients, on one process: micro-batches one after the other."""
     from distlib.pipeline.micro_batches import divide
     from distlib.pipeline.random import micro_batch_seeds

@@ -18,7 +18,10 @@ ROWS, SAVED, STEPS = 24, 3, 6
 PLANS: dict[str, tuple[int, dict[str, Any]]] = {
     "1 rank": (1, {}),
     "pipeline 4": (4, {"pipeline": 4, "schedule": "1f1b", "microbatches": 4}),
-    "pipeline 2 x sharded 2": (4, {"pipeline": 2, "schedule": "zb-h1", "microbatches": 2, "stage": 3, "partition_size": 2}),
+    "pipeline 2 x sharded 2": (
+        4,
+        {"pipeline": 2, "schedule": "zb-h1", "microbatches": 2, "stage": 3, "partition_size": 2},
+    ),
     "pipeline 2 x replicas 2": (4, {"pipeline": 2, "schedule": "interleaved", "microbatches": 4}),
     "V of 2": (2, {"pipeline": 2, "schedule": "zb-v", "microbatches": 4}),
     "sharded 3": (3, {"stage": 2}),
@@ -68,7 +71,9 @@ def _train(rank: int, n: int, plan: dict[str, Any], folder: str, begin: int, fus
             losses.append(float(engine.train_step(inputs, target)))
             if step == SAVED - 1 and not begin:
                 engine.save(folder)
-        state = engine.model.full_state_dict() if hasattr(engine.model, "full_state_dict") else engine.model.state_dict()
+        state = (
+            engine.model.full_state_dict() if hasattr(engine.model, "full_state_dict") else engine.model.state_dict()
+        )
         return losses, {name: value.clone() for name, value in state.items()} if rank == 0 else None
 
 

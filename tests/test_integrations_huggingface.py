@@ -84,6 +84,9 @@ def train(rank: int, n: int, kind: str, way: str, settings: dict[str, Any], fold
     for step in range(STEPS):
         batch = batch_of(step, engine.data_rank)
         losses.append(float(engine.train_step(inputs_of(batch, way), batch["labels"])))
+    assert engine(**inputs_of(batch, "loss_fn")).logits.shape == (ROWS, LENGTH, VOCABULARY)
+    with pytest.raises(ValueError, match="weigh= reads the target"):
+        engine.train_step(batch)
     hf.export_pretrained(engine, folder)
     return losses, engine.data_size
 

@@ -48,7 +48,12 @@ class Record:
         return 14 if self.pipeline > 4 else 8
 
     def plan(self, folder: str) -> distlib.Plan:
-        settings: dict[str, Any] = {"stage": self.stage, "microbatches": self.microbatches, "costs": "estimated", "clip": 1.0}
+        settings: dict[str, Any] = {
+            "stage": self.stage,
+            "microbatches": self.microbatches,
+            "costs": "estimated",
+            "clip": 1.0,
+        }
         if self.stage:
             settings["partition_size"] = self.partition
         if self.pipeline > 1:
@@ -81,7 +86,14 @@ def records() -> list[Record]:
                 stage = (1, 2, 3)[k % 3] if partition > 1 else (3 * (k % 2) if replicas > 1 else 0)
                 found.append(
                     Record(
-                        pipeline, partition, replicas, stage, schedule, ACTIVATIONS[k % 4], bool(k // 2 % 2), 2 + 2 * (k // 3 % 2)
+                        pipeline,
+                        partition,
+                        replicas,
+                        stage,
+                        schedule,
+                        ACTIVATIONS[k % 4],
+                        bool(k // 2 % 2),
+                        2 + 2 * (k // 3 % 2),
                     )
                 )
     return found
@@ -140,7 +152,9 @@ def _batches() -> list[tuple[int, list[Record]]]:
     return found
 
 
-@pytest.mark.parametrize(("n", "todo"), [pytest.param(n, todo, id=f"{n}-{i}") for i, (n, todo) in enumerate(_batches())])
+@pytest.mark.parametrize(
+    ("n", "todo"), [pytest.param(n, todo, id=f"{n}-{i}") for i, (n, todo) in enumerate(_batches())]
+)
 def test_the_loss_curve_is_that_of_one_process(n: int, todo: list[Record], tmp_path: Any) -> None:
     everyone = run_ranks(n, _curves, todo, str(tmp_path), timeout=110)
     wrong = {}
@@ -158,7 +172,11 @@ def test_the_matrix_has_every_value_at_every_number_of_ranks() -> None:
     found = records()
     factorings = {(r.pipeline, r.partition, r.replicas) for r in found}
     expected = {
-        (p, q, n // p // q) for n in (1, 2, 4, 6, 8) for p in range(1, n + 1) for q in range(1, n + 1) if n % (p * q) == 0
+        (p, q, n // p // q)
+        for n in (1, 2, 4, 6, 8)
+        for p in range(1, n + 1)
+        for q in range(1, n + 1)
+        if n % (p * q) == 0
     }
     assert factorings == expected
     divided = [r for r in found if r.pipeline > 1]

@@ -178,6 +178,18 @@ def test_a_stage_that_is_silent_is_noticed_by_all_ranks(how: str) -> None:
         assert any(f"stage {culprit} -> " in text for text in waited), waited
 
 
+def test_between_hosts_all_ranks_hear_who_it_was() -> None:
+    """Those that wait for the rank in trouble get its words; others that it is gone."""
+    outcomes = run_ranks_raw(3 * len(PHASES), in_trouble, "raises", PATIENT, timeout=60, env={"DISTLIB_NODES": "3"})
+    for number, ranks in enumerate(by_pipeline(outcomes, 3)):
+        _, culprit, _ = PHASES[number]
+        for stage, error in enumerate(map(first_error, ranks)):
+            assert error.kind == ("StageError" if stage == culprit else "CollectiveError")
+            own, _, heard = error.text.partition(": ")
+            assert own.startswith(f"rank {3 * number + stage}, "), error
+            assert stage == culprit or f"rank {3 * number + culprit}" in heard, error
+
+
 # ------------------------------------------------------------ replicas
 
 

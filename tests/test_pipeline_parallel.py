@@ -18,7 +18,12 @@ ROWS, MICRO = 7, 3  # 7 rows in 3 micro-batches: 3, 2, 2
 
 
 def _pipeline(case: Any, schedule: str = "1f1b", stages: int | None = None, **options: Any) -> Any:
-    settings = {"microbatches": MICRO, "loss_fn": case.loss, "example_inputs": case.batch(ROWS, 0)[0], "costs": "estimated"}
+    settings = {
+        "microbatches": MICRO,
+        "loss_fn": case.loss,
+        "example_inputs": case.batch(ROWS, 0)[0],
+        "costs": "estimated",
+    }
     return distlib.PipelineParallel(case.made(), **{"stages": stages, "schedule": schedule, **settings, **options})
 
 
@@ -65,7 +70,9 @@ def _equals_plain(rank: int, n: int, names: list[str], schedules: list[str]) -> 
     return wrong
 
 
-@pytest.mark.parametrize(("n", "schedules"), [(1, ["1f1b", "zb-v"]), (2, SCHEDULES), (3, ["1f1b", "interleaved", "zb-h2"])])
+@pytest.mark.parametrize(
+    ("n", "schedules"), [(1, ["1f1b", "zb-v"]), (2, SCHEDULES), (3, ["1f1b", "interleaved", "zb-h2"])]
+)
 def test_losses_gradients_and_evaluation_are_those_of_one_process(n: int, schedules: list[str]) -> None:
     for wrong in run_ranks(n, _equals_plain, list(CASES), schedules, timeout=110):
         assert not wrong
@@ -148,7 +155,9 @@ def _divisions(rank: int, n: int) -> dict[str, list[str]]:
         expected = reference_step(plain, case, ROWS, 0, MICRO)
         torch.manual_seed(0)
         blocks = [nn.Sequential(nn.Linear(6, 12), Residual()), nn.Sequential(Residual(), nn.Linear(12, 3))]
-        explicit = distlib.PipelineParallel(None, 2, "zb-h1", MICRO, nn.functional.mse_loss, split=blocks, example_inputs=torch.randn(ROWS, 6))
+        explicit = distlib.PipelineParallel(
+            None, 2, "zb-h1", MICRO, nn.functional.mse_loss, split=blocks, example_inputs=torch.randn(ROWS, 6)
+        )
         x, y = CASES["shared"].batch(ROWS, 0)
         losses = [float(explicit.train_step(x, y))]
         torch.manual_seed(0)
@@ -192,7 +201,12 @@ def _meta(rank: int, n: int) -> dict[str, torch.Tensor]:
 
         torch.manual_seed(5)
         model = distlib.PipelineParallel(
-            module, schedule="1f1b", microbatches=MICRO, loss_fn=case.loss, example_inputs=case.batch(ROWS, 0)[0], init=init
+            module,
+            schedule="1f1b",
+            microbatches=MICRO,
+            loss_fn=case.loss,
+            example_inputs=case.batch(ROWS, 0)[0],
+            init=init,
         )
         assert not any(p.is_meta for p in model.parameters())
         assert float(model.train_step(*case.batch(ROWS, 0))) > 0
@@ -251,7 +265,11 @@ def _bytes(rank: int, n: int) -> tuple[int, int, list[int]]:
         rows = [row for row in distlib.ledger().rows if row.op in ("send", "recv")]
         loss, played = model.timed_step(*case.batch(ROWS, 0))
         assert [a for line in played.schedule.actions for a in line] and 0 <= played.bubble < 1
-        return sum(r.bytes for r in rows if r.op == "send"), sum(r.bytes for r in rows if r.op == "recv"), list(model.division.sent)
+        return (
+            sum(r.bytes for r in rows if r.op == "send"),
+            sum(r.bytes for r in rows if r.op == "recv"),
+            list(model.division.sent),
+        )
 
 
 def test_what_crosses_is_the_activation_and_its_gradient() -> None:

@@ -19,8 +19,8 @@ from distlib.memory import MemoryReport
 from distlib.optim import GradScaler
 from distlib.optim.flat import FlatOptimizer
 from distlib.optim.norm import clip_grad_norm_
-from distlib.plan import Plan, options
 from distlib.pipeline.wrapper import PipelineParallel
+from distlib.plan import Plan, options
 from distlib.plan.mesh import Mesh
 from distlib.plan.world import Ranks
 from distlib.shards import shard_of

@@ -51,7 +51,7 @@ class MicroSteps(Transparent):
     @torch.no_grad()
     def eval_step(self, inputs: Any, target: Any = None, **keywords: Any) -> Tensor:
         """The loss of a batch, without gradients; `train()` and `eval()` are the caller's."""
-        batches = self._divide(inputs, target, keywords)
+        batches = self._divide(inputs, target, keywords, self._weigh)
         total: Tensor | None = None
         for seed, batch in zip(micro_batch_seeds(len(batches)), batches, strict=True):
             with self._numbers.of(seed):
@@ -70,8 +70,10 @@ class MicroSteps(Transparent):
                 outputs.append(self.module(*batch.args, **batch.kwargs))
         return join(outputs, [batch.rows for batch in batches])
 
-    def _divide(self, inputs: Any, target: Any, keywords: dict[str, Any]) -> list[MicroBatch]:
-        return divide(inputs, target, min(self._count, rows_of((inputs, keywords))), keywords, self._weigh)
+    def _divide(
+        self, inputs: Any, target: Any, keywords: dict[str, Any], weigh: Weigh | None = None
+    ) -> list[MicroBatch]:
+        return divide(inputs, target, min(self._count, rows_of((inputs, keywords))), keywords, weigh)
 
     def _loss(self, batch: MicroBatch) -> Tensor:
         return scalar(self._loss_fn(self.module(*batch.args, **batch.kwargs), batch.target))

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from distlib.checkpoint import SaveHandle, random_state
 from distlib.checkpoint.loading import LoadedState
 from distlib.checkpoint.saving import state_of_object
+from distlib.engine.apply import block_classes, keep_less, seed
 from distlib.engine.engine import Engine
 from distlib.engine.micro_steps import MicroSteps
-from distlib.engine.parallelize import block_classes, keep_less, seed
 from distlib.integrations.require import require
 from distlib.memory import MemoryReport
 from distlib.optim.flat import FlatOptimizer

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distlib
-from distlib.engine.parallelize import block_classes, keep_less, replicate, seed
+from distlib.engine.apply import block_classes, keep_less, replicate, seed
 from distlib.integrations.require import require
 from distlib.launchers import detect
 from distlib.optim.norm import clip_grad_norm_
@@ -50,6 +50,8 @@ class DistlibStrategy(ParallelStrategy):
 
     Checkpoints are folders that `distlib.save` writes. The weights are not in the dict that on_save_checkpoint sees.
 
+    settings: of Lightning's ParallelStrategy, such as checkpoint_io.
+
     Raises ValueError, with all reasons, for plans that Lightning's loop cannot carry out.
     """
 
@@ -58,8 +60,7 @@ class DistlibStrategy(ParallelStrategy):
     def __init__(self, plan: Plan | None = None, **settings: Any) -> None:
         self.plan = Plan() if plan is None else plan
         _check(self.plan)
-        super().__init__(**settings)
-        self.cluster_environment = self.cluster_environment or DistlibEnvironment()
+        super().__init__(cluster_environment=DistlibEnvironment(), **settings)
         self._num_nodes = 1
         self._wrapped: nn.Module | None = None
         self._world: Any = None
@@ -215,7 +216,7 @@ class DistlibStrategy(ParallelStrategy):
         if storage_options is not None:
             raise ValueError("DistlibStrategy: storage_options are for other writers than distlib.save")
         has_optimizer = "optimizer_states" in checkpoint  # not, if only weights are wanted
-        emptied = {"state_dict": {}, **({"optimizer_states": []} if has_optimizer else {})}
+        emptied: dict[str, Any] = {"state_dict": {}, **({"optimizer_states": []} if has_optimizer else {})}
         distlib.save(
             filepath,
             model=self.model,

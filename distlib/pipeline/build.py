@@ -235,7 +235,11 @@ def copies_of(name: str, division: Division, parts: Mapping[int, nn.Module]) -> 
 
 @torch.no_grad()
 def equalise(
-    division: Division, modules: Mapping[int, nn.Module], ranks: Mapping[str, Sequence[int]], group: Group, groups: SharedGroups
+    division: Division,
+    modules: Mapping[int, nn.Module],
+    ranks: Mapping[str, Sequence[int]],
+    group: Group,
+    groups: SharedGroups,
 ) -> None:
     """Gives all copies of tied weights the values of the first stage's. A collective of each weight's holders."""
     for name, places_of in ranks.items():
@@ -284,9 +288,7 @@ def tie(
 # ---------------------------------------------------------------- what optimizers and checkpoints are told
 
 
-def mark_parameters(
-    division: Division, parts: Mapping[int, nn.Module], group: Group, world: Group
-) -> PartOfModel:
+def mark_parameters(division: Division, parts: Mapping[int, nn.Module], group: Group, world: Group) -> PartOfModel:
     """Says of each parameter what it is a part of. Returns the same of the model."""
     replica, replicas = 0, 1
     for stage, part in parts.items():

@@ -1,6 +1,6 @@
 """How a model is divided into stages: decided once, by one rank, the same on all.
 
-    module -> ghost -> leaves -> (example inputs: program -> costs -> bounds) -> stage of each leaf -> who holds what
+module -> ghost -> leaves -> (example inputs: program -> costs -> bounds) -> stage of each leaf -> who holds what
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from distlib.data_parallel.agreement import require_equal
 from distlib.comm.group import Group
+from distlib.data_parallel.agreement import require_equal
 from distlib.pipeline.costs import LeafCost, estimate, measure, split_auto
 from distlib.pipeline.ghost import places
 from distlib.pipeline.micro_batches import MicroBatch
 from distlib.pipeline.partition import split_layers
 from distlib.pipeline.record import Program, record
 from distlib.pipeline.simulate import Costs
-from distlib.pipeline.stages import Holding, Part, assign, chain, cut, edges, ghost, holdings, leaves_of, tied
+from distlib.pipeline.stages import Holding, assign, chain, cut, edges, ghost, holdings, leaves_of, tied
 
 Split = str | Sequence[str] | Sequence[nn.Module]
 
@@ -33,10 +33,11 @@ class Division:
     """A model in stages.
 
     ghost: the whole model without data. leaves: modules that lie wholly in a stage. stage_of: of each leaf. calls: with
-    example inputs, their leaf calls in order, with the stage of each. holdings: what each stage holds. aliases: other names of tied parameters and
-    buffers, to the first one. tied: names of parameters of several stages, with these. tensors: name, shape and dtype
-    of all that a state dict of the whole model has. costs: of leaf calls, where they were needed. edges: between which
-    stages something travels for the example inputs; sent: per stage, bytes of activations of a micro-batch that leave.
+    example inputs, their leaf calls in order, with the stage of each. holdings: what each stage holds. aliases: other
+    names of tied parameters and buffers, to the first one. tied: names of parameters of several stages, with these.
+    tensors: name, shape and dtype of all that a state dict of the whole model has. costs: of leaf calls, where they
+    were needed. edges: between which stages something travels for the example inputs; sent: per stage, bytes of
+    activations of a micro-batch that leave.
     """
 
     ghost: nn.Module
@@ -72,15 +73,16 @@ class Division:
 
     def __str__(self) -> str:
         """A line per stage: its modules, its parameters, its part of the time."""
-        costs = self.stage_costs
+        times = [0.0] * self.stages
+        for cost, (_, stage) in zip(self.costs or (), self.calls if self.costs else (), strict=True):
+            times[stage] += cost.total
         lines = []
         for held in self.holdings:
             names = list(held.leaves)
             shown = ", ".join(names) if len(names) <= 3 else f"{names[0]} ... {names[-1]} ({len(names)} modules)"
             line = f"stage {held.stage}: {self.parameters[held.stage]:>14,} parameters"
-            if costs is not None:
-                times = [sum(t) for t in zip(costs.forward, costs.backward, costs.weight, strict=True)]  # type: ignore[arg-type]
-                line += f"  {times[held.stage] / max(sum(times), 1e-30):>6.1%} of the time"
+            if any(times):
+                line += f"  {times[held.stage] / sum(times):>6.1%} of the time"
             lines.append(f"{line}  {shown}")
         for name, stages in self.tied.items():
             lines.append(f"{name} is on stages {', '.join(map(str, stages))}: their gradients are summed")
@@ -94,13 +96,13 @@ class Division:
         """Costs of the stages, if those of their leaves are known."""
         if self.costs is None:
             return None
-        times = {key: [0.0] * self.stages for key in ("forward", "backward", "weight", "activations")}
+        forward, backward, weight, held = ([0.0] * self.stages for _ in range(4))
         for cost, (_, stage) in zip(self.costs, self.calls, strict=True):
-            times["forward"][stage] += cost.forward
-            times["backward"][stage] += cost.backward
-            times["weight"][stage] += cost.weight
-            times["activations"][stage] += cost.activation_bytes
-        return Costs(**times)
+            forward[stage] += cost.forward
+            backward[stage] += cost.backward
+            weight[stage] += cost.weight
+            held[stage] += cost.activation_bytes
+        return Costs(forward, backward, weight, activations=held)
 
 
 def whole_model(module: nn.Module | None, split: Split) -> tuple[nn.Module, str | Sequence[str]]:
@@ -109,10 +111,10 @@ def whole_model(module: nn.Module | None, split: Split) -> tuple[nn.Module, str 
     if any(isinstance(part, nn.Module) for part in given):
         if module is not None:
             raise ValueError("split is a list of stage modules: they are the model, so give module=None")
-        return chain(given)  # type: ignore[arg-type]
+        return chain(given)
     if module is None:
         raise ValueError("module=None needs split=[module, ...], the stages in order")
-    return module, split  # type: ignore[return-value]
+    return module, split
 
 
 def divide(
@@ -224,9 +226,7 @@ def _names(module: nn.Module) -> tuple[dict[str, str], tuple[tuple[str, tuple[in
 # ---------------------------------------------------------------- without example inputs
 
 
-def _by_order(
-    module: nn.Module, leaves: Sequence[str], split: str | Sequence[str], stages: int
-) -> dict[str, int]:
+def _by_order(module: nn.Module, leaves: Sequence[str], split: str | Sequence[str], stages: int) -> dict[str, int]:
     """Leaves in the order of registration, taken to be that of their calls; "auto" by the bytes of their parameters."""
     if split == "auto":
         if len(leaves) < stages:

@@ -69,12 +69,20 @@ def divide(
                 f"the target has a tensor of shape {list(leaf.shape)}, the inputs have {rows} rows: wrap it in "
                 "distlib.pipeline.Whole(...) if every micro-batch needs all of it"
             )
+    if weigh is not None and target is None:
+        raise ValueError(
+            "weigh= reads the target, and there is none: pass it, as in train_step(batch, batch['labels']), also where "
+            "the model computes the loss"
+        )
     parts = _parts((args, kwargs, target), rows, count)
     weights = [float(weigh(part[2])) if weigh is not None else float(size) for part, size in parts]
     total = sum(weights)
     if not total > 0 or min(weights) < 0:
         raise ValueError(f"the micro-batches' weights are {weights}: none may be negative, and one must be above 0")
-    return [MicroBatch(*part, size, weight / total) for (part, size), weight in zip(parts, weights, strict=True)]
+    return [
+        MicroBatch(its_args, its_kwargs, its_target, size, weight / total)
+        for ((its_args, its_kwargs, its_target), size), weight in zip(parts, weights, strict=True)
+    ]
 
 
 def rows_of(inputs: Any) -> int:

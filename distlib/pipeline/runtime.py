@@ -90,7 +90,7 @@ class Runtime:
         self._rank = group.rank
         self._stages = stages
         self._edges: frozenset[tuple[int, int]] = frozenset()
-        self._transport: Transport | None = None
+        self._channels: Transport | None = None
         self._ties = ties
         self._losses = losses
         self._loss_fn = loss_fn
@@ -111,12 +111,17 @@ class Runtime:
 
     def connect(self, edges: Iterable[tuple[int, int]]) -> None:
         """Makes the channels of `edges`, and of those there were, unless they are there. Every rank calls it, alike."""
-        if self._transport is not None and self._edges.issuperset(edges):
+        if self._channels is not None and self._edges.issuperset(edges):
             return
-        if self._transport is not None:
-            self._transport.close()
+        if self._channels is not None:
+            self._channels.close()
         self._edges |= frozenset(edges)
-        self._transport = Transport(self._group, self._placement, sorted(self._edges), self._timeout)
+        self._channels = Transport(self._group, self._placement, sorted(self._edges), self._timeout)
+
+    @property
+    def _transport(self) -> Transport:
+        assert self._channels is not None, "connect() comes first"
+        return self._channels
 
     def run(
         self,
@@ -135,7 +140,6 @@ class Runtime:
         """
         if self._ended is not None:
             raise CollectiveError(f"this pipeline ended in an earlier step, and cannot go on: {self._ended}")
-        assert self._transport is not None
         running = _Running(step, batches, seeds, train, has_loss, scale)
         at: Action | str = "the beginning of the step"
         try:
@@ -150,7 +154,7 @@ class Runtime:
             if train:
                 self._ties.finish()
             loss = self._losses.result() if has_loss else None
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the other ranks must be told
             self._fail(at if isinstance(at, str) else _describe(at), error)
         assert not running.kept, f"left over: {sorted(running.kept)}"
         return loss, [running.outputs[k] for k in sorted(running.outputs)]

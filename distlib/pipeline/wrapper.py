@@ -94,7 +94,14 @@ class PipelineParallel(nn.Module):
         count = build.stages_of(schedule, stages, group.size)
         example = build.example_of(example_inputs, microbatches)
         found = division.divide(
-            whole_model, names, count, example, costs, compute_dtype, everyone, world if world is not None else process_group
+            whole_model,
+            names,
+            count,
+            example,
+            costs,
+            compute_dtype,
+            everyone,
+            world if world is not None else process_group,
         )
         table = build.make_schedule(schedule, count, group.size, microbatches, found.stage_costs, limit)
         self._group, self._process_group, self._schedule = group, process_group, table
@@ -169,7 +176,7 @@ class PipelineParallel(nn.Module):
         Batches with fewer rows than micro-batches are divided into as many as there are rows. Modules are in the mode
         that `train()` and `eval()` set.
         """
-        loss, _ = self._run(self._divide(inputs, target, keywords), train=False)
+        loss, _ = self._run(self._divide(inputs, target, keywords, self._weigh), train=False)
         assert loss is not None
         return loss
 
@@ -187,10 +194,12 @@ class PipelineParallel(nn.Module):
             dist.broadcast_object_list(found, src=root, group=self._process_group)
         return found[0]
 
-    def _divide(self, inputs: Any, target: Any, keywords: dict[str, Any]) -> list[MicroBatch]:
+    def _divide(
+        self, inputs: Any, target: Any, keywords: dict[str, Any], weigh: Weigh | None = None
+    ) -> list[MicroBatch]:
         rows = micro_batches.rows_of((inputs, keywords))
         count = min(rows, self._schedule.micro_batches)
-        return micro_batches.divide(inputs, target, count, keywords, self._weigh)
+        return micro_batches.divide(inputs, target, count, keywords, weigh)
 
     def _run(self, batches: Sequence[MicroBatch], train: bool, scale: float = 1.0, has_loss: bool = True) -> Any:
         step = self._steps.of(batches, train)
@@ -219,10 +228,8 @@ class PipelineParallel(nn.Module):
             self._schedule, [[(action, begin - first, end - first) for action, begin, end in line] for line in lines]
         )
 
-    def clip_grad_norm_(
-        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
-    ) -> Tensor:
-        """Scale the gradients so that their total norm, over all stages, is at most `max_norm`. Every rank must call it.
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+        """Scale gradients so that their total norm, over all stages, is at most `max_norm`. Every rank must call it.
 
         Returns the norm before scaling, a scalar, the same on all ranks; tied weights count once.
         """
@@ -274,7 +281,8 @@ class PipelineParallel(nn.Module):
         """The whole model's state dict, copies on the CPU, on every rank. Every rank must call it."""
         own: dict[str, Tensor] = {}
         for part in self._parts.values():
-            whole = getattr(part, "full_state_dict", part.state_dict)()
+            gather = getattr(part, "full_state_dict", None)
+            whole = gather() if callable(gather) else part.state_dict()
             own.update({name: tensor.detach().cpu().clone() for name, tensor in whole.items()})
         found = [own]
         if self._group.size > 1:

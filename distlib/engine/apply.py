@@ -1,4 +1,4 @@
-"""`parallelize`: a plan and a module in, an `Engine` out. Read top to bottom: each step is one call into another room."""
+"""`parallelize`: a plan and a module in, an `Engine` out. Read top to bottom: each step calls another room."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from distlib.pipeline.wrapper import PipelineParallel
 from distlib.plan import Plan, options
 from distlib.plan.mesh import Mesh, Place
 from distlib.sharded import ShardedDataParallel
-from distlib.world import World, init
+from distlib.world import init
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -46,7 +46,7 @@ def parallelize(
         plan: default: `Plan()`, replicated data parallelism.
         optimizer: makes one of this rank's parameters, as in `lambda p: distlib.optim.AdamW(p, lr=3e-4)`.
         loss_fn: (output, target) -> scalar, the mean over a micro-batch; None: the model returns its loss.
-        example_inputs: as for `Engine.train_step`; only shapes are read for a pipeline, a budget runs the model on them.
+        example_inputs: as for `Engine.train_step`; a pipeline reads shapes only, a budget runs the model.
         weigh: from a micro-batch's target, its weight in the loss; default: its rows.
         initialize: of a module whose parameters are on meta; default: its reset_parameters().
 
@@ -138,7 +138,9 @@ def keep_less(
     if not count:
         return []
     wanted["blocks"] = list(blocks)
-    if wanted["policy"] == "offload" and plan.pipeline > 1:  # backward does not follow at once on the stage's last block
+    if (
+        wanted["policy"] == "offload" and plan.pipeline > 1
+    ):  # backward does not follow at once on the stage's last block
         wanted["resident"] = min(wanted["resident"] or 0, count - 1)
     return [checkpoint_activations(part, **wanted, example_inputs=example_inputs if wanted["budget"] else None)]
 
