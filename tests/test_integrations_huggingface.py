@@ -69,8 +69,6 @@ def inputs_of(batch: dict[str, Tensor], way: str) -> dict[str, Tensor]:
 
 def train(rank: int, n: int, kind: str, way: str, settings: dict[str, Any], folder: str) -> tuple[list[float], int]:
     """Losses of all steps, and how many ranks had data of their own. Exports the model to `folder`."""
-    assert not {"transformers", "lightning", "deepspeed"} & sys.modules.keys()  # nobody asked for them yet
-    distlib.init()
     is_masked = kind == "bert"
     engine = distlib.parallelize(
         model_of(kind),
@@ -99,20 +97,37 @@ CASES: list[tuple[int, str, str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("ranks", "kind", "way", "settings"), CASES)
-def test_any_plan_trains_as_a_plain_loop_and_exports(
-    ranks: int, kind: str, way: str, settings: dict[str, Any], tmp_path: Path
-) -> None:
+def train_all(rank: int, n: int, folder: str) -> dict[int, tuple[list[float], int]]:
+    """The cases of so many ranks, by number."""
+    assert not {"transformers", "lightning", "deepspeed"} & sys.modules.keys()  # nobody asked for them yet
+    distlib.init()
+    return {k: train(rank, n, *case, f"{folder}/{k}") for k, (ranks, *case) in enumerate(CASES) if ranks == n}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, list[Any]]]:
+    """(folder with exported models by case; what the ranks of each case found)."""
+    folder = tmp_path_factory.mktemp("transformers")
+    found: dict[int, list[Any]] = {}
+    for n in sorted({ranks for ranks, *_ in CASES}):
+        for of_rank in run_ranks(n, train_all, str(folder), timeout=100):
+            for k, result in of_rank.items():
+                found.setdefault(k, []).append(result)
+    return folder, found
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=lambda k: f"{CASES[k][1]}-{CASES[k][2]}-{CASES[k][0]} ranks")
+def test_any_plan_trains_as_a_plain_loop_and_exports(case: int, runs: tuple[Path, dict[int, list[Any]]]) -> None:
     """Tied embeddings (gpt2, bert), padding masks, rows of unequal numbers of tokens."""
     import transformers
 
-    results = run_ranks(ranks, train, kind, way, settings, str(tmp_path), timeout=100)
+    kind, results = CASES[case][1], runs[1][case]
     expected, state = plain(kind, results[0][1])
     assert expected[-1] < 0.98 * expected[0]
     for losses, _ in results:
         assert losses == pytest.approx(expected, rel=1e-5)
     made = getattr(transformers, "AutoModelForMaskedLM" if kind == "bert" else "AutoModelForCausalLM")
-    loaded, told = made.from_pretrained(tmp_path, output_loading_info=True)
+    loaded, told = made.from_pretrained(runs[0] / str(case), output_loading_info=True)
     assert not any(told.values()), told
     assert loaded.state_dict().keys() == state.keys()
     for name, tensor in loaded.state_dict().items():

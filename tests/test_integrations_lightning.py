@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ def lightning_module() -> Any:
     return Module()
 
 
-def trainer(plan: distlib.Plan, folder: str, epochs: int) -> Any:
+def trainer(plan: distlib.Plan, folder: str, epochs: int, **settings: Any) -> Any:
     from lightning.pytorch import Trainer
 
     from distlib.integrations.lightning_strategy import DistlibStrategy
@@ -94,6 +95,7 @@ def trainer(plan: distlib.Plan, folder: str, epochs: int) -> Any:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **settings,
     )
 
 
@@ -107,11 +109,18 @@ def train(rank: int, n: int, folder: str, settings: list[dict[str, Any]]) -> lis
     def loader() -> DataLoader[Any]:
         return DataLoader(data(), batch_size=ROWS, shuffle=True)
 
+    for wrong, words in (({"precision": "bf16-mixed"}, "the plan decides"), ({"sync_batchnorm": True}, "batch norm")):
+        with pytest.raises(ValueError, match=words):
+            trainer(distlib.Plan(stage=1), folder, 1, **wrong).fit(lightning_module(), loader())
+
     found = []
     for k, setting in enumerate(settings):
         plan = distlib.Plan(**setting)
         module, run = lightning_module(), trainer(plan, folder, STEPS)
-        run.fit(module, loader())
+        kind = distlib.ShardedDataParallel if plan.stage else distlib.DataParallel
+        with mock.patch.object(kind, "no_sync", autospec=True, side_effect=kind.no_sync) as paused:
+            run.fit(module, loader())
+        assert paused.call_count == STEPS  # around one of two micro-batches
         validated = run.validate(module, loader(), verbose=False)[0]["validation"]
         unbroken = {"losses": module.losses, "state": whole_state(run), "validated": validated}
 

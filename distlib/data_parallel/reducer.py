@@ -274,13 +274,13 @@ class Reducer:
         backward of this rank could stand in for this one, so it says in its report that it is a new start. Nothing
         can stand in for one of two passes.
         """
+        when = f"after {self._launched} of {len(self._left)} gradient buckets were launched" if self._launched else ""
         if self._passes.input or self._passes.weight:
             when = f"in its {'input' if self._passes.input else 'weight'} pass"
-        else:
-            when = f"after {self._launched} of {len(self._left)} gradient buckets were launched"
-        if self._group.size > 1 and (self._launched or self._passes.input or self._passes.weight):
+        if when and self._group.size > 1:
             self._group.abort(
-                f"rank {self._group.ranks[self._group.rank]}: backward stopped with an exception {when}; see that rank's own traceback"
+                f"rank {self._group.ranks[self._group.rank]}: backward stopped with an exception {when}; "
+                "see that rank's own traceback"
             )
         self.pending = 0
         if self._group.size > 1 and not self._idle and not self._deferred:

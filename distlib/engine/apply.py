@@ -17,7 +17,7 @@ from distlib.data_parallel import DataParallel
 from distlib.engine.engine import Engine, Stepper
 from distlib.engine.micro_steps import MicroSteps
 from distlib.optim import GradScaler
-from distlib.pipeline.build import materialise
+from distlib.pipeline.build import example_of, materialise
 from distlib.pipeline.micro_batches import Weigh
 from distlib.pipeline.runtime import LossFunction
 from distlib.pipeline.wrapper import PipelineParallel
@@ -36,6 +36,7 @@ def parallelize(
     optimizer: MakeOptimizer,
     loss_fn: LossFunction | None = None,
     example_inputs: Any = None,
+    example_target: Any = None,
     weigh: Weigh | None = None,
     initialize: Callable[[nn.Module], Any] | None = None,
 ) -> Engine:
@@ -47,6 +48,7 @@ def parallelize(
         optimizer: makes one of this rank's parameters, as in `lambda p: distlib.optim.AdamW(p, lr=3e-4)`.
         loss_fn: (output, target) -> scalar, the mean over a micro-batch; None: the model returns its loss.
         example_inputs: as for `Engine.train_step`; a pipeline reads shapes only, a budget runs the model.
+        example_target: as for `Engine.train_step`; a pipeline that divides itself then counts the loss's cost.
         weigh: from a micro-batch's target, its weight in the loss; default: its rows.
         initialize: of a module whose parameters are on meta; default: its reset_parameters().
 
@@ -83,6 +85,7 @@ def parallelize(
             module,
             loss_fn=loss_fn,
             example_inputs=example_inputs,
+            example_target=example_target,
             process_group=groups["pipeline"],
             world=dist.group.WORLD,
             data_parallel=prepare,
@@ -142,7 +145,9 @@ def keep_less(
         wanted["policy"] == "offload" and plan.pipeline > 1
     ):  # backward does not follow at once on the stage's last block
         wanted["resident"] = min(wanted["resident"] or 0, count - 1)
-    return [checkpoint_activations(part, **wanted, example_inputs=example_inputs if wanted["budget"] else None)]
+    example = example_of(example_inputs, plan.microbatches) if wanted["budget"] is not None else None
+    inputs = None if example is None else example.kwargs or example.args
+    return [checkpoint_activations(part, **wanted, example_inputs=inputs)]
 
 
 def replicate(

@@ -81,7 +81,7 @@ class Engine:
         Raises:
             What a stage raised, see `PipelineParallel.train_step`; RuntimeError for a batch with too few rows.
         """
-        scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
+        scale = 1.0 if self.scaler is None else float(self.scaler.scale(torch.ones(())))
         with self._autocast():
             loss = self.model.train_step(inputs, target, loss_scale=scale, **keywords)
         self._optimize()

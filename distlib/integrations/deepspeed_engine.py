@@ -115,6 +115,8 @@ def _check(plan: Plan, module: nn.Module, world: World) -> None:
     kind = plan.precision
     if kind.dtype == "fp16" and world.device.type == "cpu":
         wrong.append('precision "fp16": DeepSpeed has none on the CPU. Take "bf16"')
+    if kind.dtype == "fp16" and plan.stage == 0:
+        wrong.append('precision "fp16" with stage=0: its loss scale cannot be set there. Give stage=1, or take "bf16"')
     if kind.dtype == "fp16" and not math.log2(kind.init_scale).is_integer():
         wrong.append(f"precision.init_scale={kind.init_scale}: DeepSpeed begins with a power of 2. Give one")
     if plan.offload not in (None, "cpu"):

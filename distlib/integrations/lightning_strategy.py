@@ -197,7 +197,8 @@ class DistlibStrategy(ParallelStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Any) -> None:
-        self._precision_plugin = GlobalNorm() if plugin is None or type(plugin) is Precision else plugin
+        # None stays: a plugin that the strategy had of itself would hide Trainer(precision=...) from the check.
+        self._precision_plugin = GlobalNorm() if type(plugin) is Precision else plugin
 
     # ------------------------------------------------------------ checkpoints
 

@@ -66,12 +66,12 @@ def make_schedule(
     return generate(schedule, ranks, micro_batches, virtual=virtual)
 
 
-def example_of(inputs: Any, micro_batches: int) -> MicroBatch | None:
-    """The first micro-batch of example inputs; all of it, where it has fewer rows."""
+def example_of(inputs: Any, micro_batches: int, target: Any = None) -> MicroBatch | None:
+    """The first micro-batch of an example; all of it, where it has fewer rows."""
     if inputs is None:
         return None
     rows = rows_of(inputs)
-    return divide(inputs, None, micro_batches if rows >= micro_batches else 1)[0]
+    return divide(inputs, target, micro_batches if rows >= micro_batches else 1)[0]
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -12,7 +12,6 @@ Glue counts with the leaf that made what it works on. Glue of inputs only, which
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ from distlib.pipeline.program import Call, Const, Program, Ref, Spec, Template, 
 # Estimated times are those of this machine; only their ratios matter.
 FLOPS = 1e12  # floating-point operations a second
 BANDWIDTH = 1e11  # bytes a second, read and written
+REPEAT = 5  # measured runs
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,15 @@ def estimate(program: Program, module: nn.Module) -> list[LeafCost]:
         return _costs(program, module, times)
 
 
-def measure(program: Program, module: nn.Module, repeat: int = 3, device: torch.device | None = None) -> list[LeafCost]:
+def measure(
+    program: Program, module: nn.Module, repeat: int = REPEAT, device: torch.device | None = None
+) -> list[LeafCost]:
     """The same with measured times: each distinct call runs alone, on random inputs of the recorded shapes.
 
-    repeat: runs, after one to warm up; the median counts. device: where; default: the accelerator if it was recorded
-    for one, else the CPU. Leaves are copied there one at a time, with random parameters where they have no data. The
-    generators of random numbers are left as they were. Call it on one rank and broadcast the result.
+    repeat: runs, after one to warm up; the least time counts, as whatever else runs only adds to it. device: where;
+    default: the accelerator if it was recorded for one, else the CPU. Leaves are copied there one at a time, with random
+    parameters where they have no data. The generators of random numbers are left as they were. Call it on one rank and
+    broadcast the result.
     """
     where = device or torch.device(program.context.device)
     known: dict[Any, _Times] = {}
@@ -330,14 +333,47 @@ def _measured(alone: _Alone, repeat: int) -> _Times:
         return time.perf_counter() - begun, result
 
     rows = []
-    for _ in range(1 + repeat):
+    for _ in range(1 + repeat):  # the first warms up
         forward, outputs = seconds(alone.forward)
         ends = outputs, [torch.ones_like(t) for t in outputs]
         backward, _ = seconds(partial(alone.backward, ends, alone.inputs, again=True))
         both, _ = seconds(partial(alone.backward, ends, [*alone.inputs, *alone.parameters], again=False))
-        rows.append((forward, backward, max(both - backward, 0.0)))
-    forward, backward, weight = (statistics.median(column) for column in zip(*rows[1:], strict=True))
-    return _Times(forward, backward, weight, 0)
+        rows.append((forward, backward, both))
+    forward, backward, both = (min(column) for column in zip(*rows[1:], strict=True))
+    return _Times(forward, backward, max(both - backward, 0.0), 0)
+
+
+def with_loss(
+    costs: Sequence[LeafCost], program: Program, loss_fn: Callable[[Any, Any], Tensor], target: Any, how: str
+) -> list[LeafCost]:
+    """The same costs, and of the last call also those of the loss.
+
+    target: of a micro-batch. how: "measured": the loss runs, forward and backward, on random outputs of the recorded
+    shapes; "estimated": it reads and writes the outputs some times.
+    """
+    specs = {value: program.specs[value, writer] for value, writer in program.ends}
+    if how == "estimated":
+        once = sum(spec.nbytes for spec in specs.values()) / BANDWIDTH
+        forward, both = 3 * once, 7 * once  # as softmax and its gradient do
+    else:
+        device = torch.device(program.context.device)
+        rows = []
+        for _ in range(1 + REPEAT):
+            made = {value: _random(spec, device) for value, spec in specs.items()}
+            trained = [t for t in made.values() if t.requires_grad]
+            _wait()
+            begun = time.perf_counter()
+            loss = loss_fn(fill(program.output, made.__getitem__), target)
+            _wait()
+            between = time.perf_counter()
+            if loss.requires_grad:
+                torch.autograd.grad(loss, trained, allow_unused=True)
+            _wait()
+            rows.append((between - begun, time.perf_counter() - begun))
+        forward, both = (min(column) for column in zip(*rows[1:], strict=True))
+    last = costs[-1]
+    changed = replace(last, forward=last.forward + forward, backward=last.backward + max(both - forward, 0.0))
+    return [*costs[:-1], changed]
 
 
 def _wait() -> None:

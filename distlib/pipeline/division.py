@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from distlib.comm.group import Group
 from distlib.data_parallel.agreement import require_equal
-from distlib.pipeline.costs import LeafCost, estimate, measure, split_auto
+from distlib.pipeline.costs import LeafCost, estimate, measure, split_auto, with_loss
 from distlib.pipeline.ghost import places
 from distlib.pipeline.micro_batches import MicroBatch
 from distlib.pipeline.partition import split_layers
@@ -124,12 +124,14 @@ def divide(
     example: MicroBatch | None,
     how: str,
     dtype: torch.dtype | None,
+    loss_fn: Callable[[Any, Any], Tensor] | None,
     group: Group,
     ranks: dist.ProcessGroup | None,
 ) -> Division:
     """Divides a model. A collective of `group` (`ranks` as a c10d group): all ranks that train the model together.
 
-    example: a micro-batch. how: "measured" or "estimated" costs, for split="auto".
+    example: a micro-batch; with a target, the loss's cost counts. how: "measured" or "estimated" costs, for
+    split="auto".
     """
     _check(split, stages, how)
     require_equal(group, "PipelineParallel: the model's parameters", _facts(module), torch.device("cpu"))
@@ -145,7 +147,7 @@ def divide(
     else:
         program = record(empty, example.args, example.kwargs, leaves, dtype)
         if split == "auto":
-            costs = _on_first(group, ranks, lambda: _costs(program, module, how))
+            costs = _on_first(group, ranks, lambda: _costs(program, module, how, example.target, loss_fn))
             by_call = assign(program, split_auto(program, costs, stages))
         else:
             by_call = assign(program, [str(name) for name in split])
@@ -187,8 +189,11 @@ def _facts(module: nn.Module) -> list[tuple[str, str]]:
     ]
 
 
-def _costs(program: Program, module: nn.Module, how: str) -> list[LeafCost]:
-    return measure(program, module) if how == "measured" else estimate(program, module)
+def _costs(
+    program: Program, module: nn.Module, how: str, target: Any, loss_fn: Callable[[Any, Any], Tensor] | None
+) -> list[LeafCost]:
+    costs = measure(program, module) if how == "measured" else estimate(program, module)
+    return costs if target is None or loss_fn is None else with_loss(costs, program, loss_fn, target, how)
 
 
 def _on_first(group: Group, ranks: dist.ProcessGroup | None, decide: Callable[[], Any]) -> Any:

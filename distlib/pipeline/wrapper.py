@@ -51,6 +51,7 @@ class PipelineParallel(nn.Module):
         example_inputs: as for `train_step`; only shapes and dtypes are read. Needed unless `module` has no parameters
             of its own outside of the modules that are divided.
         process_group: the ranks of this pipeline; default: all.
+        example_target: as for `train_step`; if given, split="auto" counts the cost of the loss.
         world: all ranks that train the model together, where there are replicas of the pipeline: they divide it alike.
         costs: for split="auto": "measured" (one rank runs each kind of module) or "estimated" (operations counted).
         data_parallel: wraps the module of each stage of this rank, for replicas of the pipeline.
@@ -77,6 +78,7 @@ class PipelineParallel(nn.Module):
         example_inputs: Any = None,
         process_group: dist.ProcessGroup | None = None,
         *,
+        example_target: Any = None,
         world: dist.ProcessGroup | None = None,
         costs: str = "measured",
         data_parallel: Callable[[nn.Module], nn.Module] | None = None,
@@ -92,7 +94,7 @@ class PipelineParallel(nn.Module):
         everyone = Group.of(world) if world is not None else group
         whole_model, names = division.whole_model(module, split)
         count = build.stages_of(schedule, stages, group.size)
-        example = build.example_of(example_inputs, microbatches)
+        example = build.example_of(example_inputs, microbatches, example_target)
         found = division.divide(
             whole_model,
             names,
@@ -100,6 +102,7 @@ class PipelineParallel(nn.Module):
             example,
             costs,
             compute_dtype,
+            loss_fn,
             everyone,
             world if world is not None else process_group,
         )

@@ -1,0 +1,137 @@
+"""`parallelize` and `Engine`: a plan's settings reach what honours them, and steps are those of a plain loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pipeline_models import CASES, Case, Language
+from ranks import run_ranks
+from torch import nn
+
+import distlib
+
+ROWS = 8
+
+
+def _adamw(parameters: Any) -> torch.optim.Optimizer:
+    return distlib.optim.AdamW(parameters, lr=1e-2)
+
+
+def _engine(
+    case: Case, plan: dict[str, Any], optimizer: Any = _adamw, module: nn.Module | None = None
+) -> distlib.Engine:
+    settings = {**plan, **({"costs": "estimated"} if plan.get("pipeline") else {})}
+    return distlib.parallelize(
+        case.made() if module is None else module,
+        distlib.Plan(**settings),
+        optimizer=optimizer,
+        loss_fn=case.loss,
+        example_inputs=case.batch(ROWS, 0)[0],
+    )
+
+
+def _losses(engine: distlib.Engine, case: Case, steps: int = 5) -> list[float]:
+    losses = []
+    for step in range(steps):
+        inputs, target = (t.chunk(engine.data_size)[engine.data_rank] for t in case.batch(ROWS, step))
+        losses.append(float(engine.train_step(inputs, target)))
+    return losses
+
+
+def _together(rank: int, n: int, plans: list[dict[str, Any]]) -> list[tuple[list[float], str, float | None]]:
+    found = []
+    with distlib.init():
+        for plan in plans:
+            engine = _engine(CASES["tied"], plan)
+            losses = _losses(engine, CASES["tied"])
+            norm = None if engine.grad_norm is None else float(engine.grad_norm)
+            assert engine.steps == 5 and engine.memory_report().total > 0
+            found.append((losses, engine.describe(), norm))
+    return found
+
+
+def _plain(clip: float | None) -> tuple[list[float], float]:
+    case = CASES["tied"]
+    model = case.made()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses, norm = [], 0.0
+    for step in range(5):
+        inputs, target = case.batch(ROWS, step)
+        loss = case.loss(model(inputs), target)
+        loss.backward()
+        norm = float(nn.utils.clip_grad_norm_(model.parameters(), clip or 1e9))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, norm
+
+
+def test_clipping_loss_scales_and_precisions_reach_every_layout() -> None:
+    layouts: list[dict[str, Any]] = [
+        {"microbatches": 2},
+        {"pipeline": 2, "microbatches": 4, "schedule": "zb-h1"},
+        {"stage": 3, "microbatches": 2},
+    ]
+    plans = [{**layout, "clip": 0.3} for layout in layouts]
+    half = [{**layout, "precision": "bf16"} for layout in layouts]
+    scaled = [{**layout, "precision": {"dtype": "fp16", "init_scale": 1024.0}, "clip": 0.3} for layout in layouts[1:]]
+    everyone = run_ranks(2, _together, plans + half + scaled, timeout=110)
+    expected, norm = _plain(0.3)
+    for found in everyone:
+        for losses, text, measured in found[:3]:
+            assert losses == pytest.approx(expected, rel=1e-5)
+            assert measured == pytest.approx(norm, rel=1e-4)
+            assert "clip" in text and "Bytes per rank" in text
+        unclipped = _plain(None)[0]
+        for losses, _, _ in found[3:6]:
+            assert losses != unclipped and losses == pytest.approx(unclipped, rel=0.03)
+        for losses, _, _ in found[6:]:
+            assert losses == pytest.approx(expected, rel=0.03)
+    assert everyone[0] == everyone[1]  # losses, words and norms are the same on all ranks
+
+
+def _pieces(rank: int, n: int, folder: str) -> None:
+    with distlib.init():
+        case = CASES["language"]
+        # Activation memory by a plan, measured on a micro-batch.
+        engine = _engine(case, {"microbatches": 2, "activations": {"budget": 0.5}})
+        assert _losses(engine, case) == pytest.approx(_losses(_engine(case, {}), case), rel=1e-5)
+        assert "budget" in str(engine.plan) and engine.activation_reports
+        # Optimizer state in files, under a pipeline.
+        engine = _engine(case, {"pipeline": 2, "microbatches": 2, "stage": 1, "partition_size": 1, "offload": folder})
+        assert _losses(engine, case) == pytest.approx(_losses(_engine(case, {}), case), rel=1e-5)
+        # A model on meta.
+        with torch.device("meta"):
+            module = Language(4)
+
+        def initialize(part: nn.Module) -> None:
+            for p in part.parameters(recurse=False):
+                nn.init.normal_(p, std=0.1)
+
+        engine = distlib.parallelize(
+            module,
+            distlib.Plan(pipeline=2, microbatches=2, stage=3, partition_size=1, costs="estimated"),
+            optimizer=_adamw,
+            loss_fn=case.loss,
+            example_inputs=case.batch(ROWS, 0)[0],
+            initialize=initialize,
+        )
+        losses = _losses(engine, case)
+        assert losses[-1] < losses[0]
+        # Evaluation and outputs.
+        inputs, target = case.batch(ROWS, 0)
+        before = [p.clone() for p in engine.model.parameters()]
+        loss = engine.eval().eval_step(inputs, target)
+        assert float(case.loss(engine(inputs), target)) == pytest.approx(float(loss), rel=1e-5)
+        assert all(torch.equal(a, b) for a, b in zip(before, engine.model.parameters(), strict=True))
+        with pytest.raises(ValueError, match="clips at 1.0, the optimizer at max_norm=2.0"):
+            _engine(case, {"clip": 1.0}, lambda p: distlib.optim.AdamW(p, lr=1e-2, max_norm=2.0))
+        with pytest.raises(ValueError, match="pipeline=3 does not divide 2 ranks"):
+            _engine(case, {"pipeline": 3})
+
+
+def test_budgets_files_meta_and_evaluation(tmp_path: Path) -> None:
+    run_ranks(2, _pieces, str(tmp_path), timeout=110)
