@@ -56,6 +56,7 @@ class Distlib(Contender):
             loss_fn=loss_of,
             split=begins,
             example_inputs=tokens,
+            example_target=tokens,  # as its user has: the loss counts when the model divides itself
             process_group=peers.distlib_group(),
         )
         super().__init__(list(self.model.parameters()))

@@ -83,9 +83,9 @@ def measure(
     """The same with measured times: each distinct call runs alone, on random inputs of the recorded shapes.
 
     repeat: runs, after one to warm up; the least time counts, as whatever else runs only adds to it. device: where;
-    default: the accelerator if it was recorded for one, else the CPU. Leaves are copied there one at a time, with random
-    parameters where they have no data. The generators of random numbers are left as they were. Call it on one rank and
-    broadcast the result.
+    default: the accelerator if it was recorded for one, else the CPU. Leaves are copied there one at a time, with
+    random parameters where they have no data. The generators of random numbers are left as they were. Call it on one
+    rank and broadcast the result.
     """
     where = device or torch.device(program.context.device)
     known: dict[Any, _Times] = {}
