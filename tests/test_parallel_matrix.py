@@ -45,7 +45,7 @@ class Record:
 
     @property
     def layers(self) -> int:
-        return 14 if self.pipeline > 4 else 8
+        return 14 if self.pipeline > 4 else 6
 
     def plan(self, folder: str) -> distlib.Plan:
         settings: dict[str, Any] = {
@@ -69,7 +69,7 @@ class Record:
 
 def records() -> list[Record]:
     found = []
-    turn = itertools.count()
+    turn, others = itertools.count(), itertools.count()
     for ranks in (1, 2, 4, 6, 8):
         for pipeline, partition in itertools.product(range(1, ranks + 1), repeat=2):
             if ranks % (pipeline * partition):
@@ -79,10 +79,9 @@ def records() -> list[Record]:
             if pipeline == 1:
                 schedules = ("1f1b",)
             elif not EVERYTHING:
-                k = next(turn)
-                schedules = (SCHEDULES[k % 6], SCHEDULES[(k + 1 + k // 6) % 6])
+                schedules = (SCHEDULES[next(turn) % 6],)
             for schedule in schedules:
-                k = next(turn)
+                k = next(others)
                 stage = (1, 2, 3)[k % 3] if partition > 1 else (3 * (k % 2) if replicas > 1 else 0)
                 found.append(
                     Record(
@@ -92,7 +91,7 @@ def records() -> list[Record]:
                         stage,
                         schedule,
                         ACTIVATIONS[k % 4],
-                        bool(k // 2 % 2),
+                        bool((k + k // 4) % 2),
                         2 + 2 * (k // 3 % 2),
                     )
                 )
@@ -107,6 +106,7 @@ def case_of(tied: bool, layers: int) -> Case:
 @functools.cache
 def reference(tied: bool, layers: int) -> list[float]:
     """The curve of one process that knows of nothing: whole batches, torch's own AdamW and clipping."""
+    torch.set_num_threads(1)
     case = case_of(tied, layers)
     model = case.made()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -148,7 +148,7 @@ def _batches() -> list[tuple[int, list[Record]]]:
     found = []
     for ranks, group in itertools.groupby(records(), key=lambda r: r.ranks):
         mine = list(group)
-        found += [(ranks, mine[i : i + 8]) for i in range(0, len(mine), 8)]
+        found += [(ranks, mine[i : i + 4]) for i in range(0, len(mine), 4)]
     return found
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from datetime import timedelta
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.distributed_c10d import _get_default_store
 
 from distlib.comm.group import Group
 from distlib.pipeline.actions import Kind, Schedule, ScheduleError
@@ -23,6 +26,7 @@ from distlib.pipeline.split_backward import Report, prepare
 from distlib.pipeline.stages import StageModule
 from distlib.pipeline.ties import Tie
 from distlib.shards import PartOfModel, Shard, mark, shard_of
+from distlib.world import before_shutdown
 
 Init = Callable[[nn.Module], Any]
 
@@ -208,9 +212,16 @@ def holders(division: Division, schedule: Schedule) -> dict[str, tuple[int, ...]
 
 
 class SharedGroups:
-    """Groups of ranks that share weights, each made once, on the ranks that are in it."""
+    """Groups of ranks that share weights. A rank is in some of them only, and each is made by its own ranks alone: so
+    they are distlib's own groups, which are named by ranks and count, not c10d's, which all ranks would have to make.
 
-    def __init__(self) -> None:
+    timeout: seconds, of making them and of their collectives.
+    """
+
+    _made_before: ClassVar[Counter[tuple[int, ...]]] = Counter()
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timedelta(seconds=timeout)
         self._made: dict[tuple[int, ...], Group] = {}
 
     def of(self, ranks: Sequence[int]) -> Group | None:
@@ -219,7 +230,12 @@ class SharedGroups:
         if len(key) == 1:
             return None
         if key not in self._made:
-            self._made[key] = Group.of(dist.new_group(list(key), use_local_synchronization=True))
+            name = f"tied weights of ranks {', '.join(map(str, key))} #{self._made_before[key]}"
+            self._made_before[key] += 1
+            store = dist.PrefixStore(name, _get_default_store())
+            own = key.index(dist.get_rank())
+            made = self._made[key] = Group.create(store, own, len(key), self._timeout, name, key)
+            before_shutdown(made.close)
         return self._made[key]
 
 

@@ -114,7 +114,7 @@ class PipelineParallel(nn.Module):
         modules = build.stage_modules(
             whole_model, found, table.stages_of(group.rank), init, everything=data_parallel is None
         )
-        groups, holders = build.SharedGroups(), build.holders(found, table)
+        groups, holders = build.SharedGroups(group.timeout), build.holders(found, table)
         build.equalise(found, modules, holders, group, groups)
         reports = build.split_backwards(modules, table)
         parts = {stage: part if data_parallel is None else data_parallel(part) for stage, part in modules.items()}
