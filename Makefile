@@ -86,7 +86,7 @@ test: venv-test
 ifeq ($(strip $(ARGS)),)
 	@failed=; \
 	$(PY) -m pytest -m alone $$(grep -l 'pytest\.mark\.alone' tests/test_*.py) || failed=1; \
-	$(PY) -m pytest -m 'not alone' --numprocesses 2 --dist loadfile || failed=1; \
+	$(PY) -m pytest -m 'not alone' --numprocesses 2 --dist loadfile --no-loadscope-reorder || failed=1; \
 	[ -z "$$failed" ]
 else
 	$(PY) -m pytest $(ARGS)

@@ -19,6 +19,7 @@ from pipeline_models import CASES, Case, Language
 from ranks import run_ranks
 
 import distlib
+from distlib.activations import offload
 
 STEPS, ROWS = 50, 48
 SCHEDULES = ("1f1b", "zb-h1", "interleaved", "gpipe", "zb-v", "zb-h2")
@@ -45,7 +46,7 @@ class Record:
 
     @property
     def layers(self) -> int:
-        return 14 if self.pipeline > 4 else 6
+        return max(2, 2 * self.pipeline - 2)  # with embedding, norm and head: a module for each of two stages per rank
 
     def plan(self, folder: str) -> distlib.Plan:
         settings: dict[str, Any] = {
@@ -124,6 +125,7 @@ def reference(tied: bool, layers: int) -> list[float]:
 
 def _curves(rank: int, n: int, todo: list[Record], folder: str) -> list[list[float]]:
     torch.set_num_threads(1)
+    offload.SMALLEST = 64  # bytes: these models are small
     curves = []
     with distlib.init():
         for record in todo:

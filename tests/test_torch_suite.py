@@ -78,6 +78,7 @@ def results(section: str, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     return {result["name"]: result for result in map(json.loads, written.splitlines())}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.__version__.startswith(LISTED_FOR), reason=f"the list is for torch {LISTED_FOR}")
 @pytest.mark.timeout(600)  # the first test of a section waits for all of the section
 @pytest.mark.parametrize(("section", "name"), cases())

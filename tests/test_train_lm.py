@@ -299,6 +299,7 @@ def test_samples_repeat_with_the_seed() -> None:
 # ---- the launchers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["python", "torchrun", pytest.param("mpirun", marks=pytest.mark.mpi)])
 def test_every_launcher_gives_the_same_curve(
     launcher: str, text: Path, tmp_path: Path, alone: dict[str, Any], request: pytest.FixtureRequest
