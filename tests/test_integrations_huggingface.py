@@ -17,6 +17,8 @@ from distlib.integrations import huggingface as hf
 from distlib.integrations.require import require
 from distlib.pipeline.build import materialise
 
+pytestmark = pytest.mark.slow  # among the first files to be tested
+
 if importlib.util.find_spec("transformers") is None:
     pytest.skip("transformers is not installed: make test installs it", allow_module_level=True)
 

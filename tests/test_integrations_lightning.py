@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import distlib
 
+pytestmark = pytest.mark.slow  # among the first files to be tested
+
 if importlib.util.find_spec("lightning") is None:
     pytest.skip("lightning is not installed: make test installs it", allow_module_level=True)
 

@@ -21,6 +21,8 @@ from ranks import run_ranks
 import distlib
 from distlib.activations import offload
 
+pytestmark = pytest.mark.slow  # among the first files to be tested
+
 STEPS, ROWS = 50, 48
 SCHEDULES = ("1f1b", "zb-h1", "interleaved", "gpipe", "zb-v", "zb-h2")
 ACTIVATIONS = (None, "full", "selective", "offload")

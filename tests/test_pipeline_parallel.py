@@ -14,6 +14,8 @@ import distlib
 from distlib.pipeline import load_csv
 from distlib.pipeline.micro_batches import Whole, divide, join
 
+pytestmark = pytest.mark.slow  # among the first files to be tested
+
 ROWS, MICRO = 7, 3  # 7 rows in 3 micro-batches: 3, 2, 2
 
 

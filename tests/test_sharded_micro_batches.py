@@ -40,6 +40,8 @@ from distlib.comm.work import CollectiveError
 from distlib.pipeline.split_backward import prepare
 from distlib.sharded import MixedPrecision
 
+pytestmark = pytest.mark.slow  # among the first files to be tested
+
 MAKES = {"stage": StageNet, "remade": lambda: StageNet(remade=True), "checkpointed": Outer, "tied": Tied}
 HELD = f"G {SPLIT} R"
 STEPS = 2

@@ -11,6 +11,8 @@ import pytest
 from ranks import run_ranks_raw
 from test_train_lm import assert_same_curve, check, interrupted_at, one_rank, parse, saved_step, text
 
+pytestmark = pytest.mark.slow  # among the first files to be tested
+
 __all__ = ["text"]  # a fixture
 
 PLANS = Path(__file__).parents[1] / "examples" / "plans"

@@ -45,6 +45,8 @@ def full_state_dict(
                 for view, piece in zip(flat.view_on(gathered), flat.pieces, strict=True):
                     value = view.clone()
                     whole.update(dict.fromkeys(aliases[piece], value))
+    if grid.gather is not None:
+        grid.gather.barrier()  # a rank that drops the model now must not free memory that another one still reads
     if not keep:
         return {}
     return {
