@@ -110,6 +110,11 @@ def run_ranks_raw(
     return pool.run(n, fn, args, timeout=timeout, env=env or {}, grace=grace)
 
 
+def shared_files() -> set[str]:
+    """Names in /dev/shm, but those of Open MPI: a test that runs beside this one may have started it."""
+    return {name for name in os.listdir("/dev/shm") if not name.startswith(("sm_segment.", "ompi."))}
+
+
 def store(timeout: float = 60) -> Any:
     """In a rank: a client of the call's own TCPStore. The test process holds it: it outlives every rank."""
     from torch.distributed import PrefixStore, TCPStore

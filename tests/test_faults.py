@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Outcome, process_group, run_ranks, run_ranks_raw, store
+from ranks import Outcome, process_group, run_ranks, run_ranks_raw, shared_files, store
 
 import distlib
 from distlib import native
@@ -332,10 +332,10 @@ def all_are_killed(rank: int, n: int) -> None:
 @pytest.mark.alone  # looks at all shared memory
 @NO_CORE
 def test_nothing_is_left_after_every_rank_is_killed() -> None:
-    shm, before = set(os.listdir("/dev/shm")), shared_kib()
+    shm, before = shared_files(), shared_kib()
     outcomes: list[Outcome] = run_ranks_raw(3, all_are_killed, timeout=30)
     assert all(outcome.kind == "signal" for outcome in outcomes), outcomes
-    assert set(os.listdir("/dev/shm")) <= shm
+    assert shared_files() <= shm
     assert shared_kib() < before + (64 << 10), "the arenas went with their processes"
     for outcome in outcomes:
         assert "@distlib-" not in outcome.output

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Outcome, process_group, run_ranks, run_ranks_raw, store
+from ranks import Outcome, process_group, run_ranks, run_ranks_raw, shared_files, store
 from test_transport import EVERY_WAY, NO_CORE, ONE, one_tensor, specs_of
 from torch import Tensor
 
@@ -168,9 +168,9 @@ def fails(rank: int, n: int, backend: str, how: str) -> tuple[str, float]:
 @EVERY_WAY
 @pytest.mark.parametrize("how", ["is killed", "stops", "aborts"])
 def test_a_stage_that_fails_is_named_by_its_neighbours(how: str, backend: str, env: dict[str, str]) -> None:
-    shm = set(os.listdir("/dev/shm"))
+    shm = shared_files()
     outcomes: list[Outcome] = run_ranks_raw(3, fails, backend, how, env=env, timeout=30)
-    assert set(os.listdir("/dev/shm")) <= shm
+    assert shared_files() <= shm
     for outcome, words in ((outcomes[0], "stage 1 -> 0, micro-batch 0 (gradients)"), (outcomes[2], "stage 1 -> 2, ")):
         assert outcome.ok, outcome
         text, seconds = outcome.value
