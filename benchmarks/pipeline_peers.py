@@ -9,6 +9,7 @@ begin. The loss of torch's contenders is known where their last stage is, and na
 
 from __future__ import annotations
 
+import abc
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-class Contender:
+class Contender(abc.ABC):
     """A part of a model on this rank, and its optimizer. `loss`: of the last step."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -40,9 +41,9 @@ class Contender:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    @abc.abstractmethod
     def gradients(self, tokens: Tensor, targets: Tensor) -> float:
         """Forwards and backwards. Returns the loss where it is known, else nan."""
-        raise NotImplementedError
 
 
 class Distlib(Contender):

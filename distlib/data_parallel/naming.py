@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 from torch import nn
+
+
+def under_one_name(
+    wrapper: nn.Module, parts: Iterable[nn.Module], memo: set[nn.Module] | None, prefix: str, remove_duplicate: bool
+) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` of a wrapper that shares its name with what it holds."""
+    memo = set() if memo is None else memo
+    if remove_duplicate and wrapper in memo:
+        return
+    memo.add(wrapper)
+    yield prefix, wrapper
+    for part in parts:
+        yield from part.named_modules(memo, prefix, remove_duplicate)
 
 
 class Transparent(nn.Module):
@@ -33,12 +46,7 @@ class Transparent(nn.Module):
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
         """The wrapper and its module share the empty name; parameters and buffers are named by this."""
-        memo = set() if memo is None else memo
-        if remove_duplicate and self in memo:
-            return
-        memo.add(self)
-        yield prefix, self
-        yield from self.module.named_modules(memo, prefix, remove_duplicate)
+        yield from under_one_name(self, [self.module], memo, prefix, remove_duplicate)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The module's own state dict: the same keys as without the wrapper."""

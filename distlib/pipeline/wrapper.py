@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distlib.comm.group import Group, Timeout, seconds_of
+from distlib.data_parallel.naming import under_one_name
 from distlib.memory import KINDS, MemoryReport, replicated_report
 from distlib.optim.norm import clip_grad_norm_
 from distlib.pipeline import build, division, micro_batches
@@ -244,13 +245,7 @@ class PipelineParallel(nn.Module):
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
         """This rank's stages share the empty name, so everything in them has the name it has in the whole model."""
-        memo = set() if memo is None else memo
-        if remove_duplicate and self in memo:
-            return
-        memo.add(self)
-        yield prefix, self
-        for part in self._parts.values():
-            yield from part.named_modules(memo, prefix, remove_duplicate)
+        yield from under_one_name(self, self._parts.values(), memo, prefix, remove_duplicate)
 
     def train(self, mode: bool = True) -> PipelineParallel:
         """Training mode, or not, of this rank's stages; call it on every rank."""
