@@ -118,3 +118,6 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     os.environ["DS_ACCELERATOR"] = "cpu"
     main(Path(sys.argv[1]))
+    # All is written. At the interpreter's end, threads of DeepSpeed that still wait for the lock may abort the process.
+    sys.stdout.flush()
+    os._exit(0)
