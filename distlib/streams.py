@@ -1,0 +1,75 @@
+"""Streams and events of any accelerator, by torch's device-neutral interface. On the CPU, where work is done when a call
+returns, there are none: `None` stands for both, and waiting is nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+Stream = torch.Stream | None
+Event = torch.Event | None
+
+
+def current(device: torch.device) -> Stream:
+    """The stream that the next operation on `device` goes to."""
+    return None if device.type == "cpu" else torch.accelerator.current_stream(device)
+
+
+def new(device: torch.device, urgent: bool = False) -> Stream:
+    """A stream of its own. urgent: what it holds goes before what others hold, where the device can do that."""
+    return None if device.type == "cpu" else torch.Stream(device, priority=-1 if urgent else 0)
+
+
+@contextlib.contextmanager
+def on(stream: Stream) -> Iterator[None]:
+    """Within it, operations go to `stream`; None: wherever they would."""
+    if stream is None:
+        yield
+        return
+    before = torch.accelerator.current_stream(stream.device)
+    torch.accelerator.set_stream(stream)
+    try:
+        yield
+    finally:
+        torch.accelerator.set_stream(before)
+
+
+def record(stream: Stream) -> Event:
+    """An event that passes when all that `stream` holds now is done."""
+    return None if stream is None else stream.record_event()
+
+
+def wait(stream: Stream, event: Event) -> None:
+    """What `stream` is given from now on runs after `event`. Does not block the host."""
+    if stream is not None and event is not None:
+        stream.wait_event(event)
+
+
+def follow(stream: Stream, other: Stream) -> None:
+    """What `stream` is given from now on runs after all that `other` holds now."""
+    if stream is not None and other is not None and stream != other:
+        stream.wait_event(other.record_event())
+
+
+def keep(tensor: torch.Tensor, stream: Stream) -> None:
+    """`tensor`'s memory is lent again only after what `stream` holds now is done, whoever drops it earlier."""
+    if stream is not None:
+        tensor.record_stream(stream)
+
+
+def has_passed(event: Event) -> bool:
+    """Whether what came before the event is done. Never blocks."""
+    return event is None or event.query()
+
+
+def raw(stream: Stream) -> int:
+    """The stream as C interfaces take it: a cudaStream_t where the device is a GPU."""
+    if stream is None:
+        return 0
+    if stream.device.type == "cuda":
+        return torch.cuda.Stream(
+            stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type
+        ).cuda_stream
+    return stream.stream_id
