@@ -1,0 +1,1 @@
+"""GPU kernels of csrc/cuda, each beside its plain version in torch."""
