@@ -1,15 +1,18 @@
-"""Streams and events of any accelerator, by torch's device-neutral interface. On the CPU, where work is done when a call
-returns, there are none: `None` stands for both, and waiting is nothing."""
+"""Streams and events of any accelerator, by torch's device-neutral interface.
+
+On the CPU, where work is done when a call returns, there are none: `None` stands for both, and waiting is nothing.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TypeAlias
 
 import torch
 
-Stream = torch.Stream | None
-Event = torch.Event | None
+Stream: TypeAlias = "torch.Stream | None"
+Event: TypeAlias = "torch.Event | None"
 
 
 def current(device: torch.device) -> Stream:
@@ -57,6 +60,17 @@ def keep(tensor: torch.Tensor, stream: Stream) -> None:
     """`tensor`'s memory is lent again only after what `stream` holds now is done, whoever drops it earlier."""
     if stream is not None:
         tensor.record_stream(stream)
+
+
+def pinned(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A 1-D tensor in host memory that `device` copies from and to while the host goes on; contents are undefined."""
+    return torch.empty(numel, dtype=dtype, pin_memory=device.type != "cpu")
+
+
+def finish(stream: Stream) -> None:
+    """Blocks the host until all that `stream` holds is done."""
+    if stream is not None:
+        stream.synchronize()
 
 
 def has_passed(event: Event) -> bool:

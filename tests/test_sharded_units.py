@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import distlib
 from distlib.sharded import quantize
 from distlib.sharded.groups import partition_of
 from distlib.sharded.layout import LINE, Entry, lay_out
-from distlib.sharded.options import MixedPrecision, Options, check, offload_folder
+from distlib.sharded.options import MixedPrecision, Options, check, offloaded
 from distlib.sharded.suggest import parse_bytes
 from distlib.sharded.units import divide, places
 from distlib.topology import Topology
@@ -242,8 +243,11 @@ def test_choices_that_cannot_take_effect_are_refused(chosen: dict[str, object], 
 
 def test_offload_to_the_cpu_is_refused_on_the_cpu() -> None:
     with pytest.raises(ValueError, match="on the CPU"):
-        offload_folder("cpu", torch.device("cpu"))
-    assert offload_folder(None, torch.device("cpu")) is None
+        offloaded("cpu", torch.device("cpu"))
+    assert offloaded(None, torch.device("cpu")) == (None, False)
+    assert offloaded("cpu", torch.device("cuda")) == (None, True)
+    assert offloaded("/nvme", torch.device("cuda")) == (Path("/nvme"), True)
+    assert offloaded("/nvme", torch.device("cpu")) == (Path("/nvme"), False)
 
 
 def test_mixed_precision_takes_floating_point_only() -> None:

@@ -293,9 +293,17 @@ class Group:
 
     # ------------------------------------------------------------ memory, faults, accounts
 
-    def registered_empty(self, *size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def on_device(self, device: torch.device) -> bool:
+        """Whether tensors on `device` can be communicated here."""
+        return device.type == "cpu"
+
+    def registered_empty(
+        self, *size: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> torch.Tensor:
         """A tensor that collectives of this group read where it lies; an ordinary one where that cannot help. Any rank
         may call it, alone."""
+        if device is not None and device.type != "cpu":
+            return torch.empty(size, dtype=dtype, device=device)
         if native.core() is None or len(self.topology.local_ranks(self.rank)) == 1:
             return torch.empty(size, dtype=dtype)
         return arena_empty(size, dtype)

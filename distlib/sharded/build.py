@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from distlib.comm.group import Group
 from distlib.comm.shared import can_share, shared_zeros
 from distlib.data_parallel import checks
 from distlib.data_parallel.replicas import describe
@@ -26,9 +27,6 @@ def check_module(module: nn.Module) -> None:
     """Modules that cannot be sharded: ValueError, naming the parameter and the fix."""
     checks.plain(module)
     checks.strided([*module.named_parameters(), *module.named_buffers()])
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if tensor.device.type not in ("cpu", "meta"):
-            raise ValueError(f"{name!r} is on {tensor.device}: sharded models run on the CPU in this version")
     for name, parameter in module.named_parameters():
         if parameter.is_complex():
             raise ValueError(f"{name!r} is complex: shard torch.view_as_real() of it")
@@ -36,8 +34,45 @@ def check_module(module: nn.Module) -> None:
         raise ValueError("the module has no parameters: there is nothing to shard")
 
 
+def device_for(module: nn.Module, asked: torch.device | str | None, world: Group) -> torch.device:
+    """Where the model will compute. ValueError, by name, where its tensors or its groups cannot be there.
+
+    Tensors on the CPU and on the meta device can go anywhere, one unit after the other; others stay where they are.
+    """
+    named = [*module.named_parameters(), *module.named_buffers()]
+    there = {t.device: name for name, t in reversed(named) if t.device.type not in ("cpu", "meta")}
+    if asked is not None:
+        device = torch.empty(0, device=asked).device  # "cuda" is the current GPU
+    elif there:
+        device = next(iter(there))
+    elif any(t.device.type == "cpu" for _, t in named):
+        device = torch.device("cpu")
+    else:
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = torch.device("cpu")
+        if found is not None and world.on_device(found):
+            device = torch.device(found.type, torch.accelerator.current_device_index())
+    for where, name in there.items():
+        if where != device:
+            raise ValueError(
+                f"{name!r} is on {where}, the model is to be on {device}: move it with module.to() before wrapping, "
+                "or build the module on the CPU or the meta device"
+            )
+    for where in {device, torch.device("cpu")}:
+        if not world.on_device(where):
+            raise ValueError(
+                f"the process group's backend does not communicate tensors on {where}, which a model on {device} "
+                "needs: use distlib.init(), or init_process_group('cpu:distlib,cuda:nccl')"
+            )
+    return device
+
+
 def facts(
-    module: nn.Module, units: Sequence[Unit], options: Options, partition_size: int | str | None
+    module: nn.Module,
+    units: Sequence[Unit],
+    options: Options,
+    partition_size: int | str | None,
+    device: torch.device,
 ) -> list[tuple[str, str]]:
     """What must be equal on all ranks, as (name, description)."""
     found = [(f"parameter {name}", describe(p, with_strides=False)) for name, p in module.named_parameters()]
@@ -47,10 +82,13 @@ def facts(
     found += [(f"option {name}", str(value)) for name, value in vars(options).items() if name != "offload"]
     found.append(("option partition_size", str(partition_size)))
     found.append(("option offload", str(options.offload is not None)))
+    found.append(("device", device.type))
     return found
 
 
-def make_flats(module: nn.Module, units: Sequence[Unit], grid: Grid, options: Options) -> list[UnitState]:
+def make_flats(
+    module: nn.Module, units: Sequence[Unit], grid: Grid, options: Options, device: torch.device
+) -> list[UnitState]:
     """One flat per unit, dtype, and whether it is trained.
 
     The root's large parameters (embedding, head) have flats of their own: they are used at different ends of the model,
@@ -63,22 +101,24 @@ def make_flats(module: nn.Module, units: Sequence[Unit], grid: Grid, options: Op
         for i, parameter in enumerate(unit.parameters):
             apart = i if unit is units[0] and parameter.nbytes >= LARGE else -1
             kinds.setdefault((parameter.dtype, parameter.requires_grad, apart), []).append(parameter)
-        flats = [Flat(group, [hangs[p] for p in group], grid, options) for group in kinds.values()]
+        flats = [Flat(group, [hangs[p] for p in group], grid, options, device) for group in kinds.values()]
         states.append(UnitState(unit.name, flats, unit is units[0]))
     return states
 
 
-def shares_memory(grid: Grid) -> bool:
+def shares_memory(grid: Grid, device: torch.device) -> bool:
     """Whether the ranks of the partition group can have one mapping of whole parameters."""
-    return grid.gather is None or can_share(grid.gather)
+    return grid.gather is None or (device.type == "cpu" and can_share(grid.gather))
 
 
-def check_place(options: Options, grid: Grid) -> None:
+def check_place(options: Options, grid: Grid, device: torch.device) -> None:
     """Options that have no effect where the ranks are: ValueError, saying why."""
     p = grid.partition_size
     kept = options.reshard_after_forward
-    if shares_memory(grid):
+    if shares_memory(grid, device):
+        alone = "a partition group is one rank, which holds all parameters"
         why = f"the {p} ranks of a partition group share one host's memory, so that gathers move nothing"
+        why = alone if p == 1 else why
         if options.gather_dtype is not None:
             raise ValueError(f"gather_dtype={options.gather_dtype} has no effect: {why}")
         if not isinstance(kept, bool):
@@ -97,10 +137,13 @@ def check_place(options: Options, grid: Grid) -> None:
             )
 
 
-def settle(states: Sequence[UnitState], grid: Grid, stage: int, offload: Path | None) -> None:
+def settle(
+    states: Sequence[UnitState], grid: Grid, stage: int, offload: Path | None, device: torch.device
+) -> None:
     """Gives every flat its memory. A collective of the partition group."""
     flats = [flat for state in states for flat in state.flats]
-    if shares_memory(grid) and grid.gather is not None:
+    shared = shares_memory(grid, device)
+    if shared and grid.gather is not None:
         starts, end = [], 0
         for flat in flats:
             starts.append(end)
@@ -110,9 +153,9 @@ def settle(states: Sequence[UnitState], grid: Grid, stage: int, offload: Path | 
             nbytes = flat.layout.numel * flat.compute.itemsize
             flat.settle(mapping[start : start + nbytes].view(flat.compute), False, offload)
         return
-    freed = stage == 3 and not shares_memory(grid)
+    freed = stage == 3 and not shared
     for flat in flats:
-        whole = torch.empty(flat.layout.numel, dtype=flat.compute)
+        whole = torch.empty(flat.layout.numel, dtype=flat.compute, device=device)
         flat.settle(whole, freed, offload)
         if freed:
             whole.untyped_storage().resize_(0)
@@ -122,17 +165,22 @@ def settle(states: Sequence[UnitState], grid: Grid, stage: int, offload: Path | 
 
 @torch.no_grad()
 def load_values(
-    module: nn.Module, units: Sequence[Unit], states: Sequence[UnitState], grid: Grid, init: Init | None
+    module: nn.Module,
+    units: Sequence[Unit],
+    states: Sequence[UnitState],
+    grid: Grid,
+    init: Init | None,
+    device: torch.device,
 ) -> None:
     """Every rank's shards take the values that rank 0's module has, or gets by `init`, one unit after the other.
 
     Then the module holds pieces. No more than one unit is whole at a time.
     """
     hangs = places(module)
-    _check_meta(module, hangs, units, init)
+    _check_meta(module, hangs, units, init, device)
     for unit, state in zip(units, states, strict=True):
         originals = {hangs[p][0].name: p for p in unit.parameters}
-        wholes = [torch.zeros(flat.layout.numel, dtype=flat.dtype) for flat in state.flats]
+        wholes = [torch.zeros(flat.layout.numel, dtype=flat.dtype, device=device) for flat in state.flats]
         if grid.world.rank == 0:
             meta: list[nn.Module] = []
             for flat, whole in zip(state.flats, wholes, strict=True):
@@ -163,11 +211,19 @@ def _reset(owner: nn.Module) -> None:
 
 
 def _check_meta(
-    module: nn.Module, hangs: dict[nn.Parameter, list[Place]], units: Sequence[Unit], init: Init | None
+    module: nn.Module,
+    hangs: dict[nn.Parameter, list[Place]],
+    units: Sequence[Unit],
+    init: Init | None,
+    device: torch.device,
 ) -> None:
-    """Modules on the meta device that nobody can initialise, by name; their buffers become zeros."""
+    """Modules on the meta device that nobody can initialise, by name; their buffers become zeros. All buffers come to
+    `device`."""
     home = {parameter: unit for unit in units for parameter in unit.parameters}
     for prefix, owner in module.named_modules():
+        for key, buffer in owner._buffers.items():
+            if buffer is not None and buffer.device.type != "meta":
+                owner._buffers[key] = buffer.to(device)
         parameters = [p for p in owner._parameters.values() if p is not None and p.device.type == "meta"]
         buffers = [b for b in owner._buffers.values() if b is not None and b.device.type == "meta"]
         if not (parameters or buffers):
@@ -184,6 +240,6 @@ def _check_meta(
             )
         for key, buffer in owner._buffers.items():
             if buffer is not None and buffer.device.type == "meta":
-                owner._buffers[key] = torch.zeros_like(buffer, device="cpu")
+                owner._buffers[key] = torch.zeros_like(buffer, device=device)
         if buffers and not parameters:
             (init or _reset)(owner)

@@ -7,6 +7,11 @@
 
 `full[i]` are leaves on `whole`, `pieces[i]` on `master`. Parameters of one flat agree in dtype and in whether they
 are trained. With optimizer state divided over replicas too, `master` is only this replica's subpart of the shard.
+
+Where the optimizer works in the host's memory and the model on another device, `master` lies in pinned memory, under
+mixed precision beside `staged`, what goes to the device in the compute dtype:
+
+    host      master | part 1 |  --optimizer-->  staged | part 1 |  --one copy-->  shard      device
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from distlib import streams
 from distlib.sharded.files import file_zeros
 from distlib.sharded.groups import Grid
 from distlib.sharded.layout import Entry, FlatLayout, lay_out
@@ -29,9 +35,16 @@ class Flat:
     """See the file. Made in three steps: the layout, `settle` on memory, `load` of first values."""
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], hangs: Sequence[Sequence[Place]], grid: Grid, options: Options
+        self,
+        parameters: Sequence[nn.Parameter],
+        hangs: Sequence[Sequence[Place]],
+        grid: Grid,
+        options: Options,
+        device: torch.device,
     ) -> None:
         first = parameters[0]
+        self.device = device
+        self.host = options.host
         self.names = [places[0].name for places in hangs]
         self.places = [list(places) for places in hangs]
         self.trained = first.requires_grad
@@ -57,6 +70,11 @@ class Flat:
         return self.compute != self.dtype
 
     @property
+    def apart(self) -> bool:
+        """Whether the optimizer works on other memory than the model."""
+        return self.mixed or self.host
+
+    @property
     def owned(self) -> tuple[int, int]:
         """The elements of `whole` (begin, end) that this rank's optimizer writes."""
         subpart = self.grid.replica if self.subparts > 1 else None
@@ -67,15 +85,20 @@ class Flat:
         begin, end = self.layout.bounds(self.grid.part)
         first, last = self.owned
         self.whole = whole
-        self.shard = torch.empty(end - begin, dtype=self.compute) if freed else whole[begin:end]
+        self.shard = torch.empty(end - begin, dtype=self.compute, device=self.device) if freed else whole[begin:end]
         # This rank's own subpart of the shard, in the compute dtype.
         self.own = self.shard[first - begin : last - begin]
-        self.master = self.own
-        if self.mixed:
+        self.master = self.staged = self.own
+        if self.apart:
             size = last - first
-            self.master = (
-                torch.empty(size, dtype=self.dtype) if offload is None else file_zeros(offload, size, self.dtype)
-            )
+            if offload is not None:
+                self.master = file_zeros(offload, size, self.dtype)
+            elif self.host:
+                self.master = streams.pinned(size, self.dtype, self.device)
+            else:
+                self.master = torch.empty(size, dtype=self.dtype, device=self.device)
+        if self.host:
+            self.staged = streams.pinned(size, self.compute, self.device) if self.mixed else self.master
         grads = [
             # .data: a version counter of its own, so that a change of one parameter is not taken for one of another
             whole[offset : offset + entry.numel].data.view(entry.shape)
@@ -84,13 +107,13 @@ class Flat:
         self.full = [nn.Parameter(view, requires_grad=self.trained) for view in grads]
         self.ranges = self.layout.pieces(first, last)
         for piece in self.ranges:
-            if freed or self.mixed:
+            if freed or self.apart:
                 view = self.master[piece.where - first : piece.where - first + piece.numel].data
             else:  # the same counter as the leaf: writing between forward and backward is noticed, as in torch
                 view = grads[piece.entry].view(-1)[piece.at : piece.at + piece.numel]
             parameter = nn.Parameter(self.shaped(piece.entry, view), requires_grad=self.trained)
             entry = self.layout.entries[piece.entry]
-            compute = self.own[piece.where - first : piece.where - first + piece.numel] if self.mixed else None
+            compute = self.staged[piece.where - first : piece.where - first + piece.numel] if self.mixed else None
             group = self.grid.world if self.subparts > 1 else self.grid.reduce
             replicas = 1 if self.subparts > 1 else self.grid.replicas
             replica = 0 if self.subparts > 1 else self.grid.replica
@@ -127,22 +150,27 @@ class Flat:
         begin, end = self.layout.bounds(self.grid.part)
         first, last = self.owned
         self.shard.copy_(whole[begin:end])
-        if self.mixed:
+        if self.apart:
             self.master.copy_(whole[first:last])
+        if self.host and self.mixed:
+            self.staged.copy_(self.master)
 
     # ------------------------------------------------------------ the optimizer wrote
 
     @torch.no_grad()
     def write_compute(self) -> None:
-        """Cast what the optimizer wrote to the compute dtype, where it did not do so itself."""
-        if not self.mixed:
-            return
-        for piece in self.pieces:
-            shard: Shard = piece._distlib_shard
-            if piece.numel() and not shard.is_written(piece):
-                assert shard.compute is not None
-                shard.compute.copy_(piece.view(-1))
-            shard.may_be_written()
+        """What the optimizer wrote goes to where the model computes: cast to the compute dtype, where the optimizer did
+        not do so itself, and from the host to the device."""
+        if self.mixed:
+            for piece in self.pieces:
+                shard: Shard = piece._distlib_shard
+                if piece.numel() and not shard.is_written(piece):
+                    assert shard.compute is not None
+                    shard.compute.copy_(piece.view(-1))
+                shard.may_be_written()
+        if self.host:
+            # The optimizer writes here again only after gradients came to the host, which this copy comes before.
+            self.own.copy_(self.staged, non_blocking=True)
 
     # ------------------------------------------------------------ what the module holds
 

@@ -202,7 +202,7 @@ class Gathers:
                 return self._secondary.all_gather(flat.whole, secondary, async_op=True), flat, None
             if self._quantized and flat.compute.is_floating_point:
                 mine = quantize.pack(flat.shard)
-                packed = torch.empty(group.size * mine.numel(), dtype=torch.uint8)
+                packed = torch.empty(group.size * mine.numel(), dtype=torch.uint8, device=flat.device)
                 work = group.all_gather(packed, mine, async_op=True, hierarchical=self._hierarchical)
                 return work, flat, packed
             return (

@@ -4,7 +4,8 @@
                   '------- bucket 0 --------''--- bucket 1 ---'      what hop 2 sends at once: it crosses units
 
 The accumulator is fp32 (fp64 for fp64 parameters). Where optimizer state is divided over replicas too, a bucket is laid
-out by replica first, so that hop 2 is a reduce-scatter and each replica owns one row.
+out by replica first, so that hop 2 is a reduce-scatter and each replica owns one row. Where the optimizer works in the
+host's memory, `owned` lies there, pinned.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from distlib import streams
 from distlib.comm.group import Group
 from distlib.comm.work import Work
 from distlib.sharded.flat import Flat
@@ -22,42 +24,54 @@ from distlib.sharded.groups import Grid
 BUCKET_BYTES = 32 << 20
 BUFFERS = 3  # of one size: one landing, one or two being reduced
 BUFFERS_ON_HOST = 1  # through memory a reduction is over before the next gradient of this size has landed
+BUFFERS_ON_DEVICE = 2  # one landing, one being reduced on another stream
 
 
 class BufferPool:
     """Buffers in registered memory, taken and given back. Where all are under way, `take` waits for the oldest.
 
+    On a GPU a buffer is given back with an event of the stream that read it last: who takes it makes his stream wait.
+
     make_progress: finishes the oldest reduction and so gives its buffers back; False where none is under way: then one
     more buffer is made (gradients of an earlier unit are still missing).
     """
 
-    def __init__(self, group: Group | None, make_progress: Callable[[bool], bool]) -> None:
+    def __init__(self, group: Group | None, device: torch.device, make_progress: Callable[[bool], bool]) -> None:
         self._group = group
+        self._device = device
         self._make_progress = make_progress
-        self._free: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
-        self._most = BUFFERS if group is not None and len(group.topology.nodes) > 1 else BUFFERS_ON_HOST
+        self._free: dict[tuple[int, torch.dtype], list[tuple[torch.Tensor, streams.Event]]] = {}
+        self._most = BUFFERS_ON_HOST
+        if group is not None:
+            across = len(group.topology.nodes) > 1
+            self._most = BUFFERS if across else BUFFERS_ON_HOST if device.type == "cpu" else BUFFERS_ON_DEVICE
         self._made: dict[tuple[int, torch.dtype], int] = {}
 
     def take(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """A 1-D buffer; its contents are undefined."""
+        """A 1-D buffer for the current stream; its contents are undefined."""
         key = (numel, dtype)
         free = self._free.setdefault(key, [])
         while not free and self._made.get(key, 0) >= self._most and self._make_progress(True):
             pass
         if free:
-            return free.pop()
+            buffer, read = free.pop(0)  # the one whose last reader is the furthest back
+            streams.wait(streams.current(self._device), read)
+            return buffer
         self._made[key] = self._made.get(key, 0) + 1
         if self._group is None:
-            return torch.empty(numel, dtype=dtype)
-        return self._group.registered_empty(numel, dtype=dtype)
+            return torch.empty(numel, dtype=dtype, device=self._device)
+        return self._group.registered_empty(numel, dtype=dtype, device=self._device)
 
     def give(self, buffer: torch.Tensor) -> None:
-        """Gives a buffer back that no collective uses any more; those beyond the bound are let go."""
+        """Gives a buffer back that nothing uses any more but what the current stream holds; those beyond the bound are
+        let go."""
         key = (buffer.numel(), buffer.dtype)
+        stream = streams.current(self._device)
         if self._made[key] > self._most:
             self._made[key] -= 1
+            streams.keep(buffer, stream)
         else:
-            self._free[key].append(buffer)
+            self._free[key].append((buffer, streams.record(stream)))
 
     @property
     def nbytes(self) -> int:
@@ -82,8 +96,10 @@ class _Bucket:
 class Accumulator:
     """See the file. Memory is made in the first backward: a model that is only evaluated has none."""
 
-    def __init__(self, flats: Sequence[Flat], grid: Grid) -> None:
+    def __init__(self, flats: Sequence[Flat], grid: Grid, device: torch.device, host: bool) -> None:
         self._grid = grid
+        self._device = device
+        self._host = host
         self._buckets: list[_Bucket] = []
         self._home: dict[Flat, tuple[_Bucket, int]] = {}  # the bucket, and the column where the flat begins
         self._grads: dict[Flat, list[torch.Tensor]] = {}
@@ -115,9 +131,13 @@ class Accumulator:
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             rows, width, replication = bucket.rows, bucket.width, self._grid.replication
             empty = torch.empty if replication is None else replication.registered_empty
-            bucket.sums = empty(rows * width, dtype=wide).zero_().view(rows, width)
-            bucket.result = bucket.sums[0] if rows == 1 else torch.zeros(width, dtype=wide)
-            bucket.owned = bucket.result if wide == dtype else torch.zeros(width, dtype=dtype)
+            bucket.sums = empty(rows * width, dtype=wide, device=self._device).zero_().view(rows, width)
+            bucket.result = bucket.sums[0] if rows == 1 else torch.zeros(width, dtype=wide, device=self._device)
+            if self._host:
+                bucket.owned = streams.pinned(width, dtype, self._device).zero_()
+            else:
+                same = wide == dtype
+                bucket.owned = bucket.result if same else torch.zeros(width, dtype=dtype, device=self._device)
         if not self._grads:
             self._grads = {flat: self._views(flat) for flat in self._home}
 
@@ -182,7 +202,9 @@ class Accumulator:
         return group.reduce_scatter(bucket.result, bucket.sums.view(-1), "avg", async_op=True)
 
     def settle(self) -> None:
-        """Hop 2 is over: gradients in the parameters' dtype."""
+        """Hop 2 is over: gradients in the parameters' dtype, where the optimizer works."""
         for bucket in self._buckets:
             if bucket.owned is not bucket.result:
-                bucket.owned.copy_(bucket.result)
+                bucket.owned.copy_(bucket.result.to(bucket.owned.dtype), non_blocking=True)
+        if self._host:
+            streams.finish(streams.current(self._device))

@@ -35,7 +35,10 @@ class MixedPrecision:
 
 @dataclass(frozen=True)
 class Options:
-    """The arguments of ShardedDataParallel that say how, not what."""
+    """The arguments of ShardedDataParallel that say how, not what.
+
+    host: pieces, their gradients and the optimizer's state are in the host's memory, the model on another device.
+    """
 
     stage: int
     mixed_precision: MixedPrecision
@@ -46,20 +49,23 @@ class Options:
     shard_optimizer: str
     gather_dtype: torch.dtype | None
     ownership: str
+    host: bool = False
 
 
-def offload_folder(offload: str | Path | None, device: torch.device) -> Path | None:
-    """What `offload` means on a device. ValueError where it cannot take effect."""
+def offloaded(offload: str | Path | None, device: torch.device) -> tuple[Path | None, bool]:
+    """What `offload` means on a device: the folder of the optimizer's state, and whether the optimizer works in the
+    host's memory. ValueError where it cannot take effect."""
     if offload is None:
-        return None
+        return None, False
+    on_host = device.type != "cpu"
     if offload == "cpu":
-        if device.type == "cpu":
+        if not on_host:
             raise ValueError(
                 'offload="cpu" moves optimizer state from a GPU to CPU memory, and this model is on the CPU: give a '
                 "folder (a Path), or leave it out"
             )
-        raise ValueError('offload="cpu" needs CUDA support, which this version lacks')
-    return Path(offload)
+        return None, True
+    return Path(offload), on_host
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:

@@ -20,7 +20,7 @@ def packed_bytes(numel: int) -> int:
 def pack(values: torch.Tensor) -> torch.Tensor:
     """Quantize a 1-D floating-point tensor. Returns uint8: all blocks' values, then all blocks' scales."""
     blocks = -(-values.numel() // BLOCK)
-    padded = torch.zeros(blocks * BLOCK, dtype=torch.float32)
+    padded = torch.zeros(blocks * BLOCK, dtype=torch.float32, device=values.device)
     padded[: values.numel()] = values
     rows = padded.view(blocks, BLOCK)
     scales = rows.abs().amax(dim=1) / 127

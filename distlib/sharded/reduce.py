@@ -7,18 +7,23 @@
 A *window* is what one optimizer step sees: micro-steps under no_sync(), then one backward that synchronises. Flats are
 reduced in one order on all ranks: a flat that is complete waits for those before it. Both hops average.
 
+On a GPU all that follows the landing runs on a stream of its own, which the stream that computes waits for at the end
+of the backward: so finishing a hop 1 never waits, it queues what is to be done when it is over.
+
 A backward in two passes makes hop 1 once, too: what lands in the input pass (norm scales, mostly) is set aside, without
 a buffer, and goes with the next hop 1 of its flat.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from distlib import streams
 from distlib.comm.work import Work
 from distlib.data_parallel.backward import Passes, will_land
 from distlib.sharded.flat import Flat
@@ -64,7 +69,7 @@ class _Hop1:
 class Reduction:
     """Gradients of one model. flats: the trained ones, in the order in which they are reduced."""
 
-    def __init__(self, flats: Sequence[Flat], grid: Grid, options: Options) -> None:
+    def __init__(self, flats: Sequence[Flat], grid: Grid, options: Options, device: torch.device) -> None:
         self._grid = grid
         self._whole_gradients = options.stage == 1
         self._hierarchical = None if options.hierarchical == "auto" else bool(options.hierarchical)
@@ -72,8 +77,10 @@ class Reduction:
         self._landings = [
             _Landing(f, reduce if reduce is not None and f.compute.is_floating_point else f.compute) for f in flats
         ]
-        self._pool = BufferPool(grid.reduce, self.poll)
-        self.accumulator = Accumulator(flats, grid)
+        self._device = device
+        self._stream = streams.new(device, urgent=True)
+        self._pool = BufferPool(grid.reduce, device, self.poll)
+        self.accumulator = Accumulator(flats, grid, device, options.host)
         self._inflight: deque[_Hop1] = deque()
         self._next = 0  # the first landing that is not launched
         self._hop2: list[Work] = []
@@ -212,10 +219,21 @@ class Reduction:
         """Finishes hop 1s that are done, in order; `wait`: the oldest one in any case. False: there is none."""
         if wait and not self._inflight:
             return False
-        while self._inflight and (wait or _is_done(self._inflight[0])):
-            self._finish_hop1(self._inflight.popleft())
+        while self._inflight and (wait or self._is_done(self._inflight[0])):
+            with self._aside():
+                self._finish_hop1(self._inflight.popleft())
             wait = False
         return True
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """On the stream of reductions, after all that the current stream holds."""
+        streams.follow(self._stream, streams.current(self._device))
+        with streams.on(self._stream):
+            yield
+
+    def _is_done(self, hop: _Hop1) -> bool:
+        return self._stream is not None or hop.work is None or hop.work.is_completed()
 
     def _finish_hop1(self, hop: _Hop1) -> None:
         landing, buffer = hop.landing, hop.landing.buffer
@@ -262,6 +280,7 @@ class Reduction:
         if self._deferred:
             while self.poll(wait=True):
                 pass
+            streams.follow(streams.current(self._device), self._stream)
             self.window.lend()
         else:
             self._synchronise()
@@ -275,10 +294,12 @@ class Reduction:
             agreed = self._grid.world.all_reduce(flags, "bor", async_op=True)
         while self.poll(wait=True):
             pass
-        for work in self._hop2:
-            work.wait()
-        self._hop2 = []
-        self.accumulator.settle()
+        with self._aside():
+            for work in self._hop2:
+                work.wait()
+            self._hop2 = []
+            self.accumulator.settle()
+        streams.follow(streams.current(self._device), self._stream)
         if agreed is not None:
             agreed.wait()
         together = flags.numpy().tobytes()
@@ -300,7 +321,3 @@ class Reduction:
                 "see that rank's own traceback"
             )
         self._idle = True
-
-
-def _is_done(hop: _Hop1) -> bool:
-    return hop.work is None or hop.work.is_completed()

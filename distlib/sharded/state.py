@@ -17,12 +17,13 @@ from distlib.shards import shard_of
 
 @torch.no_grad()
 def gather_flat(flat: Flat, grid: Grid) -> torch.Tensor:
-    """A flat's parameters, whole, in the optimizer's dtype: 1-D, of the layout's length. Every rank must call."""
+    """A flat's parameters, whole, in the optimizer's dtype and where it works: 1-D, of the layout's length. Every rank
+    must call."""
     part = flat.master
     if flat.subparts > 1 and grid.replication is not None:
-        part = torch.empty(flat.layout.part, dtype=flat.dtype)
+        part = torch.empty(flat.layout.part, dtype=flat.dtype, device=flat.master.device)
         grid.replication.all_gather(part, flat.master)
-    whole = torch.empty(flat.layout.numel, dtype=flat.dtype)
+    whole = torch.empty(flat.layout.numel, dtype=flat.dtype, device=flat.master.device)
     if grid.gather is None:
         return whole.copy_(part)
     grid.gather.all_gather(whole, part.contiguous())
@@ -43,14 +44,18 @@ def full_state_dict(
             gathered = gather_flat(flat, grid)
             if keep:
                 for view, piece in zip(flat.view_on(gathered), flat.pieces, strict=True):
-                    value = view.clone()
+                    value = view.to("cpu", copy=True)
                     whole.update(dict.fromkeys(aliases[piece], value))
     if grid.gather is not None:
         grid.gather.barrier()  # a rank that drops the model now must not free memory that another one still reads
     if not keep:
         return {}
     return {
-        name: whole[name] if name in whole else value.detach().clone() if isinstance(value, torch.Tensor) else value
+        name: whole[name]
+        if name in whole
+        else value.detach().to("cpu", copy=True)
+        if isinstance(value, torch.Tensor)
+        else value
         for name, value in module.state_dict().items()
     }
 
@@ -59,7 +64,7 @@ def full_state_dict(
 def summon(states: Sequence[UnitState], grid: Grid, writeback: bool) -> Iterator[None]:
     """The module holds whole parameters, this rank's own copies; `writeback`: changes are kept."""
     flats = [flat for state in states for flat in state.flats]
-    wholes = [gather_flat(flat, grid) for flat in flats]
+    wholes = [gather_flat(flat, grid).to(flat.device) for flat in flats]
     for flat, whole in zip(flats, wholes, strict=True):
         flat.show([nn.Parameter(view, requires_grad=flat.trained) for view in flat.view_on(whole)])
     try:

@@ -44,7 +44,8 @@ class ShardedDataParallel(Transparent):
     Papers: ZeRO (arXiv 1910.02054), MiCS (2205.00119), ZeRO++ (2306.10209). docs/sharding.md draws the paths.
 
     Args:
-        module: on the CPU or the meta device (see `init`). Freeze parameters before wrapping.
+        module: on the CPU, on this rank's GPU or on the meta device (see `init`, `device`). Freeze parameters before
+            wrapping.
         stage: what is divided: 1 the optimizer's state, 2 gradients too, 3 parameters too.
         partition_size: ranks that divide one copy: None: all (ZeRO); "node": those of a host; an int that divides the
             number of ranks (MiCS). Copies are kept equal by one all-reduce per optimizer step.
@@ -56,13 +57,17 @@ class ShardedDataParallel(Transparent):
         hierarchical: gather and reduce in two levels where a partition group spans hosts; "auto" chooses by topology
             and size.
         prefetch: units gathered ahead of use.
-        offload: a folder: optimizers of distlib.optim keep their state in files there; others are refused.
+        offload: a folder: optimizers of distlib.optim keep their state in files there; others are refused. "cpu", for
+            models on a GPU: pieces, gradients and optimizer state are in host memory, where any optimizer works on them
+            (ZeRO-Offload, arXiv 2101.06840). With either, `parameters()` of a model on a GPU are CPU tensors.
         process_group: any c10d group; default: all ranks.
         shard_optimizer: "world" divides the optimizer's state over all ranks, not over the partition group only.
         gather_dtype: torch.int8: gather parameters block-quantized (ZeRO++'s qwZ): lossy.
         ownership: "whole" (stage 1): every parameter belongs to one rank, in its own shape, for optimizers that need
             whole matrices.
         init: initialises a module whose parameters are on the meta device; default: its reset_parameters().
+        device: where the model computes; parameters on the CPU or the meta device go there one unit after the other.
+            Default: where they are; the current GPU, if there is one, for a module on the meta device.
 
     Raises:
         ValueError: options that contradict each other or cannot take effect, a module that cannot be sharded.
@@ -86,36 +91,40 @@ class ShardedDataParallel(Transparent):
         gather_dtype: torch.dtype | None = None,
         ownership: str = "flat",
         init: build.Init | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
+        build.check_module(module)
+        world = Group.of(process_group)
+        self._device = build.device_for(module, device, world)
+        folder, on_host = options.offloaded(offload, self._device)
         chosen = Options(
             stage,
             mixed_precision or MixedPrecision(),
             reshard_after_forward,
             hierarchical,
             prefetch,
-            options.offload_folder(offload, _CPU),
+            folder,
             shard_optimizer,
             gather_dtype,
             ownership,
+            on_host,
         )
         options.check(chosen)
-        build.check_module(module)
         super().__init__(module)
         divided = divide(module, units)
-        world = Group.of(process_group)
         require_equal(
             world,
             "ShardedDataParallel: parameters and options",
-            build.facts(module, divided, chosen, partition_size),
+            build.facts(module, divided, chosen, partition_size, self._device),
             _CPU,
         )
         self._grid = make_grid(process_group, partition_size)
         self._options = chosen
-        build.check_place(chosen, self._grid)
+        build.check_place(chosen, self._grid, self._device)
 
-        self._units = build.make_flats(module, divided, self._grid, chosen)
-        build.settle(self._units, self._grid, stage, chosen.offload)
-        build.load_values(module, divided, self._units, self._grid, init)
+        self._units = build.make_flats(module, divided, self._grid, chosen, self._device)
+        build.settle(self._units, self._grid, stage, chosen.offload, self._device)
+        build.load_values(module, divided, self._units, self._grid, init, self._device)
         layout = "its place in the flat buffers depends on that. Freeze or unfreeze before wrapping"
         self._places = checks.Places(
             module,
@@ -123,18 +132,18 @@ class ShardedDataParallel(Transparent):
             unfrozen=layout,
             frozen=layout,
         )
-        buffers = replicas.ModuleBuffers(module, world, _CPU)
+        buffers = replicas.ModuleBuffers(module, world, self._device)
         if len(buffers) and world.size > 1:
             buffers.broadcast(0)
 
         flats = [flat for unit in self._units for flat in unit.flats]
         self._source: Source
-        if build.shares_memory(self._grid):
+        if build.shares_memory(self._grid, self._device):
             self._source = SharedMapping(flats, self._grid)
         else:
             secondary = secondary_group(self._grid, reshard_after_forward)
             self._source = Gathers(self._units, self._grid, chosen, stage < 3, secondary)
-        self._reduction = Reduction(list(trained_flats(self._units)), self._grid, chosen)
+        self._reduction = Reduction(list(trained_flats(self._units)), self._grid, chosen, self._device)
         if chosen.offload is not None:
             require_offload(self, [piece for flat in flats for piece in flat.pieces])
         modules = [[], *(unit.modules for unit in divided[1:])]
@@ -275,10 +284,10 @@ class ShardedDataParallel(Transparent):
         """Bytes of this rank's parameters, gradients and optimizer state, counted and by formula."""
         grid, chosen = self._grid, self._options
         flats = [flat for unit in self._units for flat in unit.flats]
-        shared = build.shares_memory(grid)
+        shared = build.shares_memory(grid, self._device)
         keeps_whole = chosen.stage < 3 and not shared
         parameters = sum(f.whole.nbytes if keeps_whole else f.shard.nbytes for f in flats)
-        master = sum(f.master.nbytes for f in flats if f.mixed)
+        master = sum(f.master.nbytes for f in flats if f.apart)
         expected = dict.fromkeys(("parameters", "gradients", "optimizer"), 0.0)
         for flat in flats:
             count = sum(entry.numel for entry in flat.layout.entries)
