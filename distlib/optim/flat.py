@@ -9,7 +9,6 @@ written    versions count up; shards learn that their compute copy is new
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,7 +48,7 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
         self.grad_norm: torch.Tensor | None = None
         self._stores: list[MemoryState | FileState] = []
         self._tables: dict[int, tuple[Any, list[tuple[int, Table]]]] = {}  # by group: what they are made from, tables
-        self._measured: float | None = None  # the scaler's sum of squares, for the step that it starts
+        self._measured: torch.Tensor | None = None  # the scaler's sum of squares, for the step that it starts
         super().__init__(params, defaults)
 
     # ------------------------------------------------------------ what a subclass says
@@ -93,9 +92,8 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
         scale = 1.0 if given is None else 1.0 / float(given)
         if self.max_norm is not None:
             squares = norm.total_squares(self._all_params()) if measured is None else measured
-            value = math.sqrt(squares) * scale
-            self.grad_norm = torch.tensor(value, dtype=torch.float64)
-            scale *= norm.coefficient(value, self.max_norm)
+            self.grad_norm = squares.sqrt() * scale
+            scale *= float(norm.coefficient(self.grad_norm, self.max_norm))
         self._step(scale)
         return loss
 

@@ -187,15 +187,19 @@ def step_plainly(hyper: Hyper, segment: Segment) -> None:
         copy.copy_(p.reshape(copy.shape))
 
 
-def sum_of_squares(tensors: Sequence[torch.Tensor]) -> float:
-    """The sum of the squares of all elements, in fp64. Its bits do not depend on the number of threads.
+def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of the squares of all elements: 0-dim, fp64, on the tensors' device.
 
-    Tensors of any floating dtype and layout; those that are not contiguous are copied. In the core the bits depend only
-    on the elements and their order.
+    Its bits do not depend on the number of threads.
+    Tensors of any floating dtype and layout, at least one; those that are not contiguous are copied. In the core the
+    bits depend only on the elements and their order.
     """
     core = native.core()
-    if core is None:
-        return sum(float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in tensors if t.numel())
+    if core is None or not tensors[0].is_cpu:
+        total = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
+        for t in tensors:
+            total = total + torch.linalg.vector_norm(t, dtype=torch.float64) ** 2
+        return total
     runs: list[tuple[torch.dtype, list[tuple[int, int]]]] = []
     alive = []
     for tensor in tensors:
@@ -207,7 +211,7 @@ def sum_of_squares(tensors: Sequence[torch.Tensor]) -> float:
         runs[-1][1].append((given.data_ptr(), given.numel()))
     words = [torch.tensor(pairs, dtype=torch.int64) for _, pairs in runs]
     squares = [(native.dtype_codes(dtype)[0], w.data_ptr(), len(w)) for (dtype, _), w in zip(runs, words, strict=True)]
-    return core.sum_of_squares(squares, torch.get_num_threads())
+    return torch.tensor(core.sum_of_squares(squares, torch.get_num_threads()), dtype=torch.float64)
 
 
 def _core_hyper(core: Any, hyper: Hyper) -> Any:

@@ -71,7 +71,7 @@ class GradScaler(torch.amp.GradScaler):
             squares = norm.local_squares(params)
         else:
             optimizer._measured = squares = norm.total_squares(params)
-        infinite = not math.isfinite(squares)
+        infinite = not math.isfinite(float(squares))
         if infinite and any(p.grad is not None and p.grad.dtype is torch.float64 for p in params):
             infinite = not all(bool(p.grad.isfinite().all()) for p in params if p.grad is not None)
         found = self._agreed(infinite, optimizer)
