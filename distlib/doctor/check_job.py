@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from distlib.doctor.check_gpus import cards_shared
 from distlib.doctor.checks import check, split_fix
 from distlib.doctor.facts import Facts, Node, Problem, SelfTest, error, warning
 from distlib.doctor.words import plural, ranks_text
@@ -16,7 +17,8 @@ def check_job(facts: list[Facts], nodes: list[Node]) -> list[Problem]:
         hosts.setdefault(node.host, []).extend(node.ranks)
     found: dict[str, tuple[Problem, list[str]]] = {}
     for host, ranks in hosts.items():
-        for problem in [*check(facts[ranks[0]]), *_crowds([facts[rank] for rank in ranks])]:
+        here = [facts[rank] for rank in ranks]
+        for problem in [*check(here[0]), *_crowds(here), *cards_shared(here)]:
             found.setdefault(problem.model_dump_json(), (problem, []))[1].append(host)
     own = [
         problem.model_copy(update={"hosts": where if len(where) < len(hosts) else []})
@@ -46,19 +48,33 @@ def _crowds(facts: list[Facts]) -> Iterator[Problem]:
         )
 
 
+_TOPICS = {
+    "distlib": "distlib",
+    "torch": "torch",
+    "Python": "distlib",
+    "NCCL": "torch",
+    "NVIDIA driver": "gpu",
+    "libfabric": "fabric",
+    "aws-ofi-nccl": "fabric",
+}
+
+
 def _differences(facts: list[Facts]) -> Iterator[Problem]:
     """What must be alike on all ranks, and is not."""
     versions: dict[str, list[str | None]] = {
         "distlib": [f.versions.distlib for f in facts],
         "torch": [f.versions.torch for f in facts],
         "Python": [f.versions.python for f in facts],
-        "NCCL": [f.versions.nccl for f in facts],
+        "NCCL": [f.versions.nccl_loaded or f.versions.nccl for f in facts],
+        "NVIDIA driver": [f.gpus.driver or None for f in facts],
+        "libfabric": [f.fabric.libfabric for f in facts],
+        "aws-ofi-nccl": [max(f.fabric.plugins.values(), default="") or None for f in facts],
     }
     for name, values in versions.items():
         if len(set(values)) > 1:
-            tell = warning if name == "Python" else error
+            tell = error if name in ("distlib", "torch", "NCCL") else warning
             yield tell(
-                "torch" if name in ("torch", "NCCL") else "distlib",
+                _TOPICS[name],
                 what=f"{name} differs: {_sides(values)}",
                 why="Versions may lay out memory, messages and checkpoints differently.",
                 fix="Install the same on every host: one image, or one lock file.",

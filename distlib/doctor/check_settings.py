@@ -1,4 +1,4 @@
-"""Facts in, problems out, for environment variables: distlib's own, and those of NCCL and libfabric. Pure."""
+"""Facts in, problems out, for distlib's own environment variables. Pure."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ import re
 from collections.abc import Iterator
 
 from distlib.doctor.facts import Facts, Problem, error, warning
-from distlib.doctor.variables import BETTER_LEFT_ALONE, INSTALL_SETTINGS, SETTINGS, is_obsolete
-from distlib.doctor.words import version_numbers
-
-OLDEST_LIBFABRIC = (1, 18)
+from distlib.doctor.variables import INSTALL_SETTINGS, SETTINGS
 
 # Settings that are whole numbers, and the smallest. DISTLIB_CORE, DISTLIB_SIMD and DISTLIB_INTERFACE are judged
 # by those who read them.
@@ -70,40 +67,3 @@ def _without_effect(facts: Facts) -> Iterator[Problem]:
                 why=f"It has no effect now; that part was {'' if is_built else 'not '}compiled then.",
                 fix=f"{name}={value} pip install --force-reinstall --no-deps distlib-train; or unset it.",
             )
-
-
-def check_fabric(facts: Facts) -> Iterator[Problem]:
-    """What keeps NCCL from using EFA, and variables that old recipes for it set."""
-    fabric = facts.fabric
-    efa = [device for device, driver in fabric.devices.items() if driver == "efa"]
-    if efa and facts.versions.nccl and not fabric.plugins:
-        yield warning(
-            "fabric",
-            what=f"EFA is here ({', '.join(efa)}), but no libnccl-net.so is on LD_LIBRARY_PATH",
-            why="NCCL uses TCP between hosts, at a fraction of EFA's speed, without a message.",
-            fix="Install aws-ofi-nccl 1.7 or later and add its lib folder to LD_LIBRARY_PATH. "
-            "NCCL_DEBUG=INFO then shows NET/OFI.",
-        )
-    if efa and fabric.libfabric and version_numbers(fabric.libfabric) < OLDEST_LIBFABRIC:
-        yield warning(
-            "fabric",
-            what=f"libfabric {fabric.libfabric} is older than 1.18",
-            why="It needs settings by hand to use EFA well, and to be safe after fork().",
-            fix="Install a current EFA installer (aws-efa-installer).",
-        )
-    obsolete = {name: value for name, value in fabric.variables.items() if is_obsolete(name, value)}
-    if obsolete:
-        yield warning(
-            "fabric",
-            what=f"obsolete: {', '.join(f'{name}={value}' for name, value in obsolete.items())}",
-            why="Since libfabric 1.18 and aws-ofi-nccl 1.7 these only cost speed or choose a wrong provider.",
-            fix=f"Unset {', '.join(obsolete)}.",
-        )
-    tuned = [name for name in BETTER_LEFT_ALONE if name in fabric.variables]
-    if tuned:
-        yield warning(
-            "fabric",
-            what=f"{' and '.join(tuned)} {'are' if len(tuned) > 1 else 'is'} set",
-            why="NCCL and its plugin choose better for the hosts that they find.",
-            fix=f"Unset {', '.join(tuned)}, or measure that it helps here: distlib bench collectives.",
-        )

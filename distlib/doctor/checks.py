@@ -6,12 +6,15 @@ import re
 from collections.abc import Iterator
 
 from distlib import _clash
-from distlib.doctor.check_settings import check_fabric, check_settings
+from distlib.doctor.check_fabric import check_fabric
+from distlib.doctor.check_gpus import check_cuda, check_gpus, check_nccl
+from distlib.doctor.check_settings import check_settings
 from distlib.doctor.facts import GIB, Facts, Problem, error, warning
 from distlib.doctor.words import gib, plural, version_numbers
 
 OLDEST_TORCH = (2, 6)
 _TORCH_BYTES = 8 * GIB  # address space of Python with torch, generously
+_SHM_OF_NCCL = GIB // 2
 _REINSTALL = "pip install --force-reinstall --no-deps distlib-train"
 
 
@@ -19,7 +22,9 @@ def check(facts: Facts) -> list[Problem]:
     """The problems that one process can see, in the order of the report's lines."""
     checks = (
         check_software,
+        check_nccl,
         check_core,
+        check_cuda,
         check_gpus,
         check_launcher,
         check_cores,
@@ -86,29 +91,6 @@ def check_core(facts: Facts) -> Iterator[Problem]:
         )
 
 
-def check_gpus(facts: Facts) -> Iterator[Problem]:
-    """GPUs that are there and cannot be used. (A machine without any is no problem.)"""
-    versions, gpus = facts.versions, facts.gpus
-    if gpus.has_driver and not gpus.names:
-        built = f"CUDA {versions.cuda}" if versions.cuda else "the CPU only"
-        said = gpus.complaint or f"torch {versions.torch} is built for {built}"
-        yield warning(
-            "gpu",
-            what=f"an NVIDIA driver is loaded, but torch finds no GPU: {said}",
-            why="Training would run on the CPU.",
-            fix="Match torch's CUDA with the driver (see nvidia-smi), and look at CUDA_VISIBLE_DEVICES."
-            if versions.cuda
-            else "Install a build of torch with CUDA (pytorch.org/get-started).",
-        )
-    if gpus.names and versions.nccl is None:
-        yield error(
-            "gpu",
-            what="torch finds GPUs, but is built without NCCL",
-            why="CUDA tensors travel between ranks over NCCL.",
-            fix="Install a build of torch from PyPI, or build it with USE_NCCL=1.",
-        )
-
-
 def check_launcher(facts: Facts) -> Iterator[Problem]:
     """The launcher's variables."""
     if facts.launched.error:
@@ -140,6 +122,13 @@ def check_memory(facts: Facts) -> Iterator[Problem]:
             what=f"only {gib(machine.memory_available)} are available ({whose})",
             why="A rank needs some 0.4 GiB before its model; the kernel kills what does not fit.",
             fix="End what uses the memory, or raise the limit (docker --memory, Slurm --mem, Kubernetes).",
+        )
+    if len(facts.gpus.devices) > 1 and machine.shm is not None and machine.shm < _SHM_OF_NCCL:
+        yield warning(
+            "memory",
+            what=f"/dev/shm is {gib(machine.shm)}, and there are {len(facts.gpus.devices)} GPUs",
+            why="NCCL keeps buffers there between ranks of a host, and fails where they do not fit.",
+            fix="docker --shm-size=1g; in Kubernetes an emptyDir with medium: Memory at /dev/shm.",
         )
 
 

@@ -17,6 +17,7 @@ from distlib.doctor.facts import GIB, Facts, Node, Problem, Report, SelfTest
 from distlib.doctor.gather import gather, network
 from distlib.doctor.local_ranks import Ending, LocalRanks
 from distlib.doctor.machine import available_memory
+from distlib.doctor.nccl_log import recorded
 from distlib.doctor.selftest import measure
 from distlib.launchers import LaunchError, detect
 
@@ -111,23 +112,32 @@ def _errors_first(problems: list[Problem]) -> list[Problem]:
 def _with_job(timeout: float) -> Report:
     """The facts of all ranks and a self-test between them; Absent on ranks other than 0."""
     facts, launch = gather(), detect()
+    everyone: list[Facts] = []
+    nodes: list[Node] = []
     try:
-        with distlib.init(timeout=timedelta(seconds=timeout)) as world:
-            devices = [torch.device("cpu")] + ([world.device] if world.device.type == "cuda" else [])
+        with recorded(os.environ) as nccl_said, distlib.init(timeout=timedelta(seconds=timeout)) as world:
+            on_gpu = world.device.type == "cuda"
+            facts.gpus.mine = facts.gpus.devices[world.device.index].identity if on_gpu else ""
             facts.network = network(os.environ, meeting_point(_world().get_group_store()))
-            result = measure(devices, min(_gather(large_bytes())))
             everyone = [Facts.model_validate_json(text) for text in _gather(facts.model_dump_json())]
             nodes = [Node(host=everyone[ranks[0]].machine.host, ranks=list(ranks)) for ranks in world.topology.nodes]
+            devices = [torch.device("cpu")] + ([world.device] if on_gpu else [])
+            result = measure(devices, min(_gather(large_bytes())))
+            for each, said in zip(everyone, _gather(nccl_said()), strict=True):
+                each.fabric.said = said
     except (RuntimeError, ValueError, OSError, MemoryError) as error:
-        report = _report(facts, SelfTest(ranks=launch.size, in_job=True, error=str(error)))
+        failed = SelfTest(ranks=launch.size, in_job=True, error=str(error))
         if launch.rank > 0:
             raise Absent from error
-        return report
-    problems = _errors_first([*check_job(everyone, nodes), *check_selftest(result)])
-    report = Report(facts=facts, nodes=nodes, selftest=result, problems=problems)
+        return _report_of_job(everyone, nodes, failed) if nodes else _report(facts, failed)
     if launch.rank > 0:
         raise Absent
-    return report
+    return _report_of_job(everyone, nodes, result)
+
+
+def _report_of_job(everyone: list[Facts], nodes: list[Node], selftest: SelfTest) -> Report:
+    problems = _errors_first([*check_job(everyone, nodes), *check_selftest(selftest)])
+    return Report(facts=everyone[0], nodes=nodes, selftest=selftest, problems=problems)
 
 
 def _world() -> dist.ProcessGroup:

@@ -19,17 +19,35 @@ class Versions(BaseModel):
     has_distributed: bool  # torch.distributed
     has_gloo: bool
     cuda: str | None  # that torch was built for
-    nccl: str | None
+    nccl: str | None  # that torch was built for
+    nccl_loaded: str = ""  # that is in this process; empty: built into torch, or not known
+    nccl_file: str = ""
     mpi4py: str | None
     mpirun: str | None  # what `mpirun --version` says first
 
 
-class Gpus(BaseModel):
-    """GPUs that torch can use, and signs of some that it cannot."""
+class Gpu(BaseModel):
+    """A GPU that torch can use."""
 
-    names: list[str] = []
+    name: str
+    memory: int = 0  # bytes
+    capability: str = ""  # such as 9.0
+    identity: str = ""
+
+
+class Gpus(BaseModel):
+    """GPUs that torch can use, signs of some that it cannot, and how they are joined."""
+
+    devices: list[Gpu] = []
     has_driver: bool = False  # the kernel has an NVIDIA device
+    driver: str = ""  # its version
+    driver_is_open: bool = False  # its kernel module is the open one
+    driver_cuda: str = ""  # the newest CUDA that it serves
     complaint: str = ""  # torch's own, while looking for them
+    strangers: list[tuple[int, int]] = []  # pairs that cannot access each other's memory
+    links: dict[str, int] = {}  # pairs by the kind of way between them, in nvidia-smi's words: NV18, PHB, SYS
+    memory_errors: list[int] = []  # GPUs with errors that ECC could not correct
+    mine: str = ""  # in a job: the identity of the GPU that this rank uses
 
 
 class Build(BaseModel):
@@ -43,6 +61,9 @@ class Build(BaseModel):
     simd: str = ""
     cuda_built: bool = False
     cuda_why_not: str = ""
+    cuda_compiler: str = ""  # what nvcc says of itself
+    cuda_architectures: list[str] = []  # machine code (sm_90) and PTX (compute_100); empty: unknown
+    cuda_error: str = ""  # it was compiled, but cannot be loaded
 
 
 class Launched(BaseModel):
@@ -51,6 +72,7 @@ class Launched(BaseModel):
     launcher: str
     rank: int = 0
     size: int = 1
+    local_rank: int = 0
     local_size: int = 1
     error: str = ""  # the launcher's variables are incomplete or contradict one another
     threads: int = 1  # that torch computes with in this process
@@ -67,6 +89,7 @@ class Machine(BaseModel):
     memory_available: int  # by the machine and the container
     memory_limit: int | None = None  # of the container
     arena: int = 0  # address space that each rank asks for, for shared memory
+    shm: int | None = None  # size of /dev/shm; None: there is none
 
 
 class Limits(BaseModel):
@@ -96,13 +119,28 @@ class Network(BaseModel):
     by_name: str | None = None  # the address that the host's name resolves to
 
 
+class NcclSaid(BaseModel):
+    """What NCCL's log tells of the network that it took."""
+
+    network: str = ""  # Libfabric, IB or Socket
+    has_ofi_line: bool = False  # NET/OFI: the plugin for libfabric spoke
+    plugin: str = ""  # version of aws-ofi-nccl
+    provider: str = ""  # of libfabric, such as efa
+    gpudirect: bool = False  # GPUs send without a copy in host memory
+
+
 class Fabric(BaseModel):
     """RDMA devices, and what NCCL has to use them."""
 
     devices: dict[str, str] = {}  # driver by device, such as efa or mlx5_core
-    plugins: list[str] = []  # libnccl-net*.so on the library path
+    ports: dict[str, str] = {}  # state by device: "ACTIVE, 400 Gb/sec, InfiniBand"
+    closed: list[str] = []  # devices that this process may not use
+    plugins: dict[str, str] = {}  # libnccl-net*.so on the library path -> version of aws-ofi-nccl; "": another plugin
     libfabric: str | None = None
+    gpudirect: list[str] = []  # kernel modules that let a network card read a GPU's memory
+    gdrcopy: bool = False  # its device is here
     variables: dict[str, str] = {}  # of the environment: FI_*, NCCL_*, RDMAV_*
+    said: NcclSaid | None = None  # in a job with GPUs, during the self-test
 
 
 class Facts(BaseModel):

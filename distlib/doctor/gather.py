@@ -1,4 +1,4 @@
-"""Gathers the facts of this process: software, GPUs, launcher, network, fabric. Talks to no other rank."""
+"""Gathers the facts of this process: software, build, launcher, network, and the rest from its neighbours here."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import platform
 import re
 import shutil
 import socket
-import subprocess
 import sys
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,24 +20,23 @@ import distlib
 from distlib import _clash, launchers, native
 from distlib.comm import interfaces
 from distlib.doctor import machine
-from distlib.doctor.facts import Build, Fabric, Facts, Gpus, Launched, Network, Versions
+from distlib.doctor.fabric import fabric
+from distlib.doctor.facts import Build, Facts, Launched, Network, Versions
+from distlib.doctor.gpus import architectures, gpus, load_error, loaded_nccl
+from distlib.doctor.tools import output_of
 
-_PLUGIN_FOLDERS = (  # where aws-ofi-nccl and its deep-learning images install, besides LD_LIBRARY_PATH
-    "/opt/amazon/ofi-nccl/lib",
-    "/opt/amazon/ofi-nccl/lib/x86_64-linux-gnu",
-    "/opt/amazon/ofi-nccl/lib/aarch64-linux-gnu",
-    "/opt/aws-ofi-nccl/lib",
-)
-_EFA_TOOLS = "/opt/amazon/efa/bin"
 _MAX_ARENA = 1 << 38
 
 
 def gather() -> Facts:
-    """All facts. Any rank may call it, alone; it takes well below a second where torch is imported."""
+    """All facts. Any rank may call it, alone; it takes a second at most where torch is imported.
+
+    What takes longest is the same for all ranks of a host, and left to the first of them.
+    """
     launched = launch(os.environ)
     return Facts(
         versions=versions(),
-        gpus=gpus(),
+        gpus=gpus(whole_host=launched.local_rank == 0),
         build=build(),
         launched=launched,
         machine=machine.machine(arena_bytes(os.environ)),
@@ -55,6 +52,7 @@ def gather() -> Facts:
 def versions() -> Versions:
     """What is installed. MPI is looked up, not imported: importing starts it."""
     has_distributed = dist.is_available()
+    nccl_loaded, nccl_file = loaded_nccl()
     return Versions(
         distlib=distlib.__version__,
         python=platform.python_version(),
@@ -64,6 +62,8 @@ def versions() -> Versions:
         has_gloo=has_distributed and dist.is_gloo_available(),
         cuda=torch.version.cuda,
         nccl=_nccl_version() if has_distributed and dist.is_nccl_available() else None,
+        nccl_loaded=nccl_loaded,
+        nccl_file=nccl_file,
         mpi4py=_installed("mpi4py"),
         mpirun=_mpirun_version(),
     )
@@ -86,29 +86,8 @@ def _mpirun_version() -> str | None:
     path = shutil.which("mpirun", path=beside) or shutil.which("mpirun")
     if path is None:
         return None
-    lines = [line.strip() for line in _output_of(path, "--version").splitlines()]
+    lines = [line.strip() for line in output_of(path, "--version").splitlines()]
     return next((line for line in lines if re.search(r"\d\.\d", line)), "there, of unknown version")
-
-
-def _output_of(*command: str) -> str:
-    """What a program prints; empty if it fails or takes long."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout if done.returncode == 0 else ""
-
-
-def gpus() -> Gpus:
-    """GPUs as torch sees them."""
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return Gpus(
-        names=[torch.cuda.get_device_name(index) for index in range(count)],
-        has_driver=os.path.exists("/dev/nvidiactl"),
-        complaint=" ".join(str(warning.message) for warning in said),
-    )
 
 
 def build() -> Build:
@@ -132,6 +111,9 @@ def build() -> Build:
         simd=core.simd_name() if core else "",
         cuda_built=cuda["built"],
         cuda_why_not=cuda["why_not"],
+        cuda_compiler=cuda.get("compiler", ""),
+        cuda_architectures=architectures(cuda.get("flags", "")),
+        cuda_error=load_error(Path(distlib.__file__).with_name("_cuda.so")) if cuda["built"] else "",
     )
 
 
@@ -146,6 +128,7 @@ def launch(environ: Mapping[str, str]) -> Launched:
         launcher=found.launcher,
         rank=found.rank,
         size=found.size,
+        local_rank=found.local_rank,
         local_size=found.local_size,
         threads=threads,
     )
@@ -174,21 +157,6 @@ def network(environ: Mapping[str, str], master: str | None) -> Network:
     else:
         found.reason = f"on the way to {master}" if found.chosen else f"no way to {master} is known"
     return found
-
-
-def fabric(environ: Mapping[str, str], devices: Path = Path("/sys/class/infiniband")) -> Fabric:
-    """RDMA devices with their drivers, NCCL's network plugins, libfabric, and variables that steer them."""
-    found = sorted(devices.iterdir()) if devices.is_dir() else []
-    folders = [*environ.get("LD_LIBRARY_PATH", "").split(":"), *_PLUGIN_FOLDERS]
-    plugins = [str(p) for f in dict.fromkeys(folders) if f for p in sorted(Path(f).glob("libnccl-net*.so"))]
-    tool = shutil.which("fi_info") or shutil.which("fi_info", path=_EFA_TOOLS)
-    version = re.search(r"^libfabric:\s*(\S+)", _output_of(tool, "--version") if tool else "", re.MULTILINE)
-    return Fabric(
-        devices={d.name: os.path.basename(os.path.realpath(d / "device" / "driver")) for d in found},
-        plugins=plugins,
-        libfabric=version[1] if version else None,
-        variables={n: v for n, v in sorted(environ.items()) if n.startswith(("FI_", "NCCL_", "RDMAV_"))},
-    )
 
 
 def namesakes(path: list[str]) -> list[str]:

@@ -34,7 +34,16 @@ def machine(arena: int) -> Machine:
         memory_available=available_memory(),
         memory_limit=memory_limit(own_cgroups())[0],
         arena=arena,
+        shm=shared_memory_size(),
     )
+
+
+def shared_memory_size(folder: Path = Path("/dev/shm")) -> int | None:
+    """Bytes of /dev/shm, which NCCL uses between ranks of a host (distlib does not); None: there is none."""
+    if not folder.is_dir():
+        return None
+    system = os.statvfs(folder)
+    return system.f_frsize * system.f_blocks
 
 
 def total_memory() -> int:

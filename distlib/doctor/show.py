@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.text import Text
 
-from distlib.doctor.facts import GIB, Facts, Problem, Report, SelfTest
+from distlib.doctor.facts import GIB, Fabric, Facts, Problem, Report, SelfTest
 from distlib.doctor.variables import INSTALL_SETTINGS, SETTINGS
 from distlib.doctor.words import duration, gib, plural, ranks_text, size
 
@@ -17,6 +17,7 @@ _WIDEST = 110
 _SIMD = {"avx512": "AVX-512", "avx2": "AVX2", "neon": "NEON", "scalar": "no SIMD"}
 _MOST_NODES = 12
 _MOST_INTERFACES = 6
+_MOST_DEVICES = 8
 _MARKS = {"fine": ("✓", "green"), "absent": ("–", "dim"), "warning": ("!", "yellow"), "error": ("✗", "red")}
 _PLAIN = str.maketrans({"✓": "+", "✗": "x", "–": "-", "µ": "u"})
 
@@ -71,14 +72,14 @@ def _verdict(problems: list[Problem]) -> tuple[str, str]:
 def lines(report: Report) -> Iterator[Line]:
     """What there is, a line a topic. Problems name the topic that they belong to."""
     facts = report.facts
-    versions, build, gpus = facts.versions, facts.build, facts.gpus.names
+    versions, build, gpus = facts.versions, facts.build, facts.gpus.devices
     mpi = [part for part in (versions.mpi4py and f"mpi4py {versions.mpi4py}", versions.mpirun) if part]
     settings = [f"{name}={value} ({_meaning(name)})" for name, value in facts.settings.items()]
     yield "distlib", f"{versions.distlib}, Python {versions.python}, {versions.system}", False
     yield "torch", _torch(facts), False
     yield "core", _core(facts), False
     yield "cuda part", _cuda(facts), not build.cuda_built
-    yield "gpu", ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)) or "none", not gpus
+    yield "gpu", _gpus(facts), not gpus
     yield "mpi", ", ".join(mpi) or "none (pip install 'distlib-train[mpi]' brings one)", not mpi
     yield "launcher", _launcher(facts), False
     if report.nodes:
@@ -108,6 +109,8 @@ def _torch(facts: Facts) -> str:
         f"CUDA {versions.cuda}" if versions.cuda else "no CUDA",
         f"NCCL {versions.nccl}" if versions.nccl else "no NCCL",
     ]
+    if versions.nccl and versions.nccl_loaded not in ("", versions.nccl):
+        parts[-1] += f" ({versions.nccl_loaded} in use)"
     return f"{versions.torch}: {', '.join(parts)}"
 
 
@@ -123,7 +126,28 @@ def _core(facts: Facts) -> str:
 
 def _cuda(facts: Facts) -> str:
     build = facts.build
-    return "compiled" if build.cuda_built else f"not compiled: {_first_clause(build.cuda_why_not)}"
+    if not build.cuda_built:
+        return f"not compiled: {_first_clause(build.cuda_why_not)}"
+    if build.cuda_error:
+        return f"not in use: {_first_clause(build.cuda_error)}"
+    by = re.search(r"cuda_([0-9]+\.[0-9]+)", build.cuda_compiler)
+    known = ", ".join(build.cuda_architectures)
+    return "compiled" + (f" by CUDA {by[1]}" if by else "") + (f" for {known}" if known else "")
+
+
+def _gpus(facts: Facts) -> str:
+    gpus = facts.gpus
+    kinds = [(gpu.name, gib(gpu.memory), gpu.capability) for gpu in gpus.devices]
+    counted = [f"{kinds.count(kind)} x {kind[0]} ({kind[1]}, capability {kind[2]})" for kind in dict.fromkeys(kinds)]
+    parts = [", ".join(counted) or "none"]
+    if gpus.driver:
+        serves = f", serves CUDA {gpus.driver_cuda}" if gpus.driver_cuda else ""
+        parts.append(f"driver {gpus.driver}{' (open)' if gpus.driver_is_open else ''}{serves}")
+    if gpus.links:
+        pairs = ", ".join(f"{plural(count, 'pair')} by {kind}" for kind, count in gpus.links.items())
+        access = "not all access each other's memory" if gpus.strangers else "all access each other's memory"
+        parts.append(f"{pairs}; {access}")
+    return "\n".join(parts)
 
 
 def _launcher(facts: Facts) -> str:
@@ -155,6 +179,8 @@ def _memory(facts: Facts) -> str:
     machine = facts.machine
     limit = f"container limit {gib(machine.memory_limit)}" if machine.memory_limit else "no container limit"
     available = f"{machine.memory_available / GIB:.1f} of {gib(machine.memory)} available"
+    if facts.gpus.devices and machine.shm is not None:
+        return f"{available}, {limit}; /dev/shm {gib(machine.shm)}, which NCCL uses"
     return f"{available}, {limit}; /dev/shm is not needed"
 
 
@@ -188,11 +214,25 @@ def _network(facts: Facts) -> str:
 
 
 def _fabric(facts: Facts) -> tuple[str, bool]:
-    fabric = facts.fabric
-    parts = [f"{name} ({driver})" for name, driver in fabric.devices.items()] or ["no EFA, no InfiniBand"]
-    parts += [f"NCCL plugin {path}" for path in fabric.plugins]
+    fabric, said = facts.fabric, facts.fabric.said
+    devices = [f"{name} ({', '.join([driver, *_state(fabric, name)])})" for name, driver in fabric.devices.items()]
+    more = [f"and {len(devices) - _MOST_DEVICES} more"] if len(devices) > _MOST_DEVICES else []
+    parts = [*devices[:_MOST_DEVICES], *more] or ["no EFA, no InfiniBand"]
+    for path, version in fabric.plugins.items():
+        parts.append(f"NCCL plugin {path}" + (f" (aws-ofi-nccl {version})" if version else ""))
     parts += [f"libfabric {fabric.libfabric}"] if fabric.libfabric else []
-    return ", ".join(parts), not fabric.devices
+    ways = [*fabric.gpudirect, *(["gdrcopy"] if fabric.gdrcopy and "gdrdrv" not in fabric.gpudirect else [])]
+    parts += [f"GPUDirect by {', '.join(ways)}"] if ways else []
+    text = ", ".join(parts)
+    if said:
+        seen = " (NET/OFI)" if said.has_ofi_line else ""
+        direct = ", from the GPUs' own memory" if said.gpudirect else ""
+        text += f"\nNCCL used {said.network or 'no network'}{seen}{direct}"
+    return text, not fabric.devices
+
+
+def _state(fabric: Fabric, name: str) -> list[str]:
+    return [fabric.ports[name]] if name in fabric.ports else []
 
 
 def _meaning(name: str) -> str:
