@@ -1,0 +1,192 @@
+"""Loads the fake device into this process, and what tests ask of it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from fake_device import build, module
+
+MODES = {"off": 0, "raise": 1, "collect": 2}
+DEPTH = 12  # frames of a stack that are kept
+TORCH = str(Path(torch.__file__).parent)
+
+Stack = tuple[tuple[str, int, str], ...]  # file, line, function; the innermost first
+
+
+@dataclass(frozen=True)
+class Sync:
+    """The host waited for the device: by what, and where."""
+
+    what: str
+    stack: str
+
+    def __str__(self) -> str:
+        return f"{self.what}\n{self.stack}"
+
+
+_library: ctypes.CDLL | None = None
+_stacks: list[Stack] = []
+_numbers: dict[Stack, int] = {}
+
+
+def why_not() -> str | None:
+    """Why there can be no fake device here, or None: for a test's skip. Compiles it if that has not been done."""
+    return build.why_not()
+
+
+def load(devices: int | None = None) -> torch.device:
+    """Registers the device "fake" in this process, and returns its first. Again: only returns it.
+
+    devices: how many there are; $DISTLIB_FAKE_DEVICES, or 1, by default.
+    RuntimeError: this process has run a backward before, so that autograd has no thread for the device.
+    """
+    global _library
+    if _library is None:
+        count = devices or int(os.environ.get("DISTLIB_FAKE_DEVICES", "1"))
+        library = ctypes.CDLL(str(build.library()))
+        library.fake_answer.restype = ctypes.c_void_p
+        library.fake_rng_state.restype = ctypes.c_int64
+        library.fake_start(count, _take_stack, _tell_stack)
+        torch.utils.rename_privateuse1_backend("fake")
+        torch._register_device_module("fake", module.make(library, count))
+        _library = library
+        _check_autograd()
+    elif devices is not None and devices != torch.accelerator.device_count():
+        raise ValueError(f"there are {torch.accelerator.device_count()} fake devices in this process, not {devices}")
+    return torch.device("fake", 0)
+
+
+def _check_autograd() -> None:
+    """Autograd makes its threads, one per device, at a process' first backward."""
+    x = torch.zeros(1, device="fake", requires_grad=True)
+    try:
+        (x * 2).sum().backward()
+    except RuntimeError as error:
+        raise RuntimeError(
+            "load() must come before the first backward of a process: call it at the start of a rank (tests/ranks.py)"
+        ) from error
+    reset()
+
+
+def _loaded() -> ctypes.CDLL:
+    if _library is None:
+        raise RuntimeError("there is no fake device in this process yet: call fake_device.load() first")
+    return _library
+
+
+# ---- races ----------------------------------------------------------------------------------------------------
+
+
+def races(mode: str) -> None:
+    """What happens on a race: "raise" (at the start), "collect" (see `collected`), or "off": nothing is tracked."""
+    if mode not in MODES:
+        raise ValueError(f"races({mode!r}): use one of {', '.join(MODES)}")
+    _loaded().fake_set_mode(MODES[mode])
+
+
+def collected() -> list[str]:
+    """The races since the last call, or since `reset`, in the mode "collect"."""
+    _loaded().fake_take_races()
+    return _answer()
+
+
+def lag(queries: int) -> None:
+    """Makes the device slow: an event, asked whether it has passed, says no `queries` times first; 0 at the start."""
+    _loaded().fake_set_lag(ctypes.c_int64(queries))
+
+
+def reset() -> None:
+    """Forgets races and host synchronisations. What has been queued is done, as after a synchronisation."""
+    _loaded().fake_reset()
+
+
+def touch(tensor: torch.Tensor, write: bool, name: str = "a kernel") -> None:
+    """A foreign kernel reads or writes `tensor` on the current stream. Raises RuntimeError if that is a race."""
+    first, size = _extent(tensor)
+    touch_memory(first, size, write, name, str(list(tensor.shape)))
+
+
+def touch_memory(address: int, size: int, write: bool, name: str = "a kernel", shape: str = "") -> None:
+    """The same for `size` bytes from `address`; memory that is not the device's is nobody's business."""
+    _touch(address, size, write, name, shape or f"{size} bytes", host=False)
+
+
+def check_host(tensor: torch.Tensor, write: bool = False) -> None:
+    """The host reads or writes a pinned tensor. RuntimeError if a copy under way may still use it."""
+    first, size = _extent(tensor)
+    _touch(first, size, write, "the host", str(list(tensor.shape)), host=True)
+
+
+def _touch(address: int, size: int, write: bool, name: str, shape: str, host: bool) -> None:
+    if _loaded().fake_touch(
+        ctypes.c_void_p(address), ctypes.c_int64(size), int(write), name.encode(), shape.encode(), int(host)
+    ):
+        raise RuntimeError(_answer()[0])
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """The address of a tensor's first element, and the bytes to the end of its last."""
+    if tensor.numel() == 0:
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), (last + 1) * tensor.element_size()
+
+
+# ---- host synchronisations ------------------------------------------------------------------------------------
+
+
+def host_syncs() -> list[Sync]:
+    """Where the host has waited for the device since `reset`: items, blocking copies, synchronisations, nonzero."""
+    _loaded().fake_syncs()
+    found = []
+    for text in _answer():
+        number, _, what = text.partition(":")
+        found.append(Sync(what, _text(int(number))))
+    return found
+
+
+# ---- between C++ and Python -----------------------------------------------------------------------------------
+
+
+def _answer() -> list[str]:
+    size = ctypes.c_int64()
+    data = _loaded().fake_answer(ctypes.byref(size))
+    return ctypes.string_at(data, size.value).decode(errors="replace").rstrip("\0").split("\0") if size.value else []
+
+
+@ctypes.CFUNCTYPE(ctypes.c_int64)
+def _take_stack() -> int:
+    """The number of this thread's Python stack; -1 where there is none, as in autograd's threads between hooks."""
+    frame = sys._getframe().f_back
+    frames = []
+    while frame is not None and len(frames) < DEPTH:
+        code = frame.f_code
+        if not code.co_filename.startswith(TORCH):
+            frames.append((code.co_filename, frame.f_lineno, code.co_name))
+        frame = frame.f_back
+    if not frames:
+        return -1
+    key = tuple(frames)
+    number = _numbers.get(key)
+    if number is None:
+        _stacks.append(key)
+        number = _numbers.setdefault(key, len(_stacks) - 1)
+    return number
+
+
+@ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
+def _tell_stack(number: int, buffer: int, capacity: int) -> int:
+    text = _text(number).encode()[:capacity]
+    ctypes.memmove(buffer, text, len(text))
+    return len(text)
+
+
+def _text(number: int) -> str:
+    if number < 0:
+        return "  (no Python: a thread of autograd)"
+    return "\n".join(f"  {file}:{line} in {name}" for file, line, name in _stacks[number])
