@@ -15,6 +15,18 @@ Stream: TypeAlias = "torch.Stream | None"
 Event: TypeAlias = "torch.Event | None"
 
 
+def accelerator() -> torch.device | None:
+    """The device that this process uses beside the CPU, with its index; None where there is none."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return None if found is None else torch.device(found.type, torch.accelerator.current_device_index())
+
+
+def exists(device: torch.device) -> bool:
+    """Whether `device` is one of the accelerators that this process can use."""
+    found = accelerator()
+    return found is not None and found.type == device.type
+
+
 def current(device: torch.device) -> Stream:
     """The stream that the next operation on `device` goes to."""
     return None if device.type == "cpu" else torch.accelerator.current_stream(device)

@@ -234,5 +234,5 @@ def test_pinned_memory_needs_cuda() -> None:
 
     if torch.cuda.is_available():
         pytest.skip("there is CUDA here")
-    with pytest.raises(ValueError, match="no CUDA device"):
+    with pytest.raises(ValueError, match="cuda: this torch finds no such device"):
         PinnedStore(torch.device("cuda"))

@@ -84,7 +84,7 @@ class _Ticket:
 class Offloader:
     """Hooks for saved tensors: use `hooks(block)` around a block's forward.
 
-    folder: where the file of CPU tensors lies; CUDA tensors go to pinned host memory. window: bytes that may wait for
+    folder: where the file of CPU tensors lies; those of a GPU go to pinned host memory. window: bytes that may wait for
     being written, and that may be back ahead of need; None: those of the largest block so far.
     """
 
@@ -112,16 +112,14 @@ class Offloader:
         """Opens the store of a device, with its errors. Called with the devices of the blocks before the first step."""
         if device in self._stores:
             return
-        if device.type == "cuda":
+        if device.type != "cpu":
             self._stores[device] = PinnedStore(device)
-        elif device.type == "cpu":
-            if self.folder is None:
-                raise ValueError(
-                    'policy="offload" of modules on the CPU needs a folder on a disk to move tensors to: pass folder='
-                )
-            self._stores[device] = FileStore(self.folder)
+        elif self.folder is None:
+            raise ValueError(
+                'policy="offload" of modules on the CPU needs a folder on a disk to move tensors to: pass folder='
+            )
         else:
-            raise ValueError(f"saved tensors on {device.type} cannot be moved: only those on the CPU and CUDA")
+            self._stores[device] = FileStore(self.folder)
 
     def hooks(self, block: nn.Module) -> _BlockHooks:
         """A context for one forward of `block`. Its `kept` and `moved` are bytes by storage afterwards."""
@@ -245,7 +243,7 @@ class _BlockHooks(torch.autograd.graph.saved_tensors_hooks):
         key = storage_key(tensor)
         if key in self._own or _is_of_leaf(tensor):
             return tensor
-        odd = tensor.is_conj() or tensor.is_neg() or tensor.device.type not in ("cpu", "cuda")
+        odd = tensor.is_conj() or tensor.is_neg() or tensor.is_meta
         if odd or nbytes < SMALLEST or tensor.nbytes * MOSTLY < nbytes:
             self.kept[key] = nbytes
             return tensor

@@ -8,10 +8,11 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
+from distlib import streams
 from distlib.activations.size import show_size
 from distlib.activations.slab import Slab
 from distlib.nameless import NamelessFile
@@ -161,15 +162,16 @@ def file_system(folder: Path) -> str:
 class _Event:
     """A Transfer on the copy stream: the stream that waits is the one current where `wait` is called."""
 
-    def __init__(self, event: Any, tensor: torch.Tensor | None) -> None:
+    def __init__(self, event: streams.Event, device: torch.device, tensor: torch.Tensor | None) -> None:
         self._event = event
+        self._device = device
         self._tensor = tensor
 
     def wait(self) -> None:
-        stream = torch.cuda.current_stream()
-        stream.wait_event(self._event)
+        stream = streams.current(self._device)
+        streams.wait(stream, self._event)
         if self._tensor is not None:
-            self._tensor.record_stream(stream)
+            streams.keep(self._tensor, stream)
 
     def cancel(self) -> bool:
         return False
@@ -185,11 +187,12 @@ class PinnedStore:
     EXTENT = 256 << 20
 
     def __init__(self, device: torch.device) -> None:
-        if not torch.cuda.is_available():
-            raise ValueError(f"saved tensors of {device}: this torch has no CUDA device to copy them from")
+        if not streams.exists(device):
+            raise ValueError(f"saved tensors on {device}: this torch finds no such device to copy them from")
         self.slab = Slab()
+        self._device = device
         self._extents: list[tuple[int, torch.Tensor]] = []
-        self._stream = torch.cuda.Stream(device)
+        self._stream = streams.new(device)
 
     def reserve(self, nbytes: int) -> int:
         offset = self.slab.take(nbytes)
@@ -197,28 +200,26 @@ class PinnedStore:
             more = max(Slab.rounded(nbytes), self.EXTENT)
             # A piece never crosses two extents: a page between them is never lent.
             self.slab.size += Slab.rounded(1)
-            self._extents.append((self.slab.size, torch.empty(more, dtype=torch.uint8, pin_memory=True)))
+            self._extents.append((self.slab.size, streams.pinned(more, torch.uint8, self._device)))
             self.slab.grow(more)
             offset = self.slab.take(nbytes)
             assert offset is not None
         return offset
 
     def write(self, source: torch.Tensor, offset: int, done: Callable[[], None]) -> Transfer:
-        computing = torch.cuda.current_stream(source.device)
-        self._stream.wait_stream(computing)
-        with torch.cuda.stream(self._stream):
+        streams.follow(self._stream, streams.current(self._device))
+        with streams.on(self._stream):
             self._piece(offset, source.numel()).copy_(source, non_blocking=True)
-            event = self._stream.record_event()
-        source.record_stream(self._stream)  # the allocator lends its memory again when the copy is over
+        event = streams.record(self._stream)
+        streams.keep(source, self._stream)  # the allocator lends its memory again when the copy is over
         done()
-        return _Event(event, None)
+        return _Event(event, self._device, None)
 
     def read(self, offset: int, nbytes: int, device: torch.device) -> tuple[torch.Tensor, Transfer]:
-        with torch.cuda.stream(self._stream):  # also behind the write of the same piece: one stream has one order
+        with streams.on(self._stream):  # also behind the write of the same piece: one stream has one order
             into = torch.empty(nbytes, dtype=torch.uint8, device=device)
             into.copy_(self._piece(offset, nbytes), non_blocking=True)
-            event = self._stream.record_event()
-        return into, _Event(event, into)
+        return into, _Event(streams.record(self._stream), self._device, into)
 
     def _piece(self, offset: int, nbytes: int) -> torch.Tensor:
         for start, memory in self._extents:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from distlib import streams
 from distlib.comm.group import Group
 from distlib.comm.shared import can_share, shared_zeros
 from distlib.data_parallel import checks
@@ -48,10 +49,9 @@ def device_for(module: nn.Module, asked: torch.device | str | None, world: Group
     elif any(t.device.type == "cpu" for _, t in named):
         device = torch.device("cpu")
     else:
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        device = torch.device("cpu")
-        if found is not None and world.on_device(found):
-            device = torch.device(found.type, torch.accelerator.current_device_index())
+        device = streams.accelerator()
+        if device is None or not world.on_device(device):
+            device = torch.device("cpu")
     for where, name in there.items():
         if where != device:
             raise ValueError(
