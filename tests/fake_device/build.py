@@ -17,7 +17,8 @@ import torch
 HERE = Path(__file__).resolve().parent
 SOURCES = sorted((HERE / "src").iterdir())
 TORCH = Path(torch.__file__).parent
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-w", "-pthread", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+ABI = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-w", "-pthread", ABI]
 JOBS = 2
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from fake_device import build, module
 
 MODES = {"off": 0, "raise": 1, "collect": 2}

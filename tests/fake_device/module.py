@@ -41,7 +41,7 @@ def make(library: ctypes.CDLL, count: int) -> types.ModuleType:
         for i in range(count):
             library.fake_seed(i, ctypes.c_uint64(seed % 2**64))
 
-    class device:  # noqa: N801 - torch's name for it
+    class device:  # torch's name for it
         """With it, another device is the current one."""
 
         def __init__(self, of: Any) -> None:

@@ -141,6 +141,11 @@ void record_stream(at::Tensor& self, c10::Stream stream) {
   Machine::get().record_stream(self.storage().data(), number(stream));
 }
 
+// module.to(device) keeps parameters, and so ties between them, where this holds: between the CPU and a GPU it does.
+bool may_replace_data(const at::Tensor&, const at::Tensor& from) {
+  return from.layout() == at::kStrided;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {
@@ -163,6 +168,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_copy_from_and_resize", &copy_from_and_resize);
   m.impl("_local_scalar_dense", &local_scalar);
   m.impl("record_stream", &record_stream);
+  m.impl("_has_compatible_shallow_copy_type", &may_replace_data);
   // These have a general kernel made of others, which rounds otherwise than the CPU's own.
   m.impl("native_layer_norm", torch::CppFunction::makeFromBoxedFunction<&fallback>());
   m.impl("native_group_norm", torch::CppFunction::makeFromBoxedFunction<&fallback>());
