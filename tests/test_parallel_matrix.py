@@ -94,7 +94,7 @@ def records() -> list[Record]:
                         replicas,
                         stage,
                         schedule,
-                        ACTIVATIONS[k % 4],
+                        ACTIVATIONS[(k + (k // 6 if EVERYTHING else 0)) % 4],  # each with each of six schedules
                         bool((k + k // 4) % 2),
                         2 + 2 * (k // 3 % 2),
                     )
