@@ -73,7 +73,7 @@ def _build(compiler: list[str], folder: Path, result: Path) -> None:
         return target
 
     # The longest first, so that two jobs end together.
-    sources = sorted((p for p in SOURCES if p.suffix == ".cpp"), key=lambda p: p.stem not in ("fallback", "operators"))
+    sources = sorted((p for p in SOURCES if p.suffix == ".cpp"), key=lambda p: p.stem in ("machine", "streams", "controls"))
     with ThreadPoolExecutor(JOBS) as pool:
         objects = list(pool.map(compile_one, sources))
     partial = folder / "partial.so"
