@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from distlib.shards import shard_of
 
 
 class GradScaler(torch.amp.GradScaler):
-    """torch.amp.GradScaler on the CPU: `scale`, `unscale_`, `step`, `update`, `get_scale`, state_dict as there.
+    """torch.amp.GradScaler on any device: `scale`, `unscale_`, `step`, `update`, `get_scale`, state_dict as there.
 
     A gradient that is infinite or NaN on one rank makes all ranks skip the step, so they keep the same scale, too. A
     step that is skipped changes no bit of parameters and optimizer state. The ranks that decide together are those that
@@ -24,7 +23,8 @@ class GradScaler(torch.amp.GradScaler):
     must call `unscale_` and `step`.
 
     distlib's optimizers are not unscaled beforehand: one pass reads the gradients for infinities (and their norm, with
-    max_norm), and the step multiplies by 1 / scale as it goes. fp32, bf16 and fp16 gradients.
+    max_norm), and the step multiplies by 1 / scale as it goes: on a GPU the host waits for none of it. Gradients are
+    fp32, bf16 or fp16.
     """
 
     def __init__(
@@ -58,8 +58,10 @@ class GradScaler(torch.amp.GradScaler):
         allow_fp16: bool,
     ) -> dict[torch.device, torch.Tensor]:
         """Multiplies gradients by `inv_scale`, in place. Returns what all ranks found together."""
+        device = norm.device_of(p for group in optimizer.param_groups for p in group["params"])
         found = super()._unscale_grads_(optimizer, inv_scale, found_inf, True)
-        return self._agreed(any(float(value) > 0 for value in found.values()), optimizer)
+        values = [value.to(device).view(()) for value in found.values()]
+        return self._agreed(torch.stack(values).amax() if values else torch.zeros((), device=device), optimizer)
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """What torch calls before the step of an optimizer that unscales by itself: here a pass that only reads."""
@@ -71,20 +73,19 @@ class GradScaler(torch.amp.GradScaler):
             squares = norm.local_squares(params)
         else:
             optimizer._measured = squares = norm.total_squares(params)
-        infinite = not math.isfinite(float(squares))
-        if infinite and any(p.grad is not None and p.grad.dtype is torch.float64 for p in params):
-            infinite = not all(bool(p.grad.isfinite().all()) for p in params if p.grad is not None)
-        found = self._agreed(infinite, optimizer)
+        infinite = ~squares.isfinite()
+        if any(p.grad is not None and p.grad.dtype is torch.float64 for p in params):
+            infinite = ~torch.stack([p.grad.isfinite().all() for p in params if p.grad is not None]).all()
+        found = self._agreed(infinite.float(), optimizer)
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = found
         return found
 
-    def _agreed(self, infinite: bool, optimizer: torch.optim.Optimizer) -> dict[torch.device, torch.Tensor]:
+    def _agreed(self, found: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict[torch.device, torch.Tensor]:
         """By device, as torch keeps it: 1 where any rank found an infinity, else 0."""
-        found = torch.tensor(float(infinite))
         group = self._ranks(optimizer)
         if group is not None and group.size > 1:
             group.all_reduce(found, "max")
-        return {torch.device("cpu"): found}
+        return {found.device: found}
 
     def _ranks(self, optimizer: torch.optim.Optimizer) -> Group | None:
         shards = [shard_of(p) for group in optimizer.param_groups for p in group["params"]]
