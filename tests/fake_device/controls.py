@@ -13,6 +13,7 @@ import torch
 from fake_device import build, module
 
 MODES = {"off": 0, "raise": 1, "collect": 2}
+CURRENT, HOST = -1, -2  # in the place of a stream's number
 DEPTH = 12  # frames of a stack that are kept
 TORCH = str(Path(torch.__file__).parent)
 
@@ -71,6 +72,8 @@ def _check_autograd() -> None:
         raise RuntimeError(
             "load() must come before the first backward of a process: call it at the start of a rank (tests/ranks.py)"
         ) from error
+    del x
+    torch.accelerator.empty_cache()
     reset()
 
 
@@ -106,27 +109,44 @@ def reset() -> None:
     _loaded().fake_reset()
 
 
-def touch(tensor: torch.Tensor, write: bool, name: str = "a kernel") -> None:
-    """A foreign kernel reads or writes `tensor` on the current stream. Raises RuntimeError if that is a race."""
+def touch(tensor: torch.Tensor, write: bool, name: str = "a kernel", stream: torch.Stream | int | None = None) -> None:
+    """A foreign kernel reads or writes `tensor`. Raises RuntimeError if that is a race.
+
+    stream: the one that the kernel is launched on, or its `stream_id`; None: the current one.
+    """
     first, size = _extent(tensor)
-    touch_memory(first, size, write, name, str(list(tensor.shape)))
+    touch_memory(first, size, write, name, stream, str(list(tensor.shape)))
 
 
-def touch_memory(address: int, size: int, write: bool, name: str = "a kernel", shape: str = "") -> None:
+def touch_memory(
+    address: int,
+    size: int,
+    write: bool,
+    name: str = "a kernel",
+    stream: torch.Stream | int | None = None,
+    shape: str = "",
+) -> None:
     """The same for `size` bytes from `address`; memory that is not the device's is nobody's business."""
-    _touch(address, size, write, name, shape or f"{size} bytes", host=False)
+    number = CURRENT if stream is None else stream if isinstance(stream, int) else stream.stream_id
+    _touch(address, size, write, name, shape or f"{size} bytes", number)
 
 
 def check_host(tensor: torch.Tensor, write: bool = False) -> None:
     """The host reads or writes a pinned tensor. RuntimeError if a copy under way may still use it."""
     first, size = _extent(tensor)
-    _touch(first, size, write, "the host", str(list(tensor.shape)), host=True)
+    _touch(first, size, write, "the host", str(list(tensor.shape)), HOST)
 
 
-def _touch(address: int, size: int, write: bool, name: str, shape: str, host: bool) -> None:
-    if _loaded().fake_touch(
-        ctypes.c_void_p(address), ctypes.c_int64(size), int(write), name.encode(), shape.encode(), int(host)
-    ):
+def _touch(address: int, size: int, write: bool, name: str, shape: str, stream: int) -> None:
+    raced = _loaded().fake_touch(
+        ctypes.c_void_p(address),
+        ctypes.c_int64(size),
+        int(write),
+        name.encode(),
+        shape.encode(),
+        ctypes.c_int64(stream),
+    )
+    if raced:
         raise RuntimeError(_answer()[0])
 
 

@@ -64,17 +64,19 @@ void fake_syncs() {
   answer = joined(texts);
 }
 
-// An access on the current stream of the device that holds the memory; 1: it is a race, and the answer says which.
-// host: the host makes it instead.
-int fake_touch(const void* data, int64_t bytes, int write, const char* op, const char* shape, int host) {
+// An access on a stream of the device that holds the memory; 1: it is a race, and the answer says which.
+// stream: as torch numbers them, 0 the default one; -1: the current one; -2: the host makes the access.
+int fake_touch(const void* data, int64_t bytes, int write, const char* op, const char* shape, int64_t stream) {
   Machine& m = Machine::get();
   const fake::Range range{data, static_cast<size_t>(bytes), write != 0, shape};
   try {
-    if (host) {
+    if (stream == -2) {
       m.host_access(range);
     } else {
-      const int device = m.device_of_pointer(data);
-      m.perform(Machine::stream(device < 0 ? Machine::device() : device), op, {range});
+      const int holder = m.device_of_pointer(data);
+      const int device = holder < 0 ? Machine::device() : holder;
+      const uint32_t number = stream > 0 ? static_cast<uint32_t>(stream) : static_cast<uint32_t>(device);
+      m.perform(stream < 0 ? Machine::stream(device) : number, op, {range});
     }
   } catch (const std::runtime_error& race) {
     answer = race.what();

@@ -120,17 +120,21 @@ class Call {
         found_ = true;
         ranges_.push_back(range_of(t, write));
         const bool mask = t.scalar_type() == at::kBool || t.scalar_type() == at::kByte;
-        if (mask && takes_indices(name_) && value.isOptionalTensorList()) has_mask_ = true;
+        if (mask && value.isOptionalTensorList() && name_ != "aten::index") has_mask_ = true;  // index calls nonzero
       } else if (t.dim() > 0) {
         stranger_ = t;
       }
     });
+    if (value.isGenerator() && value.toGenerator().device().type() == TYPE) generator_of_device_ = true;
     if (!found_ && value.isDevice() && value.toDevice().type() == TYPE) device_ = value.toDevice();
   }
 
   // As on a GPU: a CPU tensor may only be a number, or indices.
   void check_devices() {
     if (!device_.has_index()) device_ = c10::Device(TYPE, static_cast<c10::DeviceIndex>(Machine::device()));
+    TORCH_CHECK(found_ || !stranger_.defined() || !generator_of_device_, name_,
+                ": the generator is the fake device's, and the tensor is on ", stranger_.device(),
+                "; make both for one device");
     TORCH_CHECK(!found_ || !stranger_.defined() || takes_indices(name_), name_,
                 ": expected all tensors on the same device, but found one of shape ", stranger_.sizes(), " on ",
                 stranger_.device(), " beside tensors on ", device_);
@@ -241,7 +245,7 @@ class Call {
   torch::jit::Stack* stack_;
   const std::string name_;
   c10::Device device_{TYPE};
-  bool found_ = false, has_mask_ = false, has_generator_ = false;
+  bool found_ = false, has_mask_ = false, has_generator_ = false, generator_of_device_ = false;
   at::Tensor stranger_;
   std::vector<Range> ranges_, made_;
   std::vector<std::pair<at::Tensor, at::Tensor>> tensors_;  // ours, and the CPU's view of it
