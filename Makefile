@@ -32,7 +32,7 @@ help:
 	@echo "make train     install, then train a language model on $(RANKS) ranks (RANKS=n, ARGS='...' for the script)"
 	@echo "make test      install, then run the tests (ARGS='tests/test_ranks.py -k values' for some)"
 	@echo "make bench     install the peers to compare with, then run every benchmark"
-	@echo "make lint      ruff, mypy on the package, clang-format on the C++ sources"
+	@echo "make lint      ruff, mypy on the package, clang-format on the C++ sources, shellcheck, hadolint"
 	@echo "make format    let ruff and clang-format put right what they can"
 	@echo "make sanitize  C++ tests under AddressSanitizer + UBSan, and under ThreadSanitizer"
 	@echo "make clean     remove what was built, not $(VENV)"
@@ -102,6 +102,8 @@ lint: venv-test
 	$(VENV)/bin/ruff check . || failed+=" ruff"; \
 	$(VENV)/bin/mypy || failed+=" mypy"; \
 	[ -z "$(CPP)" ] || $(VENV)/bin/clang-format --dry-run --Werror $(CPP) || failed+=" clang-format"; \
+	$(VENV)/bin/shellcheck launch/*.sh .ci/run || failed+=" shellcheck"; \
+	$(VENV)/bin/hadolint Dockerfile.cuda || failed+=" hadolint"; \
 	[ -z "$$failed" ] || { echo "lint failed:$$failed" >&2; exit 1; }
 
 format: venv-test

@@ -7,11 +7,47 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
 #SBATCH --output=%x-%j.log
+# The login node's ulimits would come along otherwise; EFA and InfiniBand need unlimited locked memory.
+#SBATCH --propagate=NONE
+# Preempted, or on a node that fails: queued again. One log for all tries. A minute before the time is up, this script
+# gets USR1.
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@60
 set -euo pipefail
 
 # source /path/to/venv/bin/activate
 export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
 
+# To go on from the last checkpoint, here and after each requeue:   export CHECKPOINT=/shared/job, and let the script
+# save there. (--gpus-per-node, not --gpus-per-task: ranks of a node must see each other's GPUs.)
+command=(python "$@")
+if [[ -n ${CHECKPOINT:-} ]]; then
+    command=("${LAUNCH:-$SLURM_SUBMIT_DIR/launch}/resume.sh" "$CHECKPOINT" "$@")
+fi
+
+interrupted=0
+# shellcheck disable=SC2329  # the trap calls it
+again() {
+    interrupted=1
+    if [[ -n ${CHECKPOINT:-} ]]; then
+        echo "sbatch.sh: time is up, queued again; $CHECKPOINT is where it will go on" >&2
+        scontrol requeue "$SLURM_JOB_ID" || echo "sbatch.sh: it cannot be queued again, see above" >&2
+    fi
+}
+trap again USR1
+
 # srun makes the ranks: a script that sbatch starts without it is a world of one.
 # srun does not inherit --cpus-per-task from sbatch since Slurm 22.05.
-srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" python "$@"
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" "${command[@]}" &
+ranks=$!
+
+# A signal interrupts wait, not the ranks: then wait again.
+while
+    status=0
+    wait "$ranks" || status=$?
+    ((interrupted && status > 128))
+do
+    interrupted=0
+done
+exit "$status"
