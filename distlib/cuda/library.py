@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,11 @@ def use(path: Path | None) -> None:
     _load.cache_clear()
 
 
+def is_stand_in() -> bool:
+    """Whether `use` put another library in the place of distlib's own: one whose device memory may be the host's."""
+    return _used is not None
+
+
 @lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str]:
     own = Path(__file__).parents[1] / "_cuda.so"
@@ -63,6 +69,29 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     library.distlib_cuda_error_text.restype = ctypes.c_char_p
     library.distlib_cuda_error_text.argtypes = [ctypes.c_int64]
     return library, ""
+
+
+Extent = tuple[int, int]  # an address, and bytes from there
+Observer = Callable[[str, Sequence[Extent], Sequence[Extent]], None]
+_observer: Observer | None = None
+
+
+def observe(observer: Observer | None) -> None:
+    """`observer` is told, before each launch, its name, what it reads and what it writes, on the current stream; None:
+    nobody is. For tests that check how streams are ordered."""
+    global _observer
+    _observer = observer
+
+
+def observed() -> bool:
+    """Whether somebody wants to know."""
+    return _observer is not None
+
+
+def tell(name: str, reads: Sequence[Extent], writes: Sequence[Extent]) -> None:
+    """What a launch is about to read and write, to who observes."""
+    if _observer is not None:
+        _observer(name, reads, writes)
 
 
 def present() -> bool:

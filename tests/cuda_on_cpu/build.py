@@ -18,7 +18,7 @@ ROOT = HERE.parents[1]
 CUDA = ROOT / "csrc" / "cuda"
 FOLDER = ROOT / "build" / "cuda_on_cpu"
 FLAGS = [
-    *("-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
+    *("-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
     *("-fno-gnu-unique", "-fvisibility=hidden"),  # two libraries in one process share nothing
     *("-DDISTLIB_CUDA_ON_CPU", "-include", str(HERE / "cuda_on_cpu.hpp"), f"-I{HERE}", f"-I{ROOT / 'csrc'}"),
 ]

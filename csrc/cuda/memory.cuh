@@ -1,0 +1,113 @@
+// Global memory in words as wide as addresses permit, and tables whose rows are cut into chunks, one per block.
+#pragma once
+
+#include "launch.cuh"
+
+namespace distlib {
+namespace cuda {
+
+constexpr int kThreads = 256;  // of a block, in every kernel that walks a table
+
+template <int Bytes>
+struct WordOf;
+template <>
+struct WordOf<1> {
+  using type = uint8_t;
+};
+template <>
+struct WordOf<2> {
+  using type = uint16_t;
+};
+template <>
+struct WordOf<4> {
+  using type = uint32_t;
+};
+template <>
+struct WordOf<8> {
+  using type = uint2;
+};
+template <>
+struct WordOf<16> {
+  using type = uint4;
+};
+
+__device__ __forceinline__ bool is_aligned(const void* at, unsigned bytes) {
+  return reinterpret_cast<uintptr_t>(at) % bytes == 0;
+}
+
+// N neighbouring elements in registers.
+template <class Raw, int N>
+struct alignas(sizeof(Raw) * N < 16 ? sizeof(Raw) * N : 16) Several {
+  Raw at[N];
+};
+
+// Loads by words of `Width` bytes, to which `from` must be aligned.
+template <int Width, class Raw, int N>
+__device__ __forceinline__ Several<Raw, N> load_several(const Raw* from) {
+  using Word = typename WordOf<Width>::type;
+  static_assert(sizeof(Raw) * N % Width == 0, "whole words");
+  Several<Raw, N> result;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(Raw) * N / Width); ++i)
+    reinterpret_cast<Word*>(&result)[i] = reinterpret_cast<const Word*>(from)[i];
+  return result;
+}
+
+template <int Width, class Raw, int N>
+__device__ __forceinline__ void store_several(Raw* to, const Several<Raw, N>& values) {
+  using Word = typename WordOf<Width>::type;
+  static_assert(sizeof(Raw) * N % Width == 0, "whole words");
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(Raw) * N / Width); ++i)
+    reinterpret_cast<Word*>(to)[i] = reinterpret_cast<const Word*>(&values)[i];
+}
+
+// How many of `count` elements lie before the first that is aligned to `bytes`.
+template <class Raw>
+__device__ __forceinline__ uint64_t head_of(const Raw* at, unsigned bytes, uint64_t count) {
+  const uint64_t head = (bytes - reinterpret_cast<uintptr_t>(at) % bytes) % bytes / sizeof(Raw);
+  return head < count ? head : count;
+}
+
+// The part of a row that this block works on. Rows have `count` elements and know their first chunk; chunk_rows tells
+// the row of each chunk.
+struct Chunk {
+  uint64_t begin, count;
+};
+
+template <class Row>
+__device__ __forceinline__ Chunk chunk_of(const Row& row, uint64_t chunk) {
+  const uint64_t begin = (blockIdx.x - row.first_chunk) * chunk, left = row.count - begin;
+  return {begin, left < chunk ? left : chunk};
+}
+
+// The sum over a block of kThreads threads, in an order that is always the same; the result is thread 0's.
+__device__ __forceinline__ double block_sum(double value) {
+  __shared__ double warps[kThreads / 32];
+  for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
+  __syncthreads();  // the last sum has been read
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
+  __syncthreads();
+  double sum = 0;
+  if (threadIdx.x == 0)
+    for (const double warp : warps) sum += warp;
+  return sum;
+}
+
+// Whether this is the last block of the grid to get here; it sees what the others wrote before. The counter is 0 before
+// the launch, and again after it.
+__device__ __forceinline__ bool is_last_block(unsigned* counter) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = atomicAdd(counter, 1u) == gridDim.x - 1;
+    if (last) *counter = 0;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+}  // namespace cuda
+}  // namespace distlib
