@@ -236,13 +236,13 @@ class Part {
   uint32_t epoch_;
 };
 
-__global__ void __launch_bounds__(1024) collective_kernel(DL_ARGUMENT distlib_group g, DL_ARGUMENT distlib_call c) {
+__global__ void __launch_bounds__(512) collective_kernel(DL_ARGUMENT distlib_group g, DL_ARGUMENT distlib_call c) {
   Team team(g, c.timeout_ns, c.what.sequence, false);
   if (team.enter()) Part(team, c).run();
 }
 
 // One lane's part in a message: pieces go through a ring in the sender's segment.
-__global__ void __launch_bounds__(1024) message_kernel(DL_ARGUMENT distlib_group g, DL_ARGUMENT distlib_message m) {
+__global__ void __launch_bounds__(512) message_kernel(DL_ARGUMENT distlib_group g, DL_ARGUMENT distlib_message m) {
   Team team(g, m.timeout_ns, m.sequence, true);
   if (!team.enter()) return;
   const uint32_t lane = blockIdx.x;
@@ -293,7 +293,7 @@ __global__ void start_kernel(DL_ARGUMENT distlib_group g, uint32_t epoch) {
 
 bool valid(const distlib_group& g) {
   return g.size >= 1 && g.size <= DISTLIB_RANKS && g.rank >= 0 && g.rank < g.size && g.blocks >= 1 &&
-         g.blocks <= DISTLIB_BLOCKS && g.threads >= 32 && g.threads <= 1024 && g.threads % 32 == 0 &&
+         g.blocks <= DISTLIB_BLOCKS && g.threads >= 32 && g.threads <= 512 && g.threads % 32 == 0 &&
          g.slot_bytes % kLine == 0 && g.slot_bytes >= kLine * static_cast<uint64_t>(g.size) &&
          g.ring_bytes % kLine == 0 && g.ring_bytes >= kLine;
 }
@@ -340,6 +340,13 @@ uint64_t reads(const distlib_group& g, const distlib_call& c) {
 }  // namespace distlib
 
 using namespace distlib::cuda;
+
+DISTLIB_API int distlib_cuda_collective_structures(uint64_t* bytes) {
+  const uint64_t sizes[] = {sizeof(distlib_what), sizeof(distlib_status), sizeof(distlib_group), sizeof(distlib_call),
+                            sizeof(distlib_message)};
+  for (const uint64_t size : sizes) *bytes++ = size;
+  return 0;
+}
 
 DISTLIB_API int distlib_cuda_group_bytes(const distlib_group* group, uint64_t* bytes) {
   if (!valid(*group)) return cudaErrorInvalidValue;

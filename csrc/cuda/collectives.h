@@ -85,6 +85,9 @@ typedef struct {
   int32_t sending;
 } distlib_message;
 
+// Bytes of the five structures above, in their order: for callers that declare them by themselves.
+int distlib_cuda_collective_structures(uint64_t* bytes);
+
 // Bytes of a segment of such a group. Zeros are a valid start; so is any epoch that all ranks write to all lines.
 int distlib_cuda_group_bytes(const distlib_group* group, uint64_t* bytes);
 

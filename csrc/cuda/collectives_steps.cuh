@@ -173,7 +173,7 @@ class Team {
 // ---- Bytes ----
 
 // Copies by all threads of the block, 16 bytes at a time where both sides allow it.
-__device__ inline void copy(void* to, const void* from, uint64_t bytes) {
+__device__ __noinline__ inline void copy(void* to, const void* from, uint64_t bytes) {
   const uint64_t both = reinterpret_cast<uint64_t>(to) | reinterpret_cast<uint64_t>(from);
   const uint64_t step = blockDim.x;
   uint64_t done = 0;

@@ -63,100 +63,117 @@ __device__ inline int32_t op_on(int32_t dtype, int32_t op) {
   return op == kSum || op == kMax ? kBor : op == kProduct || op == kMin ? kBand : op;
 }
 
-template <class F>
-__device__ inline typename F::Sum combine(int32_t op, typename F::Sum a, typename F::Sum b) {
+// total[e] = total[e] op given[e]. The op is chosen once for all elements.
+template <class F, int Count>
+__device__ __forceinline__ void combine(int32_t op, typename F::Sum (&total)[Count],
+                                        const typename F::Element (&given)[Count]) {
   using Sum = typename F::Sum;
-  const typename F::Ordered x = static_cast<typename F::Ordered>(a), y = static_cast<typename F::Ordered>(b);
+  using Ordered = typename F::Ordered;
+  const auto each = [&](auto change) {
+#pragma unroll
+    for (int e = 0; e < Count; ++e) total[e] = change(total[e], F::widen(given[e]));
+  };
   if constexpr (F::kBitwise) {
-    if (op == kBand) return static_cast<Sum>(a & b);
-    if (op == kBor) return static_cast<Sum>(a | b);
-    if (op == kBxor) return static_cast<Sum>(a ^ b);
+    if (op == kBand) return each([](Sum a, Sum b) { return static_cast<Sum>(a & b); });
+    if (op == kBor) return each([](Sum a, Sum b) { return static_cast<Sum>(a | b); });
+    if (op == kBxor) return each([](Sum a, Sum b) { return static_cast<Sum>(a ^ b); });
   }
   // A NaN that comes later is taken; one that is there stays. Of equal values the earlier is kept.
-  if (op == kMin) return y < x || y != y ? b : a;
-  if (op == kMax) return y > x || y != y ? b : a;
-  if constexpr (F::kBitwise && sizeof(Sum) < sizeof(unsigned)) {
-    if (op == kProduct) return static_cast<Sum>(static_cast<unsigned>(a) * static_cast<unsigned>(b));
-  } else {
-    if (op == kProduct) return a * b;
-  }
-  return static_cast<Sum>(a + b);
+  if (op == kMin)
+    return each([](Sum a, Sum b) {
+      const Ordered x = static_cast<Ordered>(a), y = static_cast<Ordered>(b);
+      return y < x || y != y ? b : a;
+    });
+  if (op == kMax)
+    return each([](Sum a, Sum b) {
+      const Ordered x = static_cast<Ordered>(a), y = static_cast<Ordered>(b);
+      return y > x || y != y ? b : a;
+    });
+  if (op == kProduct)
+    return each([](Sum a, Sum b) {
+      if constexpr (F::kBitwise && sizeof(Sum) < sizeof(unsigned)) {  // else promoted to int, which may overflow
+        return static_cast<Sum>(static_cast<unsigned>(a) * static_cast<unsigned>(b));
+      } else {
+        return a * b;
+      }
+    });
+  each([](Sum a, Sum b) { return static_cast<Sum>(a + b); });
 }
 
-template <class Word>
-union Pack {  // 16 bytes, as memory moves them and as elements
+template <class Word, int Count>
+union Pack {  // as memory moves them, and as elements
   uint4 vector;
-  Word element[16 / sizeof(Word)];
+  Word element[Count];
 };
 
-// to = slots of all ranks at `offset` of their segments, reduced. By all threads of the block; offset % 16 == 0.
+// to = slots of all ranks at `offset` of their segments, reduced. By all threads of the block; offset % 16 == 0. Its
+// own function, as its registers would be the whole kernel's.
 template <class F>
-__device__ void reduce(const Team& team, void* to, uint64_t offset, uint64_t count, int32_t op, int divisor) {
+__device__ __noinline__ void reduce(const distlib_group& g, void* to, uint64_t offset, uint64_t count, int32_t op,
+                                    int divisor) {
   using Element = typename F::Element;
-  using Sum = typename F::Sum;
-  constexpr int kWide = 16 / sizeof(Element), kAtOnce = 4;
-  const int ranks = team.g.size;
+  constexpr int kWide = 16 / sizeof(Element);
+  const auto slot = [&](int r) { return static_cast<const char*>(g.segment[r]) + offset; };
   uint64_t done = 0;
   if (reinterpret_cast<uint64_t>(to) % 16 == 0) {
     const uint64_t vectors = count / kWide;
     for (uint64_t i = threadIdx.x; i < vectors; i += blockDim.x) {
-      Sum total[kWide];
-      for (int first = 0; first < ranks; first += kAtOnce) {
-        Pack<Element> given[kAtOnce];  // several loads under way: other devices are far
+      const auto load = [&](int r) { return reinterpret_cast<const uint4*>(slot(r))[i]; };
+      typename F::Sum total[kWide];
+      Pack<Element, kWide> given, ahead;
+      given.vector = load(0);
+      ahead.vector = load(g.size > 1 ? 1 : 0);
 #pragma unroll
-        for (int k = 0; k < kAtOnce; ++k)
-          if (first + k < ranks) given[k].vector = team.place<uint4>(first + k, offset, i)[0];
-#pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) {
-          if (first + k >= ranks) break;
-#pragma unroll
-          for (int e = 0; e < kWide; ++e) {
-            const Sum value = F::widen(given[k].element[e]);
-            total[e] = first + k == 0 ? value : combine<F>(op, total[e], value);
-          }
-        }
+      for (int e = 0; e < kWide; ++e) total[e] = F::widen(given.element[e]);
+      for (int r = 1; r < g.size; ++r) {
+        given.vector = ahead.vector;
+        if (r + 1 < g.size) ahead.vector = load(r + 1);  // under way while this one is added: other devices are far
+        combine<F, kWide>(op, total, given.element);
       }
-      Pack<Element> result;
 #pragma unroll
-      for (int e = 0; e < kWide; ++e) result.element[e] = F::narrow(F::finish(total[e], divisor));
-      static_cast<uint4*>(to)[i] = result.vector;
+      for (int e = 0; e < kWide; ++e) given.element[e] = F::narrow(F::finish(total[e], divisor));
+      static_cast<uint4*>(to)[i] = given.vector;
     }
     done = vectors * kWide;
   }
   for (uint64_t i = done + threadIdx.x; i < count; i += blockDim.x) {
-    Sum total = F::widen(team.place<Element>(0, offset, i)[0]);
-    for (int r = 1; r < ranks; ++r) total = combine<F>(op, total, F::widen(team.place<Element>(r, offset, i)[0]));
-    static_cast<Element*>(to)[i] = F::narrow(F::finish(total, divisor));
+    typename F::Sum total[1] = {F::widen(reinterpret_cast<const Element*>(slot(0))[i])};
+    for (int r = 1; r < g.size; ++r) {
+      const Element given[1] = {reinterpret_cast<const Element*>(slot(r))[i]};
+      combine<F, 1>(op, total, given);
+    }
+    static_cast<Element*>(to)[i] = F::narrow(F::finish(total[0], divisor));
   }
 }
 
 // The same by the dtype's number.
-__device__ inline void reduce(const Team& team, const distlib_call& call, void* to, uint64_t offset, uint64_t count) {
+__device__ __noinline__ inline void reduce(const Team& team, const distlib_call& call, void* to, uint64_t offset,
+                                           uint64_t count) {
   const int divisor = call.what.op == kAvg ? call.divisor : 1;
   const int32_t op = op_on(call.dtype, call.what.op);
   if (team.g.size == 1 && divisor <= 1 && call.dtype != kBool)  // nothing is computed: not even a NaN is touched
     return copy(to, team.segment(0) + offset, count * static_cast<uint64_t>(call.element));
   switch (call.dtype) {
     case kF32:
-      return reduce<Float32>(team, to, offset, count, op, divisor);
+      return reduce<Float32>(team.g, to, offset, count, op, divisor);
     case kF64:
-      return reduce<Float64>(team, to, offset, count, op, divisor);
+      return reduce<Float64>(team.g, to, offset, count, op, divisor);
     case kF16:
-      return reduce<Float16>(team, to, offset, count, op, divisor);
+      return reduce<Float16>(team.g, to, offset, count, op, divisor);
     case kBF16:
-      return reduce<BFloat16>(team, to, offset, count, op, divisor);
+      return reduce<BFloat16>(team.g, to, offset, count, op, divisor);
     case kI8:
-      return reduce<Integer<int8_t, uint8_t>>(team, to, offset, count, op, divisor);
+      return reduce<Integer<int8_t, uint8_t>>(team.g, to, offset, count, op, divisor);
     case kI16:
-      return reduce<Integer<int16_t, uint16_t>>(team, to, offset, count, op, divisor);
+      return reduce<Integer<int16_t, uint16_t>>(team.g, to, offset, count, op, divisor);
     case kI32:
-      return reduce<Integer<int32_t, uint32_t>>(team, to, offset, count, op, divisor);
+      return reduce<Integer<int32_t, uint32_t>>(team.g, to, offset, count, op, divisor);
     case kI64:
-      return reduce<Integer<int64_t, uint64_t>>(team, to, offset, count, op, divisor);
+      return reduce<Integer<int64_t, uint64_t>>(team.g, to, offset, count, op, divisor);
     case kBool:
-      return reduce<Boolean>(team, to, offset, count, op, divisor);
+      return reduce<Boolean>(team.g, to, offset, count, op, divisor);
     default:
-      return reduce<Integer<uint8_t, uint8_t>>(team, to, offset, count, op, divisor);
+      return reduce<Integer<uint8_t, uint8_t>>(team.g, to, offset, count, op, divisor);
   }
 }
 

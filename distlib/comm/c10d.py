@@ -28,6 +28,11 @@ OPS = {
 }
 
 
+def method_of(pg: Any, *names: str) -> Any:
+    """A method of a process group that torch has renamed, by any of its names."""
+    return next(getattr(pg, name) for name in names if hasattr(pg, name))
+
+
 class _C10dOperation:
     """A c10d work, seen as an operation. `after` runs once on success (gloo has no average: the sum is divided
     here)."""
@@ -72,6 +77,8 @@ class _C10dOperation:
 
 class C10dChannel:
     """Collectives of an existing process group. What it promises (order of sums, errors) is that backend's."""
+
+    by_streams = has_levels = False
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
         self._weak = weakref.ref(process_group)  # its maker destroys it, and with it what it runs
@@ -136,6 +143,10 @@ class C10dChannel:
 
     def abort(self, text: str) -> None:
         self._pg.abort()
+
+    def aborted(self) -> str | None:
+        """Not known on other backends."""
+        return None
 
     def close(self) -> None:
         """The process group is its maker's to destroy."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -35,6 +36,7 @@ class Collective:
     label: str = ""  # lateness is kept by label
     hierarchical: bool = False  # all_gather, reduce_scatter: in levels, inside hosts and between them
     arrived_ns: int = 0  # when this rank was ready for it (native.now_ns()); 0: now
+    finish: Callable[[], None] | None = None  # on a device: what is to be done on its stream afterwards
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,7 +70,16 @@ SAME_HOST, BETWEEN_HOSTS = "same host", "between hosts"
 
 
 class Channel(Protocol):
-    """A way for a group's ranks to talk. Ranks are group ranks; timeouts are seconds."""
+    """A way for a group's ranks to talk. Ranks are group ranks; timeouts are seconds.
+
+    by_streams: its operations are ordered by streams, and are StreamOperations. has_levels: gathers and scatters may go
+    between hosts in levels, where the topology allows it.
+    """
+
+    @property
+    def by_streams(self) -> bool: ...
+    @property
+    def has_levels(self) -> bool: ...
 
     def start(self, collective: Collective, timeout: float, sync: bool) -> Operation:
         """Starts a collective; every rank of the group must, in the same order. `sync`: the caller waits at once."""
@@ -92,6 +103,10 @@ class Channel(Protocol):
 
     def abort(self, text: str) -> None:
         """Ends the channel for all ranks: pending and later calls fail with `text`."""
+        ...
+
+    def aborted(self) -> str | None:
+        """Why the channel was ended, or None."""
         ...
 
     def close(self) -> None:

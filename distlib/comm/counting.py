@@ -61,6 +61,8 @@ class _Counted:
 class CountingChannel:
     """Collectives of a fake process group. Bytes are those that the ways of its topology move, by their formulas."""
 
+    by_streams, has_levels = False, True
+
     def __init__(self, process_group: dist.ProcessGroup) -> None:
         is_world = process_group is dist.group.WORLD
         self.name = "world" if is_world else str(getattr(process_group, "group_name", "group"))
@@ -111,6 +113,9 @@ class CountingChannel:
 
     def abort(self, text: str) -> None:
         self._broken = self._broken or CollectiveError(text)
+
+    def aborted(self) -> str | None:
+        return None if self._broken is None else str(self._broken)
 
     def close(self) -> None:
         """There is nothing to leave."""

@@ -119,6 +119,8 @@ class Seat:
 class GlooChannel:
     """Collectives by gloo between all ranks of a group. Steps run in order on one thread of the group."""
 
+    by_streams, has_levels = False, True
+
     def __init__(self, seat: Seat) -> None:
         self.size = len(seat.labels)
         self.rank = seat.rank
@@ -375,6 +377,9 @@ class GlooChannel:
         self._broken = self._broken or CollectiveError(text)
         if (connection := self._connections.get("all")) is not None:
             connection.abort()
+
+    def aborted(self) -> str | None:
+        return None if self._broken is None else str(self._broken)
 
     def close(self) -> None:
         self._runner.close()

@@ -4,6 +4,7 @@ ledger."""
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 import warnings
 import weakref
@@ -21,11 +22,15 @@ from distlib.comm import interfaces, membership
 from distlib.comm.c10d import C10dChannel
 from distlib.comm.channel import Channel, Collective
 from distlib.comm.counting import CountingChannel, is_fake
+from distlib.comm.device import DeviceChannel, connect, may_connect
 from distlib.comm.gloo import GlooChannel, Seat
 from distlib.comm.host import HostChannel, usable_cores
 from distlib.comm.ledger import ledger
 from distlib.comm.memory import arena_empty
+from distlib.comm.nccl import NcclChannel
 from distlib.comm.spanning import SpanningChannel
+from distlib.comm.stream_work import StreamWork
+from distlib.comm.tensors import device_of, inputs, outputs, readable, writable
 from distlib.comm.work import CollectiveError, Operation, Work
 from distlib.topology import Topology
 
@@ -45,9 +50,10 @@ class Group:
 
     rank, size: of this process in the group, and of the group. ranks: global ranks, by group rank. topology: which
     ranks share a host, in group ranks. All methods that start a collective must be called by every rank of the
-    group, in the same order, with tensors on the CPU of equal dtype and size (a mismatch raises on every rank,
-    naming who differs). They return None when done, or with `async_op=True` a `Work`. `op` is one of native.OPS:
-    sum, avg, min, max, product, band, bor, bxor. Ranks named in arguments are group ranks.
+    group, in the same order, with tensors of equal dtype and size (a mismatch raises on every rank, naming who
+    differs), all on the CPU, or on each rank's one device. They return None when done, or with `async_op=True` a
+    `Work`; on a device "done" is in the order of its streams, and the host does not wait (stream_work.py). `op` is one
+    of native.OPS: sum, avg, min, max, product, band, bor, bxor. Ranks named in arguments are group ranks.
 
     Raises CollectiveError when a rank disagrees, ends, or does not come within the timeout; the group is then of no
     further use, on any rank. ValueError for arguments that cannot be right.
@@ -63,8 +69,11 @@ class Group:
         self.topology = topology
         self.timeout = timeout
         self.closed = False
+        self.store: dist.Store | None = None  # of its own, where `create` made it
         self._channel = channel
         self._why_flat = levels.why_flat(topology)
+        self._on_devices: dict[str, DeviceChannel] = {}  # by device type
+        self._connecting = threading.RLock()
         if isinstance(channel, C10dChannel):
             self._why_flat = "its collectives are another backend's"
         self._in_flight: deque[Work] = deque()
@@ -103,7 +112,9 @@ class Group:
             channel = way(Seat(store, name, rank, list(ranks), limit, master, topology))
             if isinstance(channel, SpanningChannel):
                 channel.use_inside(inside)
-        return Group(name, rank, ranks, topology, channel, limit)
+        group = Group(name, rank, ranks, topology, channel, limit)
+        group.store = store
+        return group
 
     @staticmethod
     def of(process_group: dist.ProcessGroup | None = None) -> Group:
@@ -125,6 +136,55 @@ class Group:
         """Whether nothing moves in this group (torch's "fake" backend): ranks cannot compare notes."""
         return isinstance(self._channel, CountingChannel)
 
+    # ------------------------------------------------------------ devices
+
+    @property
+    def cpu_channel(self) -> Channel:
+        """How tensors on the CPU travel."""
+        return self._channel
+
+    def on_device(self, device: torch.device | str) -> bool:
+        """Whether this group can communicate tensors on `device`. Any rank may ask, alone."""
+        device = torch.device(device)
+        if device.type == "cpu" or self.counts_only or device.type in self._on_devices:
+            return True
+        if isinstance(self._channel, C10dChannel):
+            return self._channel.by_streams and device.type == "cuda"
+        return not self.closed and may_connect(device)
+
+    def connect(self, device: torch.device | str) -> None:
+        """Makes the way for tensors on `device`. The first collective with such a tensor does it by itself; before
+        messages, in a group of more than two ranks, all ranks must call it. ValueError (naming ranks that share a GPU,
+        and the fix) or RuntimeError on all ranks where there is no way."""
+        self._device_channel(torch.device(device))
+
+    def _device_channel(self, device: torch.device) -> Channel:
+        if device.type == "cpu" or self.counts_only or isinstance(self._channel, C10dChannel):
+            return self._channel
+        with self._connecting:
+            channel = self._on_devices.get(device.type)
+            if channel is None:
+                if self.closed:
+                    raise CollectiveError(f"group '{self.name}' was closed on this rank")
+                channel = self._on_devices[device.type] = connect(self, device)
+        if (channel.device.index or 0) != (device.index or 0):
+            raise ValueError(
+                f"group '{self.name}' communicates {channel.device} of rank {self.ranks[self.rank]}; a tensor on "
+                f"{device} was given: move it, or choose the device before the first collective"
+            )
+        return channel
+
+    def _channel_for(self, call: Collective, is_message: bool = False) -> Channel:
+        device = device_of(call.kind, call.send + call.recv)
+        if device is None:
+            return self._channel
+        if is_message and self.size > 2 and device.type != "cpu" and device.type not in self._on_devices:
+            raise ValueError(
+                f"{call.kind} in group '{self.name}': only two of its {self.size} ranks are here, and all must make "
+                f"the way for tensors on {device}: call group.connect('{device}') on all ranks first, or any collective"
+            )
+        return self._device_channel(device)
+
     # ------------------------------------------------------------ collectives
 
     def all_reduce(
@@ -141,7 +201,7 @@ class Group:
         The ledger keeps the ranks' lateness by `label`, counted from `arrived_ns` (native.now_ns(); 0: now).
         """
         native.require_reducible("all_reduce", tensor.dtype, op)
-        inner, finish = _writable([tensor])
+        inner, finish = writable([tensor])
         call = Collective("all_reduce", inner, inner, op, label=label, arrived_ns=arrived_ns)
         return self._start(call, [tensor], finish, async_op, timeout)
 
@@ -151,13 +211,13 @@ class Group:
         """As all_reduce, but only `tensor` of rank `dst` gets the result; the others' contents are then undefined."""
         native.require_reducible("reduce", tensor.dtype, op)
         self._check_rank("reduce", "dst", dst)
-        inner, finish = _writable([tensor])
+        inner, finish = writable([tensor])
         return self._start(Collective("reduce", inner, inner, op, dst), [tensor], finish, async_op, timeout)
 
     def broadcast(self, tensor: torch.Tensor, src: int, async_op: bool = False, timeout: Timeout = None) -> Work | None:
         """Copies `tensor` of rank `src` into `tensor` of every rank."""
         self._check_rank("broadcast", "src", src)
-        inner, finish = _writable([tensor])
+        inner, finish = writable([tensor])
         return self._start(Collective("broadcast", inner, inner, root=src), [tensor], finish, async_op, timeout)
 
     def all_gather(
@@ -174,8 +234,8 @@ class Group:
         the group has equally many ranks, at least 2, on each of several hosts, and the message is large enough. The
         same on all ranks.
         """
-        pieces, finish = self._outputs("all_gather", output, input.numel())
-        given = _readable([input])
+        pieces, finish = outputs("all_gather", self.size, output, input.numel())
+        given = readable([input])
         result = [output] if isinstance(output, torch.Tensor) else list(output)
         call = Collective("all_gather", given, pieces)
         call.hierarchical = self._goes_in_levels(call, input.nbytes, hierarchical)
@@ -196,8 +256,8 @@ class Group:
         sums ranks in order inside hosts, then hosts in order.
         """
         native.require_reducible("reduce_scatter", output.dtype, op)
-        given = self._inputs("reduce_scatter", input, output.numel())
-        inner, finish = _writable([output])
+        given = inputs("reduce_scatter", self.size, input, output.numel())
+        inner, finish = writable([output])
         call = Collective("reduce_scatter", given, inner, op)
         call.hierarchical = self._goes_in_levels(call, output.nbytes, hierarchical)
         return self._start(call, [output], finish, async_op, timeout)
@@ -218,9 +278,9 @@ class Group:
         if self.rank == dst:
             if output is None:
                 raise ValueError("gather: output is needed on rank dst")
-            pieces, finish = self._outputs("gather", output, input.numel())
+            pieces, finish = outputs("gather", self.size, output, input.numel())
             result = [output] if isinstance(output, torch.Tensor) else list(output)
-        call = Collective("gather", _readable([input]), pieces, root=dst)
+        call = Collective("gather", readable([input]), pieces, root=dst)
         return self._start(call, result, finish, async_op, timeout)
 
     def scatter(
@@ -237,8 +297,8 @@ class Group:
         if self.rank == src:
             if input is None:
                 raise ValueError("scatter: input is needed on rank src")
-            given = self._inputs("scatter", input, output.numel())
-        inner, finish = _writable([output])
+            given = inputs("scatter", self.size, input, output.numel())
+        inner, finish = writable([output])
         return self._start(Collective("scatter", given, inner, root=src), [output], finish, async_op, timeout)
 
     def all_to_all(
@@ -253,8 +313,8 @@ class Group:
         for name, tensors in (("outputs", outputs), ("inputs", inputs)):
             if len(tensors) != self.size:
                 raise ValueError(f"all_to_all: {len(tensors)} {name} given, the group has {self.size} ranks")
-        pieces, finish = _writable(list(outputs))
-        call = Collective("all_to_all", _readable(inputs), pieces)
+        pieces, finish = writable(list(outputs))
+        call = Collective("all_to_all", readable(inputs), pieces)
         return self._start(call, list(outputs), finish, async_op, timeout)
 
     def barrier(self, async_op: bool = False, timeout: Timeout = None) -> Work | None:
@@ -268,10 +328,11 @@ class Group:
     ) -> Work | None:
         """Sends `tensor` to rank `dst`, which must `recv` as many bytes with the same tag. Order is kept per tag."""
         self._check_rank("send", "dst", dst)
-        given = _readable([tensor])[0]
-        limit = seconds_of(timeout, self.timeout)
-        operation = self._channel.send(given, dst, tag, limit)
-        return self._track(Collective("send", [given], root=dst), operation, [tensor], None, async_op)
+        given = readable([tensor])[0]
+        call = Collective("send", [given], root=dst)
+        channel = self._channel_for(call, is_message=True)
+        operation = channel.send(given, dst, tag, seconds_of(timeout, self.timeout))
+        return self._track(channel, call, operation, [tensor], None, async_op)
 
     def recv(
         self,
@@ -285,17 +346,15 @@ class Group:
         tells."""
         if src is not None:
             self._check_rank("recv", "src", src)
-        inner, finish = _writable([tensor])
-        operation = self._channel.recv(inner[0], src, tag, seconds_of(timeout, self.timeout))
-        return self._track(
-            Collective("recv", [], inner, root=-1 if src is None else src), operation, [tensor], finish, async_op
-        )
+        inner, finish = writable([tensor])
+        call = Collective("recv", [], inner, root=-1 if src is None else src)
+        channel = self._channel_for(call, is_message=True)
+        if channel.by_streams and finish is not None:
+            raise ValueError(f"recv on {tensor.device}: the tensor must be contiguous")
+        operation = channel.recv(inner[0], src, tag, seconds_of(timeout, self.timeout))
+        return self._track(channel, call, operation, [tensor], finish, async_op)
 
     # ------------------------------------------------------------ memory, faults, accounts
-
-    def on_device(self, device: torch.device) -> bool:
-        """Whether tensors on `device` can be communicated here."""
-        return device.type == "cpu"
 
     def registered_empty(
         self, *size: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
@@ -310,14 +369,16 @@ class Group:
 
     def abort(self, message: str) -> None:
         """Ends the group: pending and later calls of all ranks raise CollectiveError with `message`."""
-        self._channel.abort(message)
+        for channel in [self._channel, *self._on_devices.values()]:
+            channel.abort(message)
 
     def close(self) -> None:
         """Leaves the group. Other ranks that still wait for this one are told so."""
         if not self.closed:
             self.sweep()
             self.closed = True
-            self._channel.close()
+            for channel in [*self._on_devices.values(), self._channel]:
+                channel.close()
 
     def sweep(self) -> None:
         """Completes works that are done and that nobody waited for."""
@@ -353,11 +414,15 @@ class Group:
         if self.closed:
             raise CollectiveError(f"group '{self.name}' was closed on this rank")
         begin = time.perf_counter_ns()
-        operation = self._channel.start(call, seconds_of(timeout, self.timeout), not async_op)
-        return self._track(call, operation, result, finish, async_op, begin)
+        channel = self._channel_for(call)
+        if channel.by_streams:
+            call.finish, finish = finish, None
+        operation = channel.start(call, seconds_of(timeout, self.timeout), not async_op)
+        return self._track(channel, call, operation, result, finish, async_op, begin)
 
     def _track(
         self,
+        channel: Channel,
         call: Collective,
         operation: Operation,
         result: list[torch.Tensor],
@@ -367,12 +432,12 @@ class Group:
     ) -> Work | None:
         sent = sum(t.nbytes for t in call.send)
         received = sum(t.nbytes for t in call.recv)
-        work = Work(
+        work = (StreamWork if channel.by_streams else Work)(
             operation,
             result,
             keep=call,
             finish=finish,
-            account=lambda done: self._account(call.kind, call.root, sent, received, done),
+            account=lambda done: self._account(channel, call.kind, call.root, sent, received, done),
             abort=self.abort,
             what=call.kind,
         )
@@ -388,15 +453,22 @@ class Group:
             raise
         if begin is not None:
             ledger().add_wait(time.perf_counter_ns() - begin)
+        if not work.is_completed():  # on a device: its stream goes on, and so do the accounts
+            self.sweep()
+            self._in_flight.append(work)
         return None
 
-    def _account(self, kind: str, root: int, sent: int, received: int, operation: Operation) -> None:
+    def _account(
+        self, channel: Channel, kind: str, root: int, sent: int, received: int, operation: Operation
+    ) -> None:
         """Writes a finished operation into the ledger."""
-        for row in self._channel.traffic(kind, root, sent, received, operation):
+        for row in channel.traffic(kind, root, sent, received, operation):
             ledger().add(kind, self.name, row.link, row.bytes, row.expected)
 
     def _goes_in_levels(self, call: Collective, piece: int, asked: bool | None) -> bool:
         """Whether a gather or scatter of pieces of so many bytes goes in levels."""
+        if asked is not False and not self._why_flat and not self._channel_for(call).has_levels:
+            return False  # memory reaches all ranks at once, whatever nodes are pretended
         if asked is None:
             return not self._why_flat and levels.pays(call.kind, call.dtype, piece * self.size, self.topology)
         if asked and self._why_flat:
@@ -409,37 +481,6 @@ class Group:
     def _check_rank(self, what: str, argument: str, rank: int) -> None:
         if not 0 <= rank < self.size:
             raise ValueError(f"{what}: {argument}={rank} is not a rank of group '{self.name}', which has {self.size}")
-
-    def _outputs(
-        self, what: str, output: torch.Tensor | Sequence[torch.Tensor], each: int
-    ) -> tuple[list[torch.Tensor], Callable[[], None] | None]:
-        """One contiguous tensor per rank to be filled, and what then copies them home."""
-        if isinstance(output, torch.Tensor):
-            self._check_flat(what, "output", output, each)
-            inner, finish = _writable([output])
-            return list(inner[0].view(self.size, each).unbind(0)), finish
-        self._check_list(what, "output", output, each)
-        return _writable(list(output))
-
-    def _inputs(self, what: str, input: torch.Tensor | Sequence[torch.Tensor], each: int) -> list[torch.Tensor]:
-        if isinstance(input, torch.Tensor):
-            self._check_flat(what, "input", input, each)
-            return list(_readable([input])[0].view(self.size, each).unbind(0))
-        self._check_list(what, "input", input, each)
-        return _readable(input)
-
-    def _check_flat(self, what: str, name: str, tensor: torch.Tensor, each: int) -> None:
-        if tensor.numel() != each * self.size:
-            raise ValueError(
-                f"{what}: {name} has {tensor.numel()} elements; {self.size} ranks of {each} need {each * self.size}"
-            )
-
-    def _check_list(self, what: str, name: str, tensors: Sequence[torch.Tensor], each: int) -> None:
-        if len(tensors) != self.size:
-            raise ValueError(f"{what}: {len(tensors)} {name} tensors given, the group has {self.size} ranks")
-        for r, tensor in enumerate(tensors):
-            if tensor.numel() != each:
-                raise ValueError(f"{what}: {name}[{r}] has {tensor.numel()} elements, {each} are needed")
 
 
 _foreign: weakref.WeakKeyDictionary[Any, Group] = weakref.WeakKeyDictionary()
@@ -462,6 +503,7 @@ def _host_channel(
 
 
 def _wrap_foreign(pg: dist.ProcessGroup) -> Group:
+    is_nccl = "nccl" in str(dist.get_backend(pg)) and "gloo" not in str(dist.get_backend(pg))
     ranks = dist.get_process_group_ranks(pg)
     gathered: list[Any] = [None] * pg.size()
     from distlib.comm.meeting import Host
@@ -471,37 +513,10 @@ def _wrap_foreign(pg: dist.ProcessGroup) -> Group:
     dist.all_gather_object(gathered, sorted(met), group=pg)
     topology = Topology.from_colocation(dict(enumerate(gathered)))
     name = str(getattr(pg, "group_name", "group"))
-    return Group(name, pg.rank(), ranks, topology, C10dChannel(pg), 1800.0)
+    channel = NcclChannel.over(pg, topology) if is_nccl else C10dChannel(pg)
+    return Group(name, pg.rank(), ranks, topology, channel, 1800.0)
 
 
 def _wrap_fake(pg: dist.ProcessGroup) -> Group:
     channel = CountingChannel(pg)
     return Group(channel.name, channel.rank, channel.ranks, channel.topology, channel, 1800.0)
-
-
-def _readable(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Contiguous CPU tensors with the same values."""
-    return [_on_cpu(t).contiguous().resolve_conj().resolve_neg() for t in tensors]
-
-
-def _writable(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], Callable[[], None] | None]:
-    """Contiguous stand-ins for tensors that are not, and what copies them home; None where there are none."""
-    if all(t.is_contiguous() and not t.is_conj() and not t.is_neg() for t in map(_on_cpu, tensors)):
-        return tensors, None
-    inner = _readable(tensors)
-
-    def finish() -> None:
-        with torch.no_grad():
-            for home, stand_in in zip(tensors, inner, strict=True):
-                if home is not stand_in:
-                    home.copy_(stand_in)
-
-    return inner, finish
-
-
-def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.device.type != "cpu":
-        raise ValueError(f"a tensor on {tensor.device} was given; this group communicates on the CPU")
-    if tensor.layout is not torch.strided:
-        raise ValueError(f"a tensor of layout {tensor.layout} was given; only strided tensors can be communicated")
-    return tensor

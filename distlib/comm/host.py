@@ -46,6 +46,7 @@ class HostChannel:
     never where ranks outnumber cores.
     """
 
+    by_streams = has_levels = False
     _graveyard: list[HostChannel] = []  # closed here, but maybe still read by others
 
     def __init__(

@@ -76,6 +76,15 @@ def _arena_bytes() -> int:
     return settings.integer("DISTLIB_ARENA_MB", memory >> 20, 64, "MiB") << 20
 
 
+def check_user(sock: socket.socket, who: str) -> int:
+    """The pid at the other end, whose user must be this process's own."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, user, _ = struct.unpack("3i", credentials)
+    if user != os.geteuid():
+        raise RuntimeError(f"{who} belongs to user {user}, this process to user {os.geteuid()}: no memory is shared")
+    return pid
+
+
 class Host:
     """This process's place on its host: its arena, its door, and the peers that came through it."""
 
@@ -161,7 +170,7 @@ class Host:
         sock.settimeout(_HANDSHAKE_SECONDS)
         try:
             sock.connect("\0" + card.door)
-            pid = self._check_user(sock, who)
+            pid = check_user(sock, who)
             block = self._nonce()
             self._send(sock, {"door": self.door, "size": self.arena.size, "at": block.offset}, self.arena.fd)
             hello, fd = self._receive(sock, who)
@@ -202,7 +211,7 @@ class Host:
                     log.warning("a process that came to the door of pid %d was turned away: %s", self.pid, error)
 
     def _answer(self, sock: socket.socket) -> None:
-        pid = self._check_user(sock, "the process at the door")
+        pid = check_user(sock, "the process at the door")
         hello, fd = self._receive(sock, "the process at the door")
         try:
             peer = self._map(sock, fd, hello["size"], pid)
@@ -233,17 +242,6 @@ class Host:
     def _expect(true: bool, who: str) -> None:
         if not true:
             raise RuntimeError(f"{who} could not read back what lies in the memory it was given: not the same host")
-
-    @staticmethod
-    def _check_user(sock: socket.socket, who: str) -> int:
-        """The pid at the other end, whose user must be this process's own."""
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        pid, user, _ = struct.unpack("3i", credentials)
-        if user != os.geteuid():
-            raise RuntimeError(
-                f"{who} belongs to user {user}, this process to user {os.geteuid()}: no memory is shared"
-            )
-        return pid
 
     @staticmethod
     def _send(sock: socket.socket, message: dict[str, Any], fd: int | None = None) -> None:

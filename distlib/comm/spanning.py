@@ -291,6 +291,10 @@ class SpanningChannel(GlooChannel):
         if self._connections:  # closed after the step that this thread is in, which needs them
             self._runner.start(self._connections.clear)
 
+    def aborted(self) -> str | None:
+        inside = None if self._inside is None else self._inside.aborted()
+        return inside or super().aborted()
+
     def close(self) -> None:
         super().close()
         if self._inside is not None:

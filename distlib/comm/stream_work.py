@@ -1,0 +1,77 @@
+"""Works of collectives on a device: ordered by streams and events, without making the host wait."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+
+from distlib import native, streams
+from distlib.comm.work import CollectiveError, Operation, Work
+
+_LOOK_SECONDS = 0.001  # between looks of a host that was asked to wait
+
+
+class StreamOperation(Operation, Protocol):
+    """An operation whose results are there when a stream has come as far."""
+
+    def follow(self) -> None:
+        """What the current stream is given from now on runs after it. Does not block the host."""
+        ...
+
+    @property
+    def stream(self) -> streams.Stream: ...
+
+
+class StreamWork(Work):
+    """A started collective on a device. `wait()` orders the stream that is current then, as torch's NCCL works do;
+    what goes wrong later is raised by whatever asks next: a wait, `is_completed()`, or the next start."""
+
+    operation: Any
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """Makes the current stream wait. With a `timeout` the host waits too, and one that runs out ends the group."""
+        if timeout and not self._wait_here(timeout.total_seconds()):
+            text = f"{self._what} was not done within {timeout.total_seconds():.1f} s of wait()"
+            if self._abort is not None:
+                self._abort(text)
+            raise CollectiveError(text, "timeout")
+        if self._error is None and not self._completed:
+            self.operation.follow()
+            if self.operation.code:
+                self.complete()
+        elif self._error is None:
+            self.operation.follow()  # done, but not every stream knows that
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def _wait_here(self, seconds: float) -> bool:
+        until = time.monotonic() + seconds
+        while not self.is_completed():
+            if time.monotonic() > until:
+                return False
+            time.sleep(_LOOK_SECONDS)
+        return True
+
+    def get_future(self) -> torch.futures.Future[Any]:
+        """A future of `result()` that knows streams: whoever waits for it waits as `wait()` does."""
+        with self._lock:
+            if self._future is not None:
+                return self._future
+        stream = self.operation.stream
+        devices = [] if stream is None else [stream.device]
+        start: torch.futures.Future[Any] = torch.futures.Future(devices=devices)
+        # A failure must come out of a callback, as in Work.get_future.
+        self._future = start.then(self._value_on_stream)
+        with streams.on(stream):
+            self.operation.follow()
+            start.set_result(None)
+        return self._future
+
+    def _value_on_stream(self, _: object) -> list[torch.Tensor]:
+        if self.operation.code:
+            raise CollectiveError(self.operation.text, native.CODES[self.operation.code])
+        return self._result

@@ -1,0 +1,56 @@
+"""Groups whose collectives on a device run here: kernels emulated on the CPU, in real processes; on a GPU where there
+is one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from cuda_on_cpu import build
+from ranks import store
+
+from distlib.comm.device import connect
+from distlib.comm.group import Group
+from distlib.cuda import library
+
+SMALL = {  # few threads, since each is a fiber; small slots, so that small tensors go in several pieces
+    "DISTLIB_DEVICE_THREADS": "32",
+    "DISTLIB_DEVICE_BLOCKS": "3",
+    "DISTLIB_DEVICE_STAGING_KB": "4",
+}
+
+
+def emulated() -> str:
+    """The library that stands in for the GPU's; built here, before ranks use it."""
+    return str(build.library())
+
+
+def card() -> torch.device:
+    """Where tensors are: on the GPU that all ranks share, or, with the emulated library, on the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@contextmanager
+def device_group(rank: int, n: int, path: str, timeout: float = 20.0) -> Iterator[Group]:
+    """In a rank: a group that takes the device's way with all tensors. `path`: of the emulated library."""
+    with host_group(rank, n, path, timeout) as host:
+        channel = connect(host, card())
+        group = Group(host.name, rank, host.ranks, host.topology, channel, timeout)
+        yield group
+        group.close()
+
+
+@contextmanager
+def host_group(rank: int, n: int, path: str, timeout: float = 20.0) -> Iterator[Group]:
+    """In a rank: the world, with the library in place. Destroyed at the end, unless the body raises."""
+    from pathlib import Path
+
+    if not torch.cuda.is_available():
+        library.use(Path(path))
+    limit = timedelta(seconds=timeout)
+    dist.init_process_group("distlib", store=store(), rank=rank, world_size=n, timeout=limit)
+    yield Group.of()
+    dist.destroy_process_group()
