@@ -2,9 +2,11 @@
 
 What was built, or why not, is written to distlib/_build_info.py, which `distlib doctor` reads. Environment:
 
-DISTLIB_NATIVE  0: leave the C++ core out; 1: fail if it cannot be built; auto (default): build it if possible
-DISTLIB_CUDA    the same for csrc/cuda
-CXX, NVCC       the compilers to use
+DISTLIB_NATIVE     0: leave the C++ core out; 1: fail if it cannot be built; auto (default): build it if possible;
+                   keep: leave what is there as it is, for an in-place build of the other part
+DISTLIB_CUDA       the same for csrc/cuda
+DISTLIB_CUDA_ARCH  what nvcc compiles for (-arch): all-major (default), or one card's, which takes less time
+CXX, NVCC          the compilers to use
 
 Neither part includes a torch header: one build serves every torch version, and building needs no torch.
 """
@@ -12,9 +14,11 @@ Neither part includes a torch header: one build serves every torch version, and 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import pprint
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -33,7 +37,7 @@ OBJECTS = ROOT / "build" / f"objects-{sys.implementation.cache_tag}"  # kept for
 NATIVE_SOURCES = ("csrc/core/*.cpp", "csrc/cpu/*.cpp")
 CUDA_SOURCES = ("csrc/cuda/*.cu",)
 CXX_FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-pthread", "-fPIC", "-DNDEBUG"]
-NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC", "-arch=all-major"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC", f"-arch={os.environ.get('DISTLIB_CUDA_ARCH') or 'all-major'}"]
 
 
 class CannotBuild(Exception):
@@ -46,10 +50,11 @@ def sources(patterns: tuple[str, ...]) -> list[str]:
 
 
 def wish(variable: str) -> str:
-    """What the environment asks of a part: "0", "1" or "auto"."""
+    """What the environment asks of a part: "0", "1", "auto" or "keep"."""
     value = os.environ.get(variable, "").strip().lower() or "auto"
-    if value not in ("0", "1", "auto"):
-        raise SystemExit(f"{variable}={value!r}: use 0 (leave out), 1 (must build) or auto (if possible)")
+    if value not in ("0", "1", "auto", "keep"):
+        wishes = "0 (leave out), 1 (must build), auto (if possible) or keep (as it is)"
+        raise SystemExit(f"{variable}={value!r}: use {wishes}")
     return value
 
 
@@ -84,6 +89,20 @@ def find_nvcc() -> list[str]:
             return [candidate]
     where = f"at {named}" if named else "on PATH or in /usr/local/cuda/bin"
     raise CannotBuild(f"no nvcc {where}; install the CUDA toolkit, or set CUDA_HOME or NVCC to where it is")
+
+
+def find_pybind11() -> tuple[Path, str]:
+    """The folder of pybind11's headers, and its version: the package, else the copy that torch comes with."""
+    for package in ("pybind11", "torch"):  # found, not imported: torch takes seconds, and here lends its headers only
+        found = importlib.util.find_spec(package)
+        if found is None or found.origin is None:
+            continue
+        folder = Path(found.origin).parent / "include"
+        parts = folder / "pybind11" / "detail" / "common.h"
+        if parts.exists():
+            numbers = re.findall(r"#\s*define PYBIND11_VERSION_(?:MAJOR|MINOR|MICRO|PATCH)\s+(\w+)", parts.read_text())
+            return folder, ".".join(numbers[:3])
+    raise CannotBuild("pybind11 is missing: `pip install pybind11`, or use build isolation")
 
 
 def version_of(command: list[str], line: int) -> str:
@@ -148,14 +167,11 @@ def build_native(files: list[str], target: Path) -> dict[str, str]:
     if not files:
         raise CannotBuild("no sources: csrc/core and csrc/cpu hold no .cpp file")
     cxx = find_cxx()
-    try:
-        import pybind11
-    except ImportError:
-        raise CannotBuild("pybind11 is missing: `pip install pybind11`, or use build isolation") from None
+    headers, pybind11 = find_pybind11()
     # -isystem: no warnings from these, and not in the dependency lists (isolated builds move them every time)
-    includes = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+    includes = [f"-isystem{path}" for path in (headers, sysconfig.get_path("include"))]
     version = version_of(cxx, 0)
-    versions = f"{version}, pybind11 {pybind11.__version__}, Python {sys.version}"
+    versions = f"{version}, pybind11 {pybind11}, Python {sys.version}"
     objects = compile_all(files, [*cxx, *CXX_FLAGS, "-Icsrc"], includes, versions)
     link([*cxx, "-shared", "-pthread", *objects], target)
     return {"compiler": version, "flags": " ".join(CXX_FLAGS)}
@@ -180,13 +196,32 @@ def build_part(
     try:
         if asked == "0":
             raise CannotBuild(f"{variable}=0 was set when distlib was installed")
-        return {"built": True, "why_not": "", **build(files, target), "sources": files}
+        if asked == "keep":
+            return kept(target, variable.removeprefix("DISTLIB_"))
+        return {"built": True, "why_not": "", **build(files, target), "sources": files, "digest": digest(files)}
     except CannotBuild as error:
         target.unlink(missing_ok=True)
         if asked == "1":
             raise SystemExit(f"{variable}=1, but it cannot be built: {error}") from None
         print(f"distlib: going on without {target.name}: {error}", file=sys.stderr, flush=True)
         return {"built": False, "why_not": str(error)}
+
+
+def kept(target: Path, part: str) -> dict[str, object]:
+    """Takes over the library that is beside the sources. Returns the record it came with, if any."""
+    home, info = ROOT / "distlib" / target.name, ROOT / "distlib" / "_build_info.py"
+    if not home.exists():
+        raise SystemExit(f"DISTLIB_{part}=keep, but there is no distlib/{target.name} to keep: use auto or 1")
+    shutil.copy2(home, target)
+    known = runpy.run_path(str(info)).get(part) if info.exists() else None
+    return known if known and known["built"] else {"built": True, "why_not": "", "compiler": "unknown: built elsewhere"}
+
+
+def digest(files: list[str]) -> str:
+    """Of the sources and what lies beside them: tells whether a library that came from elsewhere is of these files."""
+    folders = sorted({(ROOT / file).parent for file in files})
+    inputs = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
+    return hashlib.sha256(repr([(path.name, path.read_bytes()) for path in inputs]).encode()).hexdigest()
 
 
 class Build(build_ext):
@@ -217,7 +252,8 @@ class Build(build_ext):
                 home.unlink(missing_ok=True)
 
 
-setup(
-    ext_modules=[Extension("distlib._native", sources=sources(NATIVE_SOURCES), optional=True)],
-    cmdclass={"build_ext": Build},
-)
+if __name__ == "__main__":  # benchmarks/gpu_build.py only asks what could be built
+    setup(
+        ext_modules=[Extension("distlib._native", sources=sources(NATIVE_SOURCES), optional=True)],
+        cmdclass={"build_ext": Build},
+    )

@@ -7,23 +7,20 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-import matplotlib
-from rich.console import Console
-from rich.table import Table
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
+os.environ.setdefault("MPLBACKEND", "Agg")  # matplotlib, where it is: pictures go to files
 HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
 HEADINGS = ("what", "ranks", "compared", "medians", "measured", "bar", "")
@@ -122,6 +119,34 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def publish(report: Report, options: argparse.Namespace) -> None:
     """Print the table, write `<out>/<name>.json` and `.png`, and append to RESULTS.md where asked to."""
+    if importlib.util.find_spec("rich"):
+        _print(report)
+    else:
+        print(report.title, text_table(HEADINGS, report.cells()), *report.notes, sep="\n")
+    options.out.mkdir(parents=True, exist_ok=True)
+    around = surroundings()
+    document = {"surroundings": around, **asdict(report)}
+    (options.out / f"{report.name}.json").write_text(json.dumps(document, indent=1) + "\n")
+    if importlib.util.find_spec("matplotlib"):
+        _draw(report, options.out / f"{report.name}.png")
+    else:
+        print(f"{report.name}.png is left out: matplotlib is missing")
+    if options.record:
+        _append(report, around)
+
+
+def text_table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Columns of text under their headings, for where there is no rich."""
+    widths = [max(map(len, column)) for column in zip(headings, *lines, strict=True)]
+    rule = ["-" * width for width in widths]
+    rows = [headings, rule, *lines]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _print(report: Report) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(*HEADINGS, title=report.title)
     for line in report.cells():
         table.add_row(*line, style="red" if line[-1] == "NOT met" else None)
@@ -129,17 +154,10 @@ def publish(report: Report, options: argparse.Namespace) -> None:
     if not console.is_terminal:
         console.width = 140  # a log has no edge to wrap at
     console.print(table, *report.notes, sep="\n")
-    options.out.mkdir(parents=True, exist_ok=True)
-    around = surroundings()
-    document = {"surroundings": around, **asdict(report)}
-    (options.out / f"{report.name}.json").write_text(json.dumps(document, indent=1) + "\n")
-    _draw(report, options.out / f"{report.name}.png")
-    if options.record:
-        _append(report, around)
 
 
 def surroundings() -> dict[str, str]:
-    """Machine, versions and commit, in words; nothing that names the machine itself."""
+    """Machine, cards, versions and commit, in words; nothing that names the machine itself."""
     info = Path("/proc/cpuinfo")
     models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -149,26 +167,47 @@ def surroundings() -> dict[str, str]:
             versions.append(f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
             versions.append(f"{package} not installed")
-    return {
+    around = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": f"{len(os.sched_getaffinity(0))} cores of {models[0] if models else platform.machine()}, "
         f"{memory:.0f} GiB, Linux {platform.release()}, load {os.getloadavg()[0]:.1f}",
         "versions": ", ".join(versions),
         "commit": _commit(),
     }
+    cards = _cards()
+    return {**around, "cards": cards} if cards else around
+
+
+def _cards() -> str:
+    """The GPUs that torch sees, their driver, and the CUDA that torch was built with; empty without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ""
+    names = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    kinds = Counter(f"{known.name} ({known.total_memory / 2**30:.0f} GiB)" for known in names)
+    version = Path("/proc/driver/nvidia/version")
+    driver = re.search(r"Kernel Module(?: for \S+)?\s+([0-9.]+)", version.read_text() if version.exists() else "")
+    return (
+        ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+        + f", driver {driver[1] if driver else 'unknown'}, torch's CUDA {torch.version.cuda}"
+    )
 
 
 def _commit() -> str:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, text=True).stdout.strip()
 
+    if stated := os.environ.get("DISTLIB_COMMIT"):  # of files that were copied here without their repository
+        return stated
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!RESULTS.md", ":!results")
     return (git("rev-parse", "--short", "HEAD") or "unknown") + (" with changes" if changed else "")
 
 
 def _append(report: Report, around: dict[str, str]) -> None:
     lines = [f"## {report.title}", ""]
-    lines += [f"{around['date']}, commit {around['commit']}; {around['machine']}; {around['versions']}.", ""]
+    machine = "; ".join(around[name] for name in ("machine", "cards", "versions") if name in around)
+    lines += [f"{around['date']}, commit {around['commit']}; {machine}.", ""]
     lines += [f"| {' | '.join(HEADINGS)} |", f"|{'---|' * len(HEADINGS)}"]
     lines += [f"| {' | '.join(cells)} |" for cells in report.cells()]
     for note in report.notes:
@@ -188,6 +227,8 @@ def _time(seconds: float, spread: float) -> str:
 
 def _draw(report: Report, path: Path) -> None:
     """A bar per comparison: green where its limit (black line) is met, red where not, grey without one."""
+    import matplotlib.pyplot as plt
+
     pairs = list(report.comparisons())[::-1]
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.36 * len(pairs)))
     for height, (row, bar) in enumerate(pairs):
