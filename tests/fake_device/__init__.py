@@ -24,9 +24,11 @@ from fake_device.controls import (
     touch_memory,
     why_not,
 )
+from fake_device.watch import WatchPinned
 
 __all__ = [
     "Sync",
+    "WatchPinned",
     "check_host",
     "collected",
     "host_syncs",

@@ -18,6 +18,11 @@ constexpr int POISON = 0xFF;  // NaN in every floating-point format: what was no
 thread_local int current_device = 0;
 thread_local std::vector<uint32_t> current_streams;  // by device
 
+// A GPU's allocator keeps large and small memory apart: neither is lent in the place of the other.
+bool is_large(size_t bytes) {
+  return bytes > (size_t(1) << 20);
+}
+
 size_t rounded(size_t bytes) {
   return (bytes + GRAIN - 1) / GRAIN * GRAIN;
 }
@@ -176,7 +181,7 @@ void Machine::perform(uint32_t stream, const char* op, const std::vector<Range>&
         if (races.empty()) races.push_back({earlier, accesses.back().second, false});
       });
     }
-    if (races.empty() || mode_ == Mode::COLLECT)
+    if (races.empty() || mode_ != Mode::RAISE)
       for (size_t i = 0; i < ranges.size(); ++i)
         if (Block* block = accesses[i].first) {
           const size_t first = static_cast<const char*>(ranges[i].data) - block->data;
@@ -265,7 +270,8 @@ void Machine::settle(uint32_t stream, size_t need, const Access& now, std::vecto
   for (size_t i = 0; i < unclean.size();) {
     Block* block = unclean[i];
     block->ledger.forget([&](const Access& a) { return a.before(clock); });
-    if (!block->ledger.empty() && block->bytes >= need) {
+    const bool may_be_lent = block->bytes >= need && is_large(block->bytes) == is_large(need);
+    if (!block->ledger.empty() && may_be_lent) {
       block->ledger.forget([&](const Access& a) {
         if (races.empty()) races.push_back({a, now, true});
         return true;
@@ -292,12 +298,13 @@ void* Machine::allocate(int device, uint32_t stream, size_t bytes) {
     const Access now{stream, begin(stream), true,
                      std::make_shared<Site>(Site{"an allocation", std::to_string(bytes) + " bytes", stack})};
     settle(stream, need, now, races);
+    if (!tracked) races.clear();
     Stats& stats = stats_[device];
-    if (races.empty() || mode_ == Mode::COLLECT) {
+    if (races.empty() || mode_ != Mode::RAISE) {
       auto& pool = pools_[stream];
       auto fit = pool.free.lower_bound(need);
       while (fit != pool.free.end() && !fit->second->ledger.empty()) ++fit;
-      if (fit != pool.free.end() && fit->first <= need + need / 4) {
+      if (fit != pool.free.end() && fit->first <= need + need / 4 && is_large(fit->first) == is_large(need)) {
         block = fit->second;
         pool.free.erase(fit);
       } else {
