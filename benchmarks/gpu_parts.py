@@ -64,7 +64,7 @@ def run(part: Part, limit: float, log: Path) -> Done:
     """One part, ended after `limit` seconds with all that it started."""
     if part.why_not or limit <= 0:
         return Done(part.name, "left out", why=part.why_not or "no time was left for it")
-    begin = time.monotonic()
+    begin, survived = time.monotonic(), ""
     environ = {**os.environ, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", **part.environ}
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -76,8 +76,8 @@ def run(part: Part, limit: float, log: Path) -> Done:
             code = None
         finally:
             if process.poll() is None:  # it hangs, or this process is being interrupted
-                _end(process)
-    outcome, why = {0: ("passed", ""), None: ("timed out", f"it was ended after {limit:.0f} s")}.get(
+                survived = _end(process)
+    outcome, why = {0: ("passed", ""), None: ("timed out", f"it was ended after {limit:.0f} s{survived}")}.get(
         code, ("failed", _ending(code))
     )
     tail = "" if outcome == "passed" else log.read_text(errors="replace")[-TAIL:]
@@ -89,10 +89,11 @@ def _ending(code: int | None) -> str:
     return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes]) -> str:
     """Ends a part and all below it, also what has a session of its own, as ranks have. Python writes its stacks first.
 
-    SIGABRT and not SIGTERM: faulthandler answers it, even where the interpreter hangs in a call of CUDA.
+    SIGABRT and not SIGTERM: faulthandler answers it, even where the interpreter hangs in a call of CUDA. Returns what
+    is to be said about processes that not even SIGKILL ends, as those in a driver that hangs.
     """
     below = [*psutil.Process(process.pid).children(recursive=True)]
     for other in (*reversed(below), process):
@@ -110,5 +111,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             other.kill()
         except psutil.NoSuchProcess:
             continue
-    psutil.wait_procs(below, timeout=GRACE)
-    process.wait()
+    _, alive = psutil.wait_procs([psutil.Process(process.pid), *below], timeout=GRACE)
+    left = sorted(other.pid for other in alive if other.is_running() and other.status() != psutil.STATUS_ZOMBIE)
+    return f"; processes {left} cannot be killed" if left else ""

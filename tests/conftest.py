@@ -23,7 +23,7 @@ def find_mpirun() -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `root` and `mpi` are skipped where they cannot run. Files with a `slow` one go first.
+    """Tests marked `root`, `mpi` and `gpu` are skipped where they cannot run. Files with a `slow` one go first.
 
     So the two files that are tested at a time (see the Makefile) end at about the same time.
     """
@@ -36,6 +36,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs root"))
         if item.get_closest_marker("mpi") and not has_mpi:
             item.add_marker(pytest.mark.skip(reason="needs mpi4py and mpirun: install the extra [mpi]"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: `make gpu` where there is one"))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,98 @@
+"""Which tests `make gpu` runs: those that are for a GPU, as far as this machine has the packages that they import."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("tests", "examples", "benchmarks", ".")  # where tests find modules of this repository
+MARK = re.compile(r"\bmark\.(gpu|card)\b")
+MARKED = "gpu or card"
+# Plugins that pyproject.toml has options for; without one of them those options are refused by pytest.
+PLUGINS = {"pytest_timeout": "no test has a time limit of its own"}
+LENIENT = ("-o", "addopts=-ra", "-W", "ignore::pytest.PytestUnknownMarkWarning")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Arguments for pytest; sentences about what is left out for want of a package; why nothing can run, or ""."""
+
+    arguments: list[str]
+    notes: list[str]
+    why_not: str = ""
+
+
+def is_installed(package: str) -> bool:
+    return package in sys.stdlib_module_names or importlib.util.find_spec(package) is not None
+
+
+def select(root: Path = ROOT, installed: Callable[[str], bool] = is_installed) -> Selection:
+    """Test files that mention the marker `gpu` or `card`; of these pytest runs what has it."""
+    if not installed("pytest"):
+        return Selection([], [], "pytest is missing: no test was run. `pip install pytest`")
+    marked = [path for path in sorted((root / "tests").glob("test_*.py")) if MARK.search(path.read_text())]
+    files, notes = [], []
+    for path in marked:
+        missing = missing_packages(path, root, installed)
+        if missing:
+            notes.append(f"tests/{path.name} is left out: {', '.join(missing)} not installed")
+        else:
+            files.append(f"tests/{path.name}")
+    if not files:
+        why = "; ".join(notes) or "no file in tests/ has tests marked gpu or card"
+        return Selection([], notes, f"no test can run: {why}")
+    absent = [plugin for plugin in PLUGINS if not installed(plugin)]
+    notes += [f"{plugin.replace('_', '-')} is not installed: {PLUGINS[plugin]}" for plugin in absent]
+    return Selection(["-m", MARKED, *(LENIENT if absent else ()), *files], notes)
+
+
+def missing_packages(path: Path, root: Path, installed: Callable[[str], bool]) -> list[str]:
+    """Packages that are not here and that a test file imports when it is collected, or a file that it imports does."""
+    missing: set[str] = set()
+    seen: set[Path] = set()
+    ahead = [path, root / "tests" / "conftest.py"]
+    while ahead:
+        file = ahead.pop()
+        if file in seen or not file.exists():
+            continue
+        seen.add(file)
+        for name in _imported(ast.parse(file.read_text())):
+            package = name.split(".")[0]
+            own = _files_of(name, root)
+            if own:
+                ahead += own
+            elif not installed(package):
+                missing.add(package)
+    return sorted(missing)
+
+
+def _imported(tree: ast.Module) -> list[str]:
+    """Names of modules imported at the top of a file: not within functions, nor for types only."""
+    names = []
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return names
+
+
+def _files_of(name: str, root: Path) -> list[Path]:
+    """The files of this repository that an import of `name` runs: its packages' and its own."""
+    parts = name.split(".")
+    for folder in FOLDERS:
+        bases = [root / folder / Path(*parts[:depth]) for depth in range(1, len(parts) + 1)]
+        files = [file for base in bases for file in (base.with_suffix(".py"), base / "__init__.py") if file.exists()]
+        if files:
+            return files
+    return []
+
+
+def command(selection: Selection) -> Sequence[str]:
+    return [sys.executable, "-m", "pytest", "-p", "gpu_outcomes", "-p", "no:cacheprovider", *selection.arguments]
