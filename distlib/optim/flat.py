@@ -11,16 +11,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from distlib import native
+from distlib.cuda.step import Recipe
 from distlib.optim import kernels, norm
+from distlib.optim.device import Gate, GroupSteps
+from distlib.optim.device_norm import has_kernels
 from distlib.optim.files import FileState
 from distlib.optim.kernels import Hyper, Kind, Row, Segment, Table
-from distlib.optim.memory import MemoryState, flat, is_dense
+from distlib.optim.memory import REMAINDER, MemoryState, flat, is_dense
 from distlib.optim.parameters import check_parameter, check_step, copy_in_pass, name_of, written
 from distlib.shards import shard_of
 
@@ -30,8 +34,9 @@ Key = tuple[float, bool]  # what parameters of a group are stepped alike by: the
 class FlatOptimizer(torch.optim.Optimizer, ABC):
     """Base of distlib's optimizers: ordinary torch optimizers whose state is flat and whose step is one pass.
 
-    Parameters are dense or strided fp32 (or fp64) tensors on the CPU, with gradients of fp32, bf16 or fp16 (fp64);
+    Parameters are dense or strided fp32 (or fp64) tensors on one device, with gradients of fp32, bf16 or fp16 (fp64);
     those without a gradient are skipped. Where some are pieces of a sharded model, every rank must make the same calls.
+    On a GPU (device.py) the host waits for nothing, and a step can be captured in a CUDA graph.
 
     grad_norm: a 0-dim fp64 tensor, the norm of the gradients of the last step with max_norm, before clipping.
     """
@@ -48,6 +53,7 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
         self.grad_norm: torch.Tensor | None = None
         self._stores: list[MemoryState | FileState] = []
         self._tables: dict[int, tuple[Any, list[tuple[int, Table]]]] = {}  # by group: what they are made from, tables
+        self._on_device: dict[int, GroupSteps] = {}  # by group
         self._measured: torch.Tensor | None = None  # the scaler's sum of squares, for the step that it starts
         super().__init__(params, defaults)
 
@@ -56,6 +62,10 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
     @abstractmethod
     def _states(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The names of the state that the group's parameters need; at most two."""
+
+    @abstractmethod
+    def _recipe(self, group: dict[str, Any]) -> Recipe:
+        """The same, of a step whose number only the device knows."""
 
     @abstractmethod
     def _hyper(self, group: dict[str, Any], step: float, first: bool) -> Hyper:
@@ -70,7 +80,8 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
         try:
             self._check_group(group)
             for index, p in enumerate(group["params"]):
-                check_parameter(p, name_of(self.param_groups, len(self.param_groups) - 1, index))
+                who = name_of(self.param_groups, len(self.param_groups) - 1, index)
+                check_parameter(p, who, REMAINDER in self._states(group))
         except Exception:
             self.param_groups.pop()
             raise
@@ -87,6 +98,10 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
                 loss = closure()
         measured, self._measured = self._measured, None
         found_inf, given = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        device = norm.device_of(self._all_params())
+        if has_kernels(device):
+            self._queue(device, measured, given, found_inf)
+            return loss
         if found_inf is not None and float(found_inf) > 0:
             return loss
         scale = 1.0 if given is None else 1.0 / float(given)
@@ -111,6 +126,7 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; takes what torch's optimizer of this name saved. Values are copied into flat memory or files."""
         super().load_state_dict(state_dict)
+        self._keep_dtypes(state_dict)
         for group in self.param_groups:
             self._check_group(group)
         for index, group in enumerate(self.param_groups):
@@ -125,6 +141,14 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
                     if self._counts_steps:
                         store.adopt_step(i, self.state[p])
 
+    def _keep_dtypes(self, state_dict: dict[str, Any]) -> None:
+        """torch casts state to the parameter's dtype: moments and remainders of bf16 parameters would lose bits."""
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for number, p in zip(numbers, self._all_params(), strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                if p.dtype is torch.bfloat16 and name != "step" and isinstance(value, torch.Tensor):
+                    self.state[p][name] = value.to(p.device)
+
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: the groups, and state as plain tensors."""
         if any(isinstance(store, FileState) for store in self._stores):
@@ -136,15 +160,89 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
         self.__dict__.setdefault("grad_norm", None)
         self.__dict__.setdefault("_stores", [])
         self.__dict__.setdefault("_measured", None)
-        self._tables = {}
+        self._tables, self._on_device = {}, {}
 
     # ------------------------------------------------------------ the step
 
     def _all_params(self) -> list[torch.Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
+    def _queue(
+        self,
+        device: torch.device,
+        measured: torch.Tensor | None,
+        loss_scale: torch.Tensor | None,
+        found_inf: torch.Tensor | None,
+    ) -> None:
+        """One step of parameters on a device, by its kernels."""
+        squares = None
+        if self.max_norm is not None:
+            squares = norm.total_squares(self._all_params()) if measured is None else measured
+            self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
+        gate = Gate(squares, self.grad_norm if squares is not None else None, _scalar(loss_scale), _scalar(found_inf))
+        stepped: list[torch.Tensor] = []
+        alive: list[torch.Tensor] = []
+        for index, group in enumerate(self.param_groups):
+            store = self._store(index, group)
+            if isinstance(store, FileState):
+                raise ValueError(
+                    f"parameter group {index} is on {device}, its state is to be in files at {store.folder}: wrap the "
+                    "model in ShardedDataParallel with that offload=, which keeps pieces in the host's memory"
+                )
+            chosen, firsts = self._adopt(index, group, store)
+            if not chosen:
+                continue
+            stepped += [group["params"][i] for i in chosen]
+            self._ready(index, group, store, chosen, firsts, alive, found_inf is not None)
+            lr = group["lr"]
+            on_device = isinstance(lr, torch.Tensor) and lr.device == device
+            recipe = self._recipe(group if not on_device else {**group, "lr": 0.0})
+            recipe = replace(recipe, maximize=bool(group.get("maximize")), max_norm=self.max_norm or 0.0)
+            self._on_device[index].step(recipe, _scalar(lr) if on_device else None, store, chosen, gate)
+        written(stepped)
+
+    def _ready(
+        self,
+        index: int,
+        group: dict[str, Any],
+        store: MemoryState,
+        chosen: list[int],
+        firsts: list[bool],
+        alive: list[torch.Tensor],
+        may_skip: bool,
+    ) -> None:
+        """Tables of this step's memory, on the device."""
+        names = self._states(group)
+        for i, first in zip(chosen, firsts, strict=True):
+            if not self._counts_steps and first != (store.asked[i] == 0):
+                store.asked[i] = 0.0 if first else 1.0  # state came, or went, by other ways than steps
+                store.step_views[i].fill_(store.asked[i])
+        # Counted alike before, so counted alike after: numbers of first occurrence tell the classes.
+        keys = [(store.asked[i], store.history[i]) for i in chosen]
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        of = {i: numbers[key] for i, key in zip(chosen, keys, strict=True)}
+        store.ask(chosen, may_skip)
+        steps = self._on_device.setdefault(index, GroupSteps())
+        signature = [_where(store.params[i], of[i]) for i in chosen]
+        made_of = None if None in signature else (chosen, names, signature, id(store))
+        if steps.knows(made_of):
+            return
+        classes: dict[int, tuple[int, dict[kernels.Kind, list[Row]]]] = {}
+        for i in chosen:
+            segment = _segment(store, i, names)
+            if not is_dense(segment.param):
+                who = name_of(self.param_groups, index, i)
+                raise ValueError(f"{who} has gaps in its memory (strides {segment.param.stride()}): make it contiguous")
+            ready = _for_core(segment)
+            if ready.grad is not segment.grad:
+                alive.append(ready.grad)
+            _, kinds = classes.setdefault(of[i], (i, {}))
+            kinds.setdefault(kernels.kind_of(ready), []).append(kernels.row_of(ready))
+        steps.make(made_of, store.device, list(classes.values()))
+
     def _step(self, scale: float) -> None:
-        kernels.warn_once()
+        on_cpu = norm.device_of(self._all_params()).type in ("cpu", "meta")
+        kernels.warn_once(on_cpu)
         batches: list[tuple[Hyper, Table]] = []
         plain: list[tuple[Hyper, Segment]] = []
         streams: list[tuple[FileState, list[int], list[Hyper], dict[int, Segment]]] = []
@@ -165,7 +263,7 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
             if isinstance(store, FileState):
                 segments = {i: _flat_segment(store.params[i]) for i in chosen}
                 streams.append((store, chosen, [hypers[key] for key in keys], segments))
-            elif native.core() is None:
+            elif native.core() is None or not on_cpu:
                 names = self._states(group)
                 for i, key in zip(chosen, keys, strict=True):
                     plain.append((hypers[key], _segment(store, i, names)))
@@ -221,7 +319,7 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
             if p.grad is None:
                 continue
             if not _is_usual(p, store.layouts[i]):
-                check_step(p, store.layouts[i], name_of(self.param_groups, index, i))
+                check_step(p, store.layouts[i], name_of(self.param_groups, index, i), REMAINDER in names)
             state = self.state[p] if names or self._counts_steps else {}
             first = store.adopt(i, state, names)
             if self._counts_steps:
@@ -259,7 +357,7 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
         divided: dict[tuple[int, Kind], list[Row]] = {}
         for i, key in zip(chosen, keys, strict=True):
             segment = _segment(store, i, names)
-            if not is_dense(segment.param):
+            if not is_dense(segment.param) or segment.param.dtype is torch.bfloat16:
                 rest.append((key, segment))
                 continue
             ready = _for_core(segment)
@@ -292,6 +390,10 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
 # ---------------------------------------------------------------- segments
 
 
+def _scalar(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.float().view(())
+
+
 def _scaled(hyper: Hyper, scale: float) -> Hyper:
     return Hyper(**{**vars(hyper), "scale": scale})
 
@@ -302,7 +404,7 @@ def _is_usual(p: torch.Tensor, layout: Any) -> bool:
     return (
         g is not None
         and p.dtype is g.dtype is torch.float32
-        and p.is_cpu
+        and not p.is_meta
         and g.layout is torch.strided
         and (p.dtype, p.shape, p.stride()) == layout
         and shard_of(p) is None
@@ -326,8 +428,8 @@ def _states_of(views: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, torc
 def _segment(store: MemoryState, index: int, names: Sequence[str]) -> Segment:
     p = store.params[index]
     assert p.grad is not None
-    m, v = _states_of([store.view(index, name) for name in names])
-    return Segment(p, p.grad, m, v, copy_in_pass(p))
+    m, v = _states_of([store.view(index, name) for name in names if name != REMAINDER])
+    return Segment(p, p.grad, m, v, store.view(index, REMAINDER) if REMAINDER in names else copy_in_pass(p))
 
 
 def _for_core(segment: Segment) -> Segment:

@@ -19,8 +19,13 @@ from typing import Any, NamedTuple
 import torch
 
 from distlib import native
+from distlib.cuda import library
+from distlib.cuda.step import step_plainly as step_halves_plainly
+from distlib.optim import device_norm
+from distlib.optim.memory import state_dtype
 
-COPY_CODES = {torch.bfloat16: 1, torch.float16: 2}  # what the core rounds to while it steps
+COPY_CODES = {torch.bfloat16: 1, torch.float16: 2, torch.int16: 3}
+COPIES = (torch.bfloat16, torch.float16)  # what a step's pass rounds to
 _SQUARED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -54,7 +59,7 @@ class Segment(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What segments must share to be stepped by one kernel. copy: 0 none, 1 bf16, 2 fp16."""
+    """What segments must share to be stepped by one kernel. copy: 0 none, 1 bf16, 2 fp16, 3 a remainder (int16)."""
 
     param: torch.dtype
     grad: torch.dtype
@@ -89,6 +94,7 @@ class Table:
 def merged(kind: Kind, rows: Iterable[Row]) -> list[Row]:
     """Rows in order; those that continue the one before, in all of their memory, are joined to it. Pure."""
     size, grad_size, copy_size = kind.param.itemsize, kind.grad.itemsize, 2
+    state_size = state_dtype("", kind.param).itemsize
     found: list[Row] = []
     for row in rows:
         if row.elements == 0:
@@ -99,8 +105,8 @@ def merged(kind: Kind, rows: Iterable[Row]) -> list[Row]:
             if (
                 row.param == last.param + n * size
                 and row.grad == last.grad + n * grad_size
-                and row.m == (last.m + n * size if last.m else 0)
-                and row.v == (last.v + n * size if last.v else 0)
+                and row.m == (last.m + n * state_size if last.m else 0)
+                and row.v == (last.v + n * state_size if last.v else 0)
                 and row.copy == (last.copy + n * copy_size if last.copy else 0)
             ):
                 found[-1] = last._replace(elements=n + row.elements)
@@ -160,6 +166,9 @@ def step_plainly(hyper: Hyper, segment: Segment) -> None:
     """
     h = hyper
     p, g, m, v, copy = segment
+    if copy is not None and copy.dtype is torch.int16:
+        step_halves_plainly(h, p, g, m, v, copy)  # type: ignore[arg-type]
+        return
     g = g.to(p.dtype) * h.scale
     if h.l2 != 0 and h.rule != "LION":
         g = g + h.l2 * p
@@ -196,10 +205,7 @@ def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """
     core = native.core()
     if core is None or not tensors[0].is_cpu:
-        total = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
-        for t in tensors:
-            total = total + torch.linalg.vector_norm(t, dtype=torch.float64) ** 2
-        return total
+        return device_norm.sum_of_squares(tensors)
     runs: list[tuple[torch.dtype, list[tuple[int, int]]]] = []
     alive = []
     for tensor in tensors:
@@ -219,10 +225,16 @@ def _core_hyper(core: Any, hyper: Hyper) -> Any:
     return core.Hyper(**fields)
 
 
-@lru_cache(maxsize=1)
-def warn_once() -> None:
+@lru_cache(maxsize=2)
+def warn_once(on_cpu: bool) -> None:
     """Says that steps go through torch, if they do."""
-    if native.core() is None:
+    if not on_cpu:
+        warnings.warn(
+            f"distlib's CUDA kernels are not in use: {library.why_not()}. distlib.optim steps with torch's operators: "
+            "the same results to 1e-6, but slower, and the host waits for the GPU. `distlib doctor` says more",
+            stacklevel=3,
+        )
+    elif native.core() is None:
         warnings.warn(
             f"distlib's C++ core is not in use: {native.why_not()}. distlib.optim steps with torch's operators: the "
             "same results to 1e-6, but slower. `distlib doctor` says more",

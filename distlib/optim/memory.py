@@ -10,11 +10,21 @@ import torch
 _HUGE = 2 << 20  # bytes of a huge page: smaller buffers gain nothing from one
 
 
-def zeros(numel: int, dtype: torch.dtype) -> torch.Tensor:
-    """A flat tensor of zeros whose pages are taken when first written, on huge pages where the system has them."""
+REMAINDER = "remainder"  # the state that makes an fp32 master of a bf16 parameter: see AdamW
+
+
+def state_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the state `name` of a parameter of `dtype`."""
+    if name == REMAINDER:
+        return torch.int16
+    return torch.float32 if dtype is torch.bfloat16 else dtype
+
+
+def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A flat tensor of zeros; those of a host's memory take pages when first written, huge ones where there are any."""
     size = numel * dtype.itemsize
-    if size < _HUGE:
-        return torch.zeros(numel, dtype=dtype)
+    if size < _HUGE or device.type != "cpu":
+        return torch.zeros(numel, dtype=dtype, device=device)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try:
@@ -47,17 +57,23 @@ def layout_of(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, tuple[int,
 
 
 class MemoryState:
-    """The state of one parameter group.
+    """The state of one parameter group, on its parameters' device.
 
     params: all of the group's; those of one dtype follow each other in its flat buffers, in order, without gaps. steps:
-    (parameters,) fp32. Buffers come with the first use of their name.
+    (parameters,) fp32. asked: how often the host had a parameter stepped, which a device may have skipped. history:
+    parameters with the same number were asked for in the same ones of the steps that may have been skipped. Buffers
+    come with the first use of their name.
     """
 
     def __init__(self, params: Sequence[torch.Tensor]) -> None:
         self.params = list(params)
         self.ids = tuple(map(id, params))
         self.layouts = [layout_of(p) for p in params]
-        self.steps = torch.zeros(len(params))
+        self.device = params[0].device if params else torch.device("cpu")
+        self.steps = torch.zeros(len(params), device=self.device)
+        self.asked = [0.0] * len(params)
+        self.history = [0] * len(params)
+        self._histories = 0
         self.step_views = list(self.steps.unbind())
         self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
         self._used: set[tuple[int, str]] = set()  # what may hold something else than zeros
@@ -76,13 +92,24 @@ class MemoryState:
             p = self.params[index]
             key = name, p.dtype
             if key not in self._buffers:
-                self._buffers[key] = zeros(self._numel[p.dtype], p.dtype)
+                self._buffers[key] = zeros(self._numel[p.dtype], state_dtype(name, p.dtype), p.device)
             piece = self._buffers[key].narrow(0, self._offsets[index], p.numel())
             view = (
                 piece.as_strided(p.size(), p.stride(), piece.storage_offset()) if is_dense(p) else piece.view(p.size())
             )
             views[index] = view
         return view
+
+    def ask(self, chosen: Sequence[int], may_skip: bool) -> None:
+        """A step of the parameters `chosen`; `may_skip`: perhaps the device skips it, and the host does not know."""
+        parted: dict[int, int] = {}
+        for i in chosen:
+            self.asked[i] += 1
+            if may_skip and len(chosen) < len(self.params):
+                if self.history[i] not in parted:
+                    self._histories += 1
+                    parted[self.history[i]] = self._histories
+                self.history[i] = parted[self.history[i]]
 
     def adopt(self, index: int, state: dict, names: Sequence[str]) -> bool:
         """Makes `state` of parameter `index` views of the buffers, with the values it has. True: it had none."""
@@ -105,5 +132,6 @@ class MemoryState:
         """The same for the number of steps."""
         have, view = state.get("step"), self.step_views[index]
         if have is not view:
-            view.fill_(0 if have is None else float(have))
+            self.asked[index] = 0.0 if have is None else float(have)
+            view.fill_(self.asked[index])
             state["step"] = view

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from distlib.optim.kernels import COPY_CODES
+from distlib.optim.kernels import COPIES
 from distlib.optim.memory import layout_of
 from distlib.shards import shard_of
 
@@ -25,25 +25,24 @@ def name_of(groups: list[dict[str, Any]], group: int, index: int) -> str:
     return f"parameter {index} of group {group}, shape {tuple(p.shape)},"
 
 
-def check_parameter(p: torch.Tensor, who: str) -> None:
-    """Raises ValueError or NotImplementedError for one that cannot be stepped. On the meta device it may change yet."""
-    if p.device.type not in ("cpu", "meta"):
-        raise NotImplementedError(f"{who} is on {p.device}: distlib.optim steps CPU tensors; use torch.optim for it")
+def check_parameter(p: torch.Tensor, who: str, halves: bool = False) -> None:
+    """Raises ValueError for one that cannot be stepped. On the meta device it may change yet. halves: bf16 can."""
     if p.layout is not torch.strided:
         raise ValueError(f"{who} has layout {p.layout}: only strided tensors can be stepped")
-    if p.dtype not in (torch.float32, torch.float64):
+    if p.dtype not in (torch.float32, torch.float64) and not (halves and p.dtype is torch.bfloat16):
+        also = "; or AdamW(remainders=True)" if p.dtype is torch.bfloat16 else ""
         raise ValueError(
             f"{who} is {p.dtype}: parameters are optimized in torch.float32 (or float64); keep fp32 masters, and "
-            f"compute in {p.dtype} under autocast or MixedPrecision"
+            f"compute in {p.dtype} under autocast or MixedPrecision{also}"
         )
 
 
-def check_step(p: torch.Tensor, layout: Any, who: str) -> None:
+def check_step(p: torch.Tensor, layout: Any, who: str, halves: bool = False) -> None:
     """Raises for another layout than when the parameter's state was made, or a gradient that cannot be used."""
     grad = p.grad
     assert grad is not None
-    check_parameter(p, who)
-    if p.device.type != "cpu":
+    check_parameter(p, who, halves)
+    if p.is_meta:
         raise ValueError(f"{who} is on {p.device}: give it memory (to_empty) before the first step")
     if grad.layout is not torch.strided:
         raise ValueError(f"{who} has a gradient of layout {grad.layout}: only dense ones can be stepped (sparse=False)")
@@ -66,7 +65,7 @@ def compute_copy(p: torch.Tensor) -> torch.Tensor | None:
 def copy_in_pass(p: torch.Tensor) -> torch.Tensor | None:
     """The compute copy, where the step's own pass can write it."""
     copy = compute_copy(p)
-    if copy is None or p.dtype is not torch.float32 or copy.dtype not in COPY_CODES:
+    if copy is None or p.dtype is not torch.float32 or copy.dtype not in COPIES:
         return None
     return copy if p.is_contiguous() and copy.is_contiguous() else None
 
