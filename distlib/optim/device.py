@@ -6,7 +6,8 @@
     steps           counted up where they were not skipped
 
 How often a parameter was stepped is known to the device only, which skips steps with infinities. The host divides
-parameters into classes by how often it asked, and, of steps that may have been skipped, for which (MemoryState.history).
+parameters into classes by how often it asked, and by which of the steps it asked for that may have been skipped
+(MemoryState.history).
 """
 
 from __future__ import annotations
