@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes.util
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_doctor import TWO_HOSTS, facts, on_two_hosts, printed, same, told
 
-from distlib.doctor import gpus, machine
+from distlib.cuda import library
+from distlib.doctor import gather, gpus, machine
 from distlib.doctor.check_gpus import code_for
 from distlib.doctor.check_job import check_job
 from distlib.doctor.checks import check
@@ -48,7 +50,7 @@ PROBLEMS: list[tuple[dict[str, Any], str, str]] = [
     ),
     (
         {"build__cuda_error": "libcudart.so.13: cannot open shared object file"},
-        "error cuda part: cannot be loaded: libcudart.so.13",
+        "error cuda part: the CUDA part cannot be used: libcudart.so.13",
         "DISTLIB_CUDA=1 pip install",
     ),
     (
@@ -211,11 +213,16 @@ def test_architectures_from_the_flags_of_nvcc(flags: str, architectures: list[st
     assert gpus.architectures(flags) == architectures
 
 
-def test_a_library_that_cannot_be_loaded(tmp_path: Path) -> None:
-    broken = tmp_path / "_cuda.so"
-    broken.write_text("no library")
-    assert "_cuda.so" in gpus.load_error(broken) and gpus.load_error(tmp_path / "none.so")
-    assert gpus.load_error(Path(ctypes.util.find_library("c") or "libc.so.6")) == ""
+def test_the_record_of_the_build_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = "-O3 -gencode=arch=compute_90,code=sm_90 -gencode=arch=compute_90,code=compute_90"
+    record = types.ModuleType("distlib._build_info")
+    record.NATIVE = {"built": False, "why_not": "no"}  # type: ignore[attr-defined]
+    record.CUDA = {"built": True, "why_not": "", "compiler": "Build cuda_13.0.r13.0/c", "flags": flags}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "distlib._build_info", record)
+    monkeypatch.setattr(library, "why_not", lambda: "it was built, but cannot be loaded: libx.so")
+    found = gather.build()
+    assert found.cuda_built and found.cuda_architectures == ["sm_90", "compute_90"]
+    assert found.cuda_compiler.endswith("r13.0/c") and found.cuda_error.endswith("loaded: libx.so")
 
 
 # ---- what drivers and tools say ----------------------------------------------------------------------------

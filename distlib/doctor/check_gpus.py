@@ -97,7 +97,7 @@ def check_cuda(facts: Facts) -> Iterator[Problem]:
     if build.cuda_error:
         yield error(
             "cuda part",
-            what=f"the CUDA part was compiled, but cannot be loaded: {build.cuda_error}",
+            what=f"the CUDA part cannot be used: {build.cuda_error}",
             why="Ranks with GPUs will fail, or run slower.",
             fix=f"Reinstall it on this system: {_BUILD_CUDA}",
         )

@@ -11,8 +11,17 @@ from distlib.doctor.variables import INSTALL_SETTINGS, SETTINGS
 
 # Settings that are whole numbers, and the smallest. DISTLIB_CORE, DISTLIB_SIMD and DISTLIB_INTERFACE are judged
 # by those who read them.
-SMALLEST = {"DISTLIB_NODES": 1, "DISTLIB_ARENA_MB": 64, "DISTLIB_STAGING_KB": 64, "DISTLIB_CHUNK_KB": 64}
-SWITCHES = ("DISTLIB_FINGERPRINT",)
+SMALLEST = {
+    "DISTLIB_NODES": 1,
+    "DISTLIB_ARENA_MB": 64,
+    "DISTLIB_STAGING_KB": 64,
+    "DISTLIB_CHUNK_KB": 64,
+    "DISTLIB_DEVICE_STAGING_KB": 1,
+    "DISTLIB_DEVICE_BLOCKS": 1,
+    "DISTLIB_DEVICE_THREADS": 32,
+    "DISTLIB_DEVICE_CHUNK_KB": 64,
+}
+SWITCHES = ("DISTLIB_FINGERPRINT", "DISTLIB_DEVICE_DESCRIPTORS")
 
 
 def check_settings(facts: Facts) -> Iterator[Problem]:

@@ -19,10 +19,11 @@ import torch.distributed as dist
 import distlib
 from distlib import _clash, launchers, native
 from distlib.comm import interfaces
+from distlib.cuda import library
 from distlib.doctor import machine
 from distlib.doctor.fabric import fabric
 from distlib.doctor.facts import Build, Facts, Launched, Network, Versions
-from distlib.doctor.gpus import architectures, gpus, load_error, loaded_nccl
+from distlib.doctor.gpus import architectures, gpus, loaded_nccl
 from distlib.doctor.tools import output_of
 
 _MAX_ARENA = 1 << 38
@@ -113,7 +114,7 @@ def build() -> Build:
         cuda_why_not=cuda["why_not"],
         cuda_compiler=cuda.get("compiler", ""),
         cuda_architectures=architectures(cuda.get("flags", "")),
-        cuda_error=load_error(Path(distlib.__file__).with_name("_cuda.so")) if cuda["built"] else "",
+        cuda_error=library.why_not() if cuda["built"] else "",
     )
 
 

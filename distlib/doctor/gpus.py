@@ -95,15 +95,6 @@ def parse_memory_errors(text: str) -> list[int]:
 # ---- libraries ---------------------------------------------------------------------------------------------
 
 
-def load_error(library: Path) -> str:
-    """Why a library cannot be loaded; empty if it can."""
-    try:
-        ctypes.CDLL(str(library))
-    except OSError as error:
-        return str(error)
-    return ""
-
-
 def architectures(flags: str) -> list[str]:
     """What nvcc made code for, from its flags: machine code ("sm_90") and PTX ("compute_100"). Empty: unknown."""
     found: list[str] = []

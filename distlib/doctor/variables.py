@@ -12,6 +12,11 @@ SETTINGS = {
     "DISTLIB_STAGING_KB": "shared memory through which ordinary tensors pass, in KiB",
     "DISTLIB_CHUNK_KB": "piece in which a tensor travels between hosts, in KiB",
     "DISTLIB_FINGERPRINT": "0: between hosts, ranks do not compare what they are about to do",
+    "DISTLIB_DEVICE_STAGING_KB": "GPU memory of each rank through which tensors pass, in KiB a block of threads",
+    "DISTLIB_DEVICE_BLOCKS": "blocks of threads of a collective's kernel",
+    "DISTLIB_DEVICE_THREADS": "threads in such a block",
+    "DISTLIB_DEVICE_DESCRIPTORS": "1: GPU memory is shared by file descriptors",
+    "DISTLIB_DEVICE_CHUNK_KB": "piece in which tensors of GPUs travel in levels between hosts, in KiB",
     "DISTLIB_MASTER_ADDR": "rank 0's address, under MPI, Slurm and SageMaker",
 }
 
@@ -19,6 +24,7 @@ SETTINGS = {
 INSTALL_SETTINGS = {
     "DISTLIB_NATIVE": "0 or 1: leave the C++ core out, or fail without it",
     "DISTLIB_CUDA": "0 or 1: leave the CUDA part out, or fail without it",
+    "DISTLIB_CUDA_ARCH": "the GPUs to compile for, in nvcc's words",
 }
 
 # Name (a trailing * is any ending) -> the value that is meant; "": any. aws-ofi-nccl >= 1.7 with
