@@ -23,7 +23,7 @@ from torch.distributed import Store
 from distlib.launchers import Launch
 
 T = TypeVar("T")
-Record = Mapping[str, Any]  # a rank's settings: "gpu" must differ between ranks, the others must not
+Record = Mapping[str, Any]  # a rank's settings: "gpu" must differ where it is not None, the others must not
 
 
 @dataclass
@@ -205,7 +205,10 @@ def _compare(records: list[dict[str, Any]]) -> Complaint | None:
             for gpu, ranks in ranks_by_value.items():
                 if gpu is not None and len(ranks) > 1:
                     problem = f"{_ranks(ranks)} would share GPU {gpu}, which NCCL refuses"
-                    fix = "start no more ranks per host than it has GPUs, or use the CPU: backend='distlib'"
+                    fix = (
+                        "start no more ranks per host than it has GPUs, or build distlib with CUDA and leave backend "
+                        "'auto', or use the CPU: backend='distlib'"
+                    )
                     return problem, fix
         elif name != "nonce" and len(ranks_by_value) > 1:
             sides = [f"{name}={value!r} on {_ranks(ranks)}" for value, ranks in ranks_by_value.items()]

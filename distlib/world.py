@@ -10,6 +10,7 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 
+from distlib.cuda import library
 from distlib.launchers import Launch, detect, launcher_name
 from distlib.rendezvous import meet
 from distlib.roll_call import Patience, leave_together
@@ -149,7 +150,8 @@ def _start(backend: str, timeout: timedelta, nodes: int | None) -> _Live:
     if backend == "auto":
         backend = "cpu:distlib,cuda:nccl" if torch.cuda.is_available() else "distlib"
     device = _pick_device(backend, launch)
-    record = {"backend": backend, "nodes": nodes, "gpu": _gpu_identity(device) if "nccl" in backend else None}
+    own_gpu = "nccl" in backend and not ("distlib" in backend and library.present())
+    record = {"backend": backend, "nodes": nodes, "gpu": _gpu_identity(device) if own_gpu else None}
 
     store, where = meet(launch, record, timeout)
     if nodes is not None:

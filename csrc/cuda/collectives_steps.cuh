@@ -4,11 +4,14 @@
 #include "collectives.h"
 #include "launch.cuh"
 
-// Arguments of kernels are read where they are, not copied first.
+// Arguments of kernels are read where they are, not copied first. Functions that are called in many places are there
+// once.
 #ifdef DISTLIB_CUDA_ON_CPU
 #define DL_ARGUMENT const
+#define DL_ONCE __attribute__((noinline))
 #else
 #define DL_ARGUMENT const __grid_constant__
+#define DL_ONCE __noinline__
 #endif
 
 namespace distlib {
@@ -173,7 +176,7 @@ class Team {
 // ---- Bytes ----
 
 // Copies by all threads of the block, 16 bytes at a time where both sides allow it.
-__device__ __noinline__ inline void copy(void* to, const void* from, uint64_t bytes) {
+__device__ DL_ONCE inline void copy(void* to, const void* from, uint64_t bytes) {
   const uint64_t both = reinterpret_cast<uint64_t>(to) | reinterpret_cast<uint64_t>(from);
   const uint64_t step = blockDim.x;
   uint64_t done = 0;

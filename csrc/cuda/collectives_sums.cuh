@@ -109,8 +109,8 @@ union Pack {  // as memory moves them, and as elements
 // to = slots of all ranks at `offset` of their segments, reduced. By all threads of the block; offset % 16 == 0. Its
 // own function, as its registers would be the whole kernel's.
 template <class F>
-__device__ __noinline__ void reduce(const distlib_group& g, void* to, uint64_t offset, uint64_t count, int32_t op,
-                                    int divisor) {
+__device__ DL_ONCE void reduce(const distlib_group& g, void* to, uint64_t offset, uint64_t count, int32_t op,
+                               int divisor) {
   using Element = typename F::Element;
   constexpr int kWide = 16 / sizeof(Element);
   const auto slot = [&](int r) { return static_cast<const char*>(g.segment[r]) + offset; };
@@ -147,8 +147,8 @@ __device__ __noinline__ void reduce(const distlib_group& g, void* to, uint64_t o
 }
 
 // The same by the dtype's number.
-__device__ __noinline__ inline void reduce(const Team& team, const distlib_call& call, void* to, uint64_t offset,
-                                           uint64_t count) {
+__device__ DL_ONCE inline void reduce(const Team& team, const distlib_call& call, void* to, uint64_t offset,
+                                      uint64_t count) {
   const int divisor = call.what.op == kAvg ? call.divisor : 1;
   const int32_t op = op_on(call.dtype, call.what.op);
   if (team.g.size == 1 && divisor <= 1 && call.dtype != kBool)  // nothing is computed: not even a NaN is touched

@@ -21,13 +21,12 @@ from distlib.comm import hierarchical as levels
 from distlib.comm import interfaces, membership
 from distlib.comm.c10d import C10dChannel
 from distlib.comm.channel import Channel, Collective
-from distlib.comm.counting import CountingChannel, is_fake
+from distlib.comm.counting import CountingChannel
 from distlib.comm.device import DeviceChannel, connect, may_connect
 from distlib.comm.gloo import GlooChannel, Seat
-from distlib.comm.host import HostChannel, usable_cores
+from distlib.comm.host import host_channel
 from distlib.comm.ledger import ledger
 from distlib.comm.memory import arena_empty
-from distlib.comm.nccl import NcclChannel
 from distlib.comm.spanning import SpanningChannel
 from distlib.comm.stream_work import StreamWork
 from distlib.comm.tensors import device_of, inputs, outputs, readable, writable
@@ -101,7 +100,7 @@ class Group:
         inside = None
         local = topology.local_ranks(rank)
         if all(members.cards[r].door for r in local) and (len(local) > 1 or size == 1):
-            inside = _host_channel(store, name, rank, local, members, limit)
+            inside = host_channel(store, name, rank, local, members, limit)
         channel: Channel
         if len(topology.nodes) == 1 and inside is not None:
             channel = inside
@@ -128,7 +127,9 @@ class Group:
         if own is not None:
             return own
         if pg not in _foreign:
-            _foreign[pg] = _wrap_fake(pg) if is_fake(pg) else _wrap_foreign(pg)
+            from distlib.comm.foreign import wrap
+
+            _foreign[pg] = wrap(pg)
         return _foreign[pg]
 
     @property
@@ -157,6 +158,12 @@ class Group:
         messages, in a group of more than two ranks, all ranks must call it. ValueError (naming ranks that share a GPU,
         and the fix) or RuntimeError on all ranks where there is no way."""
         self._device_channel(torch.device(device))
+
+    def nccl_on(self, device: torch.device) -> Any:
+        """torch's NCCL group of this group, where NCCL is used; every rank must call, as `connect` may be needed."""
+        channel = self._device_channel(device)
+        nccl = channel.nccl if isinstance(channel, DeviceChannel) else None
+        return None if nccl is None else nccl.pg
 
     def _device_channel(self, device: torch.device) -> Channel:
         if device.type == "cpu" or self.counts_only or isinstance(self._channel, C10dChannel):
@@ -484,39 +491,3 @@ class Group:
 
 
 _foreign: weakref.WeakKeyDictionary[Any, Group] = weakref.WeakKeyDictionary()
-
-
-def _host_channel(
-    store: dist.Store, name: str, rank: int, local: Sequence[int], members: membership.Members, timeout: float
-) -> HostChannel:
-    """The channel between the group's ranks on this host; its lowest rank provides the control block."""
-    key, block = f"control/{local[0]}", None
-    if rank == local[0]:
-        block = HostChannel.allocate_control(len(local))
-        store.set(key, str(block.offset))
-    who = [f"rank {members.ranks[local[0]]}"]
-    offset = int(membership.collect(store, [key], who, f"group '{name}'", timeout)[0])
-    doors = [members.cards[r].door for r in local]
-    labels = [members.ranks[r] for r in local]
-    cores = usable_cores(members.cards[r].cores for r in local)
-    return HostChannel(name, local.index(rank), doors, labels, 0, offset, cores, block)
-
-
-def _wrap_foreign(pg: dist.ProcessGroup) -> Group:
-    is_nccl = "nccl" in str(dist.get_backend(pg)) and "gloo" not in str(dist.get_backend(pg))
-    ranks = dist.get_process_group_ranks(pg)
-    gathered: list[Any] = [None] * pg.size()
-    from distlib.comm.meeting import Host
-
-    dist.all_gather_object(gathered, Host.here().card(pg.rank(), pg.size()), group=pg)
-    met = Host.here().meet(dict(enumerate(gathered)), pg.rank(), 60.0)
-    dist.all_gather_object(gathered, sorted(met), group=pg)
-    topology = Topology.from_colocation(dict(enumerate(gathered)))
-    name = str(getattr(pg, "group_name", "group"))
-    channel = NcclChannel.over(pg, topology) if is_nccl else C10dChannel(pg)
-    return Group(name, pg.rank(), ranks, topology, channel, 1800.0)
-
-
-def _wrap_fake(pg: dist.ProcessGroup) -> Group:
-    channel = CountingChannel(pg)
-    return Group(channel.name, channel.rank, channel.ranks, channel.topology, channel, 1800.0)

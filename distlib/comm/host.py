@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from distlib import native, settings
 from distlib.comm.channel import SAME_HOST, Collective, Traffic
 from distlib.comm.ledger import expected_bytes
 from distlib.comm.meeting import Host
+from distlib.comm.membership import Members, collect
 from distlib.comm.work import Operation
 
 Span = tuple[int, int]  # address, bytes
@@ -192,3 +194,19 @@ class HostChannel:
             return False
         self._mailbox = self._block = None
         return True
+
+
+def host_channel(
+    store: dist.Store, name: str, rank: int, local: Sequence[int], members: Members, timeout: float
+) -> HostChannel:
+    """The channel between the group's ranks on this host; its lowest rank provides the control block."""
+    key, block = f"control/{local[0]}", None
+    if rank == local[0]:
+        block = HostChannel.allocate_control(len(local))
+        store.set(key, str(block.offset))
+    who = [f"rank {members.ranks[local[0]]}"]
+    offset = int(collect(store, [key], who, f"group '{name}'", timeout)[0])
+    doors = [members.cards[r].door for r in local]
+    labels = [members.ranks[r] for r in local]
+    cores = usable_cores(members.cards[r].cores for r in local)
+    return HostChannel(name, local.index(rank), doors, labels, 0, offset, cores, block)

@@ -1,15 +1,15 @@
 """`ProcessGroup`: torch's calls in, `Group`'s calls out.
 
 torch lets a backend from Python be a ProcessGroup (a C++ `Backend` cannot be subclassed without torch's headers), and
-uses that object in place of its own. So everything torch or its C++ parts ask of a process group is answered here:
-tensors on the CPU go to the Group, tensors on CUDA to NCCL, which is made on first use.
+uses that object in place of its own. So everything torch or its C++ parts ask of a process group is answered here, and
+goes to the Group, whatever device its tensors are on. Only what torch brackets as one operation goes to NCCL itself.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +22,7 @@ from distlib.comm.group import Group
 from distlib.comm.monitored import monitored_barrier
 from distlib.comm.patches import patch_functional
 from distlib.comm.sparse import all_reduce_sparse
+from distlib.comm.stream_work import StreamWork
 from distlib.comm.work import Work, finished
 
 NAME = "distlib"
@@ -36,8 +37,8 @@ def op_name(op: Any) -> str:
     raise ValueError(f"backend distlib does not support {op}; it has {', '.join(OPS)}")
 
 
-class _CpuBackend:
-    """What torch asks of "the backend for CPU tensors" of a group, besides collectives."""
+class _Backend:
+    """What torch asks of "the backend for tensors of a device" of a group, besides collectives."""
 
     supports_splitting = supports_coalescing = supports_time_estimate = False
 
@@ -56,26 +57,20 @@ class _CpuBackend:
 
 
 def _collective(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Sends a call with CUDA tensors to NCCL: the C++ base class dispatches by device to what is registered there."""
+    """Sends a call inside a bracket to NCCL: the C++ base class dispatches by device to what is registered there."""
 
     @functools.wraps(method)
     def dispatch(self: ProcessGroup, *args: Any, **kwargs: Any) -> Any:
-        if self._serves_cuda and _on_cuda(args):
-            self._connect_cuda()
+        if self._bracketed:
             return getattr(dist.ProcessGroup, method.__name__)(self, *args, **kwargs)
         return method(self, *args, **kwargs)
 
     return dispatch
 
 
-def _on_cuda(args: Sequence[Any]) -> bool:
-    """Whether the first tensor among (nested) arguments is on CUDA."""
-    for a in args:
-        if isinstance(a, torch.Tensor):
-            return a.is_cuda
-        if isinstance(a, (list, tuple)) and a:
-            return _on_cuda(a)
-    return False
+def _accelerator() -> torch.device | None:
+    """The type of this process's accelerator, if it has one."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 
 
 class ProcessGroup(dist.ProcessGroup):
@@ -94,10 +89,9 @@ class ProcessGroup(dist.ProcessGroup):
             options.store, options.group_rank, options.group_size, options.timeout, name, ranks
         )
         self._sequence = 0
-        self._serves_cuda = torch.cuda.is_available()
-        self._cuda_lock = threading.Lock()
-        self._has_cuda = False
-        self._backend = _CpuBackend(self.distlib_group)
+        self._lock = threading.Lock()
+        self._has_nccl = self._bracketed = False
+        self._backend = _Backend(self.distlib_group)
 
     # ------------------------------------------------------------ identity
 
@@ -136,34 +130,33 @@ class ProcessGroup(dist.ProcessGroup):
 
     @property
     def _device_types(self) -> list[torch.device]:
-        return [_CPU, torch.device("cuda")] if self._serves_cuda else [_CPU]
+        found = _accelerator()
+        return [_CPU, found] if found is not None and self.distlib_group.on_device(found) else [_CPU]
 
     def _get_backend(self, device: torch.device) -> Any:
-        kind = torch.device(device).type
-        if kind == "cpu":
-            return self._backend
-        if kind == "cuda" and self._serves_cuda:
-            self._connect_cuda()
-            return super()._get_backend(torch.device(device))
-        raise RuntimeError(f"backend distlib serves no device of type {kind!r}: move the tensor to the CPU or to CUDA")
+        device = torch.device(device)
+        if not self.distlib_group.on_device(device):
+            raise RuntimeError(
+                f"backend distlib cannot communicate tensors on {device.type!r} here: `distlib doctor` says why"
+            )
+        if device.type == "cuda" and self._connect_nccl(device):
+            return super()._get_backend(device)
+        return self._backend
 
-    def _connect_cuda(self) -> None:
-        """Makes the NCCL backend for this group; every rank comes here with its first CUDA tensor."""
-        with self._cuda_lock:
-            if self._has_cuda:
-                return
+    def _connect_nccl(self, device: torch.device) -> bool:
+        """Makes the way for tensors on CUDA; every rank comes here. True where NCCL is a part of it: torch gets it."""
+        with self._lock:
             configured = str(c10d._world.pg_backend_config.get(self, ""))
             wanted = dict(part.split(":") for part in configured.split(",") if ":" in part).get("cuda", "nccl")
             if wanted not in ("nccl", NAME):
                 raise RuntimeError(f"cuda:{wanted} beside cpu:distlib is not supported: use 'cpu:distlib,cuda:nccl'")
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = self._timeout
-            options.global_ranks_in_group = self._global_ranks
-            options.group_name = self._group_name
-            store = dist.PrefixStore("cuda/", self._store)
-            nccl = dist.ProcessGroupNCCL(store, self.rank(), self.size(), options)
-            self._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, nccl)
-            self._has_cuda = True
+            if device.index is None:
+                device = torch.device("cuda", torch.cuda.current_device())
+            nccl = self.distlib_group.nccl_on(device)
+            if nccl is not None and not self._has_nccl:
+                self._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, nccl)
+                self._has_nccl = True
+            return self._has_nccl
 
     # ------------------------------------------------------------ collectives
 
@@ -347,8 +340,6 @@ class ProcessGroup(dist.ProcessGroup):
     def abort(self) -> None:
         """Ends the group for all its ranks."""
         self.distlib_group.abort(f"group '{self._group_name}' was aborted by rank {self.rank()} (abort() was called)")
-        if self._has_cuda:
-            super().abort()
 
     def shutdown(self) -> None:
         """Leaves the group; torch calls it from destroy_process_group."""
@@ -357,8 +348,6 @@ class ProcessGroup(dist.ProcessGroup):
             from distlib.comm.membership import forget_world
 
             forget_world()
-        if self._has_cuda:
-            super().shutdown()
 
     def _set_sequence_number_for_group(self) -> None:
         """Ranks count from zero together: there is nothing to agree on."""
@@ -381,10 +370,14 @@ class ProcessGroup(dist.ProcessGroup):
     splitGroup, mergeRemoteGroup = split_group, merge_remote_group
 
     def _start_coalescing(self, device: torch.device) -> None:
-        if torch.device(device).type != "cuda":
-            raise self._refuse("_start_coalescing on the CPU")
-        self._connect_cuda()
+        if torch.device(device).type != "cuda" or not self._connect_nccl(torch.device(device)):
+            raise self._refuse("_start_coalescing without NCCL")
         super()._start_coalescing(device)
+        self._bracketed = True
+
+    def _end_coalescing(self, device: torch.device) -> Any:
+        self._bracketed = False
+        return super()._end_coalescing(device)
 
     def _register_on_completion_hook(self, hook: Any) -> None:
         raise self._refuse("on-completion hooks")
@@ -412,8 +405,38 @@ class _All(Work):
         super().complete()
 
 
+class _AllOnStreams(StreamWork):
+    """The same on a device, where works of different sizes may be on different streams."""
+
+    def __init__(self, works: list[Work], result: list[torch.Tensor]) -> None:
+        super().__init__(works[-1].operation, result)
+        self._works = works
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        return all(work.wait(timeout) for work in self._works)
+
+    def is_completed(self) -> bool:
+        return all(work.is_completed() for work in self._works)
+
+    def exception(self) -> BaseException | None:
+        return next((error for work in self._works if (error := work.exception()) is not None), None)
+
+    def is_success(self) -> bool:
+        return self.is_completed() and self.exception() is None
+
+    def get_future(self) -> torch.futures.Future[Any]:
+        """The current stream waits for all: whoever waits for the future waits for that stream."""
+        self.wait()
+        stream = self.operation.stream
+        future: torch.futures.Future[Any] = torch.futures.Future(devices=[] if stream is None else [stream.device])
+        future.set_result(self._result)
+        return future
+
+
 def _last(works: list[Work], result: list[torch.Tensor]) -> Work:
-    return _All(works, list(result)) if works else finished(list(result))
+    if not works:
+        return finished(list(result))
+    return (_AllOnStreams if isinstance(works[-1], StreamWork) else _All)(works, list(result))
 
 
 class _Timed:
@@ -467,7 +490,7 @@ def _hide_from_dynamo() -> None:
     if not hasattr(eval_frame, "set_code_exec_strategy"):  # before torch 2.8 methods of process groups are not traced
         return
     skip = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
-    for cls in (ProcessGroup, Work):
+    for cls in (ProcessGroup, Work, StreamWork):
         for member in vars(cls).values():
             if hasattr(member, "__code__"):
                 eval_frame.set_code_exec_strategy(member.__code__, skip)
