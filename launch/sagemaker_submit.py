@@ -94,7 +94,7 @@ def request(options: argparse.Namespace) -> dict[str, Any]:
         },
         "OutputDataConfig": {"S3OutputPath": options.output},
         "StoppingCondition": {"MaxRuntimeInSeconds": seconds},
-        # Encryption between containers would keep NCCL from EFA.
+        # Encrypting what goes between containers would slow every collective.
         "EnableInterContainerTrafficEncryption": False,
         "EnableNetworkIsolation": False,
         "Environment": dict(pair.split("=", 1) for pair in options.set),

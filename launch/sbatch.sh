@@ -17,6 +17,8 @@
 set -euo pipefail
 
 # source /path/to/venv/bin/activate
+# On EFA hosts, unless the system finds them already (srun hands on what is exported; set no FI_ or RDMAV_ variable):
+# export LD_LIBRARY_PATH=/opt/amazon/ofi-nccl/lib:/opt/amazon/efa/lib
 export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
 
 # To go on from the last checkpoint, here and after each requeue:   export CHECKPOINT=/shared/job, and let the script

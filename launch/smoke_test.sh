@@ -34,7 +34,8 @@ PYTHON
             IFS=: read -ra folders <<<"${LD_LIBRARY_PATH:-}"
             plugin=$(find "${folders[@]}" -name 'libnccl-net*.so' -print -quit 2>/dev/null || true)
             [[ -n $plugin ]] || fail "no libnccl-net.so in LD_LIBRARY_PATH=${LD_LIBRARY_PATH:-}"
-            ! ldd "$plugin" | grep 'not found' || fail "$plugin misses libraries, see above"
+            # The driver's library comes with the host: an image does not have it while it is built.
+            ! ldd "$plugin" | grep 'not found' | grep -v 'libcuda\.so' || fail "$plugin misses libraries, see above"
             echo "$plugin"
             ;;
         mpi)

@@ -15,6 +15,8 @@ set -euo pipefail
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
 ranks=${RANKS:-$((gpus > 0 ? gpus : 1))}
 
+# EFA: NCCL finds it if libfabric and aws-ofi-nccl are on LD_LIBRARY_PATH, and wants no other variable
+# (docs/launching.md). --no-python distlib doctor in place of the script tells.
 # Where hosts have several networks, name the one to use, for gloo (CPU) and NCCL (GPU):
 #   export GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0
 

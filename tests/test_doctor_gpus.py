@@ -15,7 +15,7 @@ from distlib.doctor import gather, gpus, machine
 from distlib.doctor.check_gpus import code_for
 from distlib.doctor.check_job import check_job
 from distlib.doctor.checks import check
-from distlib.doctor.examine import _report_of_job
+from distlib.doctor.examine import _report_of_job, each_has_a_gpu
 from distlib.doctor.fabric import fabric, plugin_version
 from distlib.doctor.facts import GIB, Fabric, Gpu, Gpus, NcclSaid, Node, Report, SelfTest
 from distlib.doctor.nccl_log import parse, recorded
@@ -369,6 +369,13 @@ def test_ranks_that_share_a_gpu() -> None:
     (problem,) = check_job(everyone, TWO_HOSTS)
     assert same(problem, "warning gpu: 2 ranks use 1 GPU: ranks 2, 3 share one"), told(problem)
     assert problem.hosts == ["b"] and problem.fix.startswith("Start 1 rank on this host")
+
+
+@pytest.mark.parametrize(
+    ("used", "can"), [(["a", "b"], True), (["a", "a"], False), (["a", ""], False), (["", ""], False)]
+)
+def test_nccl_is_tried_where_each_rank_has_a_gpu(used: list[str], can: bool) -> None:
+    assert each_has_a_gpu([facts(gpus__mine=gpu) for gpu in used]) is can
 
 
 @pytest.mark.parametrize(

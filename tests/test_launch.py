@@ -267,3 +267,20 @@ def test_the_smoke_test_names_what_fails(programs: Path) -> None:
     assert done.returncode == 1 and "train_lm.py failed" in done.stderr
     *_, done = run(programs, "smoke_test.sh", "efa", LD_LIBRARY_PATH="/nowhere")
     assert done.returncode == 1 and "fi_info is not on PATH" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("missing", "complaint"),
+    [("libcuda.so.1", ""), ("libhwloc.so.15", "misses libraries"), (None, "no libnccl-net.so in LD_LIBRARY_PATH")],
+)
+def test_the_smoke_test_looks_at_the_plugin(programs: Path, missing: str | None, complaint: str) -> None:
+    for name, text in (("fi_info", "libfabric: 2.1"), ("ldd", f"{missing} => not found"), ("torchrun", "fine")):
+        (programs / name).write_text(f"#!/bin/sh\necho '{text}'\n")
+        (programs / name).chmod(0o755)
+    if missing:
+        (programs / "libnccl-net.so").touch()
+    # Not by run(): what this script prints is for people.
+    environ = {"PATH": f"{programs}:/usr/bin:/bin", "LD_LIBRARY_PATH": f"/nowhere:{programs}"}
+    done = subprocess.run([LAUNCH / "smoke_test.sh", "efa"], env=environ, capture_output=True, text=True, timeout=30)
+    assert (done.returncode == 0) == (complaint == "") and complaint in done.stderr, done
+    assert ("smoke test passed" in done.stdout) == (complaint == "")

@@ -103,7 +103,7 @@ def test_the_request_says_what_was_asked() -> None:
     assert asked["AlgorithmSpecification"]["ContainerArguments"] == SCRIPT[1:]
     assert asked["AlgorithmSpecification"]["ContainerEntrypoint"][1] == f"/opt/distlib/launch/{ENTRY.name}"
     assert asked["Environment"] == {"NCCL_DEBUG": "INFO", "CHECKPOINT": "/opt/ml/input/data/shared/run"}
-    assert asked["EnableInterContainerTrafficEncryption"] is False  # it would keep NCCL from EFA
+    assert asked["EnableInterContainerTrafficEncryption"] is False
     assert asked["StoppingCondition"] == {"MaxRuntimeInSeconds": 86400, "MaxWaitTimeInSeconds": 172800}
     assert [channel["ChannelName"] for channel in asked["InputDataConfig"]] == ["code", "train", "shared"]
 

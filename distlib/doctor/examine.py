@@ -121,7 +121,7 @@ def _with_job(timeout: float) -> Report:
             facts.network = network(os.environ, meeting_point(_world().get_group_store()))
             everyone = [Facts.model_validate_json(text) for text in _gather(facts.model_dump_json())]
             nodes = [Node(host=everyone[ranks[0]].machine.host, ranks=list(ranks)) for ranks in world.topology.nodes]
-            devices = [torch.device("cpu")] + ([world.device] if on_gpu else [])
+            devices = [torch.device("cpu")] + ([world.device] if each_has_a_gpu(everyone) else [])
             result = measure(devices, min(_gather(large_bytes())))
             for each, said in zip(everyone, _gather(nccl_said()), strict=True):
                 each.fabric.said = said
@@ -133,6 +133,12 @@ def _with_job(timeout: float) -> Report:
     if launch.rank > 0:
         raise Absent
     return _report_of_job(everyone, nodes, result)
+
+
+def each_has_a_gpu(everyone: list[Facts]) -> bool:
+    """Whether NCCL can be tried: every rank uses a GPU, and no two the same one, which it refuses."""
+    used = [facts.gpus.mine for facts in everyone]
+    return all(used) and len(set(used)) == len(used)
 
 
 def _report_of_job(everyone: list[Facts], nodes: list[Node], selftest: SelfTest) -> Report:
