@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import types
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_doctor import TWO_HOSTS, facts, on_two_hosts, printed, same, told
 
 from distlib.cuda import library
@@ -247,6 +249,33 @@ def test_links_between_gpus() -> None:
     assert gpus.parse_links(matrix) == {"NV18": 1, "SYS": 1, "PHB": 1}
     assert gpus.parse_links("\tGPU0\tCPU Affinity\nGPU0\t X \t0-7\n") == {}
     assert gpus.parse_links("") == {}
+
+
+@pytest.mark.parametrize("whole_host", [True, False])
+def test_gpus_as_torch_and_the_driver_see_them(monkeypatch: pytest.MonkeyPatch, whole_host: bool) -> None:
+    known = types.SimpleNamespace(name="H200", total_memory=141 * GIB, major=9, minor=0, uuid="u-0")
+    asked: list[str] = []
+
+    def smi(*command: str) -> str:
+        asked.append(command[1])
+        return "GPU0 GPU1\nGPU0 X NV18\nGPU1 NV18 X\n" if command[1] == "topo" else "0, 0\n1, 4\n"
+
+    for name, value in {
+        "is_available": lambda: True,
+        "device_count": lambda: 2,
+        "get_device_properties": lambda index: known,
+        "can_device_access_peer": lambda one, other: False,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(gpus, "find", lambda name: "/bin/nvidia-smi")
+    monkeypatch.setattr(gpus, "output_of", smi)
+    found = gpus.gpus(whole_host)
+    assert found.devices == [Gpu(name="H200", memory=141 * GIB, capability="9.0", identity="u-0")] * 2
+    assert re.fullmatch(r"([0-9]+\.[0-9])?", found.driver_cuda)
+    if whole_host:
+        assert found.strangers == [(0, 1)] and found.links == {"NV18": 1} and found.memory_errors == [1]
+    else:
+        assert (found.strangers, found.links, found.memory_errors, asked) == ([], {}, [], [])
 
 
 def test_memory_errors() -> None:
