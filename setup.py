@@ -5,7 +5,7 @@ What was built, or why not, is written to distlib/_build_info.py, which `distlib
 DISTLIB_NATIVE     0: leave the C++ core out; 1: fail if it cannot be built; auto (default): build it if possible;
                    keep: leave what is there as it is, for an in-place build of the other part
 DISTLIB_CUDA       the same for csrc/cuda
-DISTLIB_CUDA_ARCH  what nvcc compiles for (-arch): all-major (default), or one card's, which takes less time
+DISTLIB_CUDA_ARCH  what nvcc compiles for: all-major (default; see GPUS), or one card's (sm_90), which takes less time
 CXX, NVCC          the compilers to use
 
 Neither part includes a torch header: one build serves every torch version, and building needs no torch.
@@ -37,7 +37,9 @@ OBJECTS = ROOT / "build" / f"objects-{sys.implementation.cache_tag}"  # kept for
 NATIVE_SOURCES = ("csrc/core/*.cpp", "csrc/cpu/*.cpp")
 CUDA_SOURCES = ("csrc/cuda/*.cu",)
 CXX_FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-pthread", "-fPIC", "-DNDEBUG"]
-NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC", f"-arch={os.environ.get('DISTLIB_CUDA_ARCH') or 'all-major'}"]
+# -fmad=false: multiplications and additions are rounded one by one, as in the C++ core, for the same bits.
+NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+GPUS = (80, 90, 100)  # architectures with code of their own (8.6 and 8.9 run that of 8.0); newer ones get PTX
 
 
 class CannotBuild(Exception):
@@ -183,9 +185,23 @@ def build_cuda(files: list[str], target: Path) -> dict[str, str]:
         raise CannotBuild("this version has no CUDA sources: csrc/cuda holds no .cu file")
     nvcc = find_nvcc()
     version = version_of(nvcc, -1)
-    objects = compile_all(files, [*nvcc, *NVCC_FLAGS, "-Icsrc"], [], version)
-    link([*nvcc, "-shared", *objects], target)
-    return {"compiler": version, "flags": " ".join(NVCC_FLAGS)}
+    flags = [*NVCC_FLAGS, *architectures(nvcc)]
+    objects = compile_all(files, [*nvcc, *flags, "-Icsrc"], [], version)
+    link([*nvcc, *flags, "-shared", *objects], target)
+    return {"compiler": version, "flags": " ".join(flags)}
+
+
+def architectures(nvcc: list[str]) -> list[str]:
+    """nvcc's flags for $DISTLIB_CUDA_ARCH; else for those of GPUS that it knows, and PTX of the newest of them."""
+    asked = os.environ.get("DISTLIB_CUDA_ARCH") or "all-major"
+    if asked != "all-major":
+        return [f"-arch={asked}"]
+    done = subprocess.run([*nvcc, "--list-gpu-arch"], capture_output=True, text=True, errors="replace")
+    known = [gpu for gpu in GPUS if f"compute_{gpu}" in done.stdout.split()]
+    if not known:
+        raise CannotBuild(f"{nvcc[0]} knows none of the architectures {GPUS}: install CUDA 12.8 or newer")
+    flags = [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in known]
+    return [*flags, f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"]
 
 
 def build_part(

@@ -131,9 +131,11 @@ FAKE_NVCC = """#!{python}
 import subprocess, sys
 if sys.argv[1] == "--version":
     print("Cuda compilation tools, release 0.0")
+elif sys.argv[1] == "--list-gpu-arch":
+    print("compute_75\\ncompute_90")
 else:
     sys.exit(subprocess.call(["c++", "-fPIC", "-xc++" if "-c" in sys.argv else "-xnone"]
-             + [a for a in sys.argv[1:] if not a.startswith(("-arch", "-Xcompiler"))]))
+             + [a for a in sys.argv[1:] if not a.startswith(("-gencode", "-fmad", "-cudart", "-Xcompiler"))]))
 """
 
 
@@ -152,7 +154,9 @@ def test_cuda_is_compiled_where_nvcc_is_and_never_silently_missing(tree: Path) -
     done = _build(tree, DISTLIB_CUDA="1", NVCC=str(nvcc))
     assert done.returncode == 0, done.stderr
     assert ctypes.CDLL(str(tree / "distlib/_cuda.so")).six() == 6
-    assert _info(tree)["CUDA"]["built"] and "release 0.0" in _info(tree)["CUDA"]["compiler"]
+    record = _info(tree)["CUDA"]
+    assert record["built"] and "release 0.0" in record["compiler"]
+    assert record["flags"].endswith("code=sm_90 -gencode=arch=compute_90,code=compute_90")  # what it knows, and PTX
     assert _build(tree, DISTLIB_CUDA="0", NVCC=str(nvcc)).returncode == 0
     assert not (tree / "distlib/_cuda.so").exists()
 

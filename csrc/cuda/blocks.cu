@@ -128,7 +128,8 @@ int start_dequantize(const void* packed, unsigned rows, uint64_t stride, uint64_
 }  // namespace cuda
 }  // namespace distlib
 
-DISTLIB_API int64_t distlib_quantize(const void* values, int64_t count, int64_t dtype, void* packed, void* stream) {
+DISTLIB_API int64_t distlib_cuda_quantize(const void* values, int64_t count, int64_t dtype, void* packed,
+                                          void* stream) {
   using namespace distlib::cuda;
   if (count < 0 || count > int64_t{1} << 40) return cudaErrorInvalidValue;
   if (count == 0) return 0;
@@ -145,8 +146,8 @@ DISTLIB_API int64_t distlib_quantize(const void* values, int64_t count, int64_t 
   }
 }
 
-DISTLIB_API int64_t distlib_dequantize(const void* packed, int64_t rows, int64_t packed_stride, int64_t count,
-                                       int64_t dtype, void* out, void* stream) {
+DISTLIB_API int64_t distlib_cuda_dequantize(const void* packed, int64_t rows, int64_t packed_stride, int64_t count,
+                                            int64_t dtype, void* out, void* stream) {
   using namespace distlib::cuda;
   if (count < 0 || count > int64_t{1} << 40 || rows < 0 || rows > 65535) return cudaErrorInvalidValue;
   if (count == 0 || rows == 0) return 0;
@@ -164,8 +165,8 @@ DISTLIB_API int64_t distlib_dequantize(const void* packed, int64_t rows, int64_t
   }
 }
 
-DISTLIB_API int64_t distlib_reorder(const void* from, void* to, int64_t row_bytes, int64_t nodes, int64_t rails,
-                                    void* stream) {
+DISTLIB_API int64_t distlib_cuda_reorder(const void* from, void* to, int64_t row_bytes, int64_t nodes, int64_t rails,
+                                         void* stream) {
   using namespace distlib::cuda;
   if (row_bytes < 0 || nodes < 0 || rails < 0) return cudaErrorInvalidValue;
   if (row_bytes == 0 || nodes == 0 || rails == 0) return 0;

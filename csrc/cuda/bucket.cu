@@ -105,9 +105,9 @@ int start_same(const Job& job, bool plain, int64_t chunks, void* stream) {
 }  // namespace cuda
 }  // namespace distlib
 
-DISTLIB_API int64_t distlib_pack(const void* rows, const void* chunk_rows, int64_t chunks, int64_t chunk, int64_t from,
-                                 int64_t to, double scale, const void* device_scale, void* scratch, void* sum,
-                                 void* found_inf, void* stream) {
+DISTLIB_API int64_t distlib_cuda_pack(const void* rows, const void* chunk_rows, int64_t chunks, int64_t chunk,
+                                      int64_t from, int64_t to, double scale, const void* device_scale, void* scratch,
+                                      void* sum, void* found_inf, void* stream) {
   using namespace distlib::cuda;
   const bool plain = scale == 1 && device_scale == nullptr && sum == nullptr && found_inf == nullptr;
   if (chunks < 0 || chunks > 0x7fffffff || chunk <= 0 || chunk % 16 != 0 || (sum != nullptr && scratch == nullptr))

@@ -28,8 +28,9 @@ struct DistlibPackRow {
 // The sum is added in an order that depends on the table, on `chunk` and on addresses modulo 16, not on time.
 //
 // scratch: 8 * (1 + chunks) bytes, zero before the first launch, and of one launch at a time. Needed with `sum`.
-int64_t distlib_pack(const void* rows, const void* chunk_rows, int64_t chunks, int64_t chunk, int64_t from, int64_t to,
-                     double scale, const void* device_scale, void* scratch, void* sum, void* found_inf, void* stream);
+int64_t distlib_cuda_pack(const void* rows, const void* chunk_rows, int64_t chunks, int64_t chunk, int64_t from,
+                          int64_t to, double scale, const void* device_scale, void* scratch, void* sum, void* found_inf,
+                          void* stream);
 
 #ifdef __cplusplus
 }

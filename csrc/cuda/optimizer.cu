@@ -276,9 +276,9 @@ int start_rule(const Table& t, int64_t rule, bool has_m) {
 }  // namespace cuda
 }  // namespace distlib
 
-DISTLIB_API int64_t distlib_step(const void* rows, const void* chunk_rows, int64_t chunks, int64_t chunk, int64_t rule,
-                                 int64_t param, int64_t grad, int64_t copy, int64_t has_m, const void* scalars,
-                                 void* stream) {
+DISTLIB_API int64_t distlib_cuda_step(const void* rows, const void* chunk_rows, int64_t chunks, int64_t chunk,
+                                      int64_t rule, int64_t param, int64_t grad, int64_t copy, int64_t has_m,
+                                      const void* scalars, void* stream) {
   using namespace distlib::cuda;
   if (chunks < 0 || chunks > 0x7fffffff || chunk <= 0 || chunk % 16 != 0) return cudaErrorInvalidValue;
   if (chunks == 0) return 0;

@@ -19,7 +19,7 @@ struct DistlibScalars {
 };
 
 // *scalars (device) = *given (host memory, read before this returns).
-int64_t distlib_step_scalars(void* scalars, const struct DistlibScalars* given, void* stream);
+int64_t distlib_cuda_step_scalars(void* scalars, const struct DistlibScalars* given, void* stream);
 
 // What a step is made from. Numbers are the host's; addresses, where not null, are of device memory, and what lies
 // there is read when the stream gets to it.
@@ -39,7 +39,7 @@ struct DistlibPrepare {
 
 // In fp64, as distlib/optim does on the host: scale = given scale / loss scale; norm = sqrt(squares) * scale; scale *=
 // min(1, max_norm / (norm + 1e-6)); then rate, decay and root_scale of the rule and step. SGD's step 1 is its `first`.
-int64_t distlib_step_prepare(void* scalars, const struct DistlibPrepare* given, void* stream);
+int64_t distlib_cuda_step_prepare(void* scalars, const struct DistlibPrepare* given, void* stream);
 
 // ---- Steps ----
 
@@ -57,8 +57,8 @@ struct DistlibStepRow {
 //             master is the fp32 number whose bits are (parameter << 16) + remainder (int16), and the parameter the
 //             master rounded to nearest, ties away from zero
 // SGD's momentum must be 0 exactly where `m` of the rows is: `has_m` 0. Others: cudaErrorInvalidValue (1).
-int64_t distlib_step(const void* rows, const void* chunk_rows, int64_t chunks, int64_t chunk, int64_t rule,
-                     int64_t param, int64_t grad, int64_t copy, int64_t has_m, const void* scalars, void* stream);
+int64_t distlib_cuda_step(const void* rows, const void* chunk_rows, int64_t chunks, int64_t chunk, int64_t rule,
+                          int64_t param, int64_t grad, int64_t copy, int64_t has_m, const void* scalars, void* stream);
 
 // ---- Sums of squares ----
 
@@ -72,8 +72,8 @@ struct DistlibSquareRow {
 // csrc/cpu/optimizers.hpp: the same bits. block_rows[b] (int32) is the row that element 16,384 b lies in. found_inf
 // (float, may be null) becomes 1 if the sum is infinite or NaN, is else left. scratch: 8 * (1 + blocks) bytes, zero
 // before the first launch.
-int64_t distlib_sum_of_squares(const void* rows, const void* block_rows, int64_t total, void* scratch, void* sum,
-                               void* found_inf, void* stream);
+int64_t distlib_cuda_sum_of_squares(const void* rows, const void* block_rows, int64_t total, void* scratch, void* sum,
+                                    void* found_inf, void* stream);
 
 #ifdef __cplusplus
 }

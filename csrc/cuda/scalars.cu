@@ -59,13 +59,13 @@ __global__ void prepare_kernel(DistlibScalars* to, const DistlibPrepare given) {
 }  // namespace cuda
 }  // namespace distlib
 
-DISTLIB_API int64_t distlib_step_scalars(void* scalars, const DistlibScalars* given, void* stream) {
+DISTLIB_API int64_t distlib_cuda_step_scalars(void* scalars, const DistlibScalars* given, void* stream) {
   using namespace distlib::cuda;
   DL_LAUNCH(scalars_kernel, 1, 1, as_stream(stream), static_cast<DistlibScalars*>(scalars), *given);
   return launched();
 }
 
-DISTLIB_API int64_t distlib_step_prepare(void* scalars, const DistlibPrepare* given, void* stream) {
+DISTLIB_API int64_t distlib_cuda_step_prepare(void* scalars, const DistlibPrepare* given, void* stream) {
   using namespace distlib::cuda;
   if (given->rule < ADAMW || given->rule > LION || (given->max_norm != 0 && given->squares == nullptr))
     return cudaErrorInvalidValue;

@@ -80,8 +80,8 @@ __global__ __launch_bounds__(kThreads) void squares_kernel(const DistlibSquareRo
 }  // namespace cuda
 }  // namespace distlib
 
-DISTLIB_API int64_t distlib_sum_of_squares(const void* rows, const void* block_rows, int64_t total, void* scratch,
-                                           void* sum, void* found_inf, void* stream) {
+DISTLIB_API int64_t distlib_cuda_sum_of_squares(const void* rows, const void* block_rows, int64_t total, void* scratch,
+                                                void* sum, void* found_inf, void* stream) {
   using namespace distlib::cuda;
   const uint64_t elements = static_cast<uint64_t>(total), blocks = (elements + kBlock - 1) / kBlock;
   if (total < 0 || blocks > 0x7fffffff) return cudaErrorInvalidValue;

@@ -25,9 +25,9 @@ def quantize(values: torch.Tensor) -> torch.Tensor:
     _require(values, "values")
     packed = torch.empty(packed_bytes(values.numel()), dtype=torch.uint8, device=values.device)
     if library.observed():
-        library.tell("distlib_quantize", [extent(values)], [extent(packed)])
+        library.tell("distlib_cuda_quantize", [extent(values)], [extent(packed)])
     library.call(
-        "distlib_quantize",
+        "distlib_cuda_quantize",
         values.data_ptr(),
         values.numel(),
         CODES[values.dtype],
@@ -58,9 +58,9 @@ def dequantize(packed: torch.Tensor, out: torch.Tensor) -> None:
     if packed.device != out.device:
         raise ValueError(f"packed is on {packed.device}, out on {out.device}")
     if library.observed():
-        library.tell("distlib_dequantize", [extent(packed)], [extent(out)])
+        library.tell("distlib_cuda_dequantize", [extent(packed)], [extent(out)])
     library.call(
-        "distlib_dequantize",
+        "distlib_cuda_dequantize",
         packed.data_ptr(),
         rows,
         packed.shape[-1],
@@ -78,9 +78,9 @@ def reorder(out: torch.Tensor, rows: torch.Tensor, nodes: int, rails: int) -> No
     """
     _check_rows(out, rows, nodes, rails)
     if library.observed():
-        library.tell("distlib_reorder", [extent(rows)], [extent(out)])
+        library.tell("distlib_cuda_reorder", [extent(rows)], [extent(out)])
     library.call(
-        "distlib_reorder",
+        "distlib_cuda_reorder",
         rows.data_ptr(),
         out.data_ptr(),
         out.nbytes // (nodes * rails),

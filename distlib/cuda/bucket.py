@@ -128,10 +128,10 @@ class PackTable:
             given, found = (
                 [extent(t) for t in pair if t is not None] for pair in ((device_scale,), (squares, found_inf))
             )
-            library.tell("distlib_pack", [*reads, *given], [*writes, *found])
+            library.tell("distlib_cuda_pack", [*reads, *given], [*writes, *found])
         from_code, to_code = self._codes if way == 0 else self._codes[::-1]
         library.call(
-            "distlib_pack",
+            "distlib_cuda_pack",
             self._rows[way].data_ptr(),
             self._chunk_rows.data_ptr(),
             self._chunks,

@@ -12,6 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 VERSION = 1  # of the interface, as distlib_cuda_version() tells it
 
 
@@ -97,6 +99,11 @@ def tell(name: str, reads: Sequence[Extent], writes: Sequence[Extent]) -> None:
 def present() -> bool:
     """Whether the library can be called. It needs a GPU only where something is launched."""
     return _load()[0] is not None
+
+
+def serves(device: torch.device) -> bool:
+    """Whether the library works on memory of `device`."""
+    return (device.type == "cuda" or (device.type != "cpu" and is_stand_in())) and present()
 
 
 def why_not() -> str:

@@ -58,9 +58,9 @@ class SquareTable:
         require_scalar("found_inf", found_inf, torch.float32, self.device)
         if library.observed():
             written = [extent(t) for t in (out, found_inf) if t is not None]
-            library.tell("distlib_sum_of_squares", self._extents, written)
+            library.tell("distlib_cuda_sum_of_squares", self._extents, written)
         library.call(
-            "distlib_sum_of_squares",
+            "distlib_cuda_sum_of_squares",
             self._rows.data_ptr(),
             self._block_rows.data_ptr(),
             self.elements,

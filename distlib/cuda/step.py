@@ -93,8 +93,8 @@ class Scalars:
         given = _CScalars(*(float(getattr(hyper, name)) for name in _DOUBLES))
         given.nesterov, given.first = int(hyper.nesterov), int(hyper.first)
         if library.observed():
-            library.tell("distlib_step_scalars", [], [extent(self.memory)])
-        library.call("distlib_step_scalars", self.memory.data_ptr(), ctypes.byref(given), stream_of(self.device))
+            library.tell("distlib_cuda_step_scalars", [], [extent(self.memory)])
+        library.call("distlib_cuda_step_scalars", self.memory.data_ptr(), ctypes.byref(given), stream_of(self.device))
 
     def prepare(
         self,
@@ -126,14 +126,14 @@ class Scalars:
         if library.observed():
             reads = [extent(t) for t in (lr, squares, loss_scale, found_inf) if t is not None]
             writes = [extent(t) for t in (self.memory, steps, norm) if t is not None]
-            library.tell("distlib_step_prepare", reads, writes)
+            library.tell("distlib_cuda_step_prepare", reads, writes)
         given = _CPrepare(RULES[recipe.rule])
         for name, value in vars(recipe).items():
             if name != "rule":
                 setattr(given, name, int(value) if isinstance(value, bool) else float(value))
         given.device_lr, given.squares, given.loss_scale = address(lr), address(squares), address(loss_scale)
         given.found_inf, given.device_step, given.norm = address(found_inf), address(steps), address(norm)
-        library.call("distlib_step_prepare", self.memory.data_ptr(), ctypes.byref(given), stream_of(self.device))
+        library.call("distlib_cuda_step_prepare", self.memory.data_ptr(), ctypes.byref(given), stream_of(self.device))
 
     def read(self) -> dict[str, float]:
         """What they are; waits for the device."""
@@ -195,9 +195,9 @@ class DeviceTable:
                 "remainders are for ADAMW"
             )
         if library.observed():
-            library.tell("distlib_step", [*self._extents(1), extent(scalars.memory)], self._extents(0, 2, 3, 4))
+            library.tell("distlib_cuda_step", [*self._extents(1), extent(scalars.memory)], self._extents(0, 2, 3, 4))
         library.call(
-            "distlib_step",
+            "distlib_cuda_step",
             self._rows.data_ptr(),
             self._chunk_rows.data_ptr(),
             self.chunks,

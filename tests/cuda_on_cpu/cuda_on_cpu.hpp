@@ -29,7 +29,6 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __noinline__ __attribute__((noinline))
 #define __constant__ static const
 #define __shared__ static thread_local  // blocks of one CPU thread run one after the other
 #define __launch_bounds__(...)
