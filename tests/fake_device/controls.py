@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from fake_device import build, module
 MODES = {"off": 0, "raise": 1, "collect": 2}
 CURRENT, HOST = -1, -2  # in the place of a stream's number
 DEPTH = 12  # frames of a stack that are kept
-TORCH = str(Path(torch.__file__).parent)
+TORCH, HERE = str(Path(torch.__file__).parent), str(Path(__file__).parent)  # whose frames tell nobody anything
 
 Stack = tuple[tuple[str, int, str], ...]  # file, line, function; the innermost first
 
@@ -49,7 +51,10 @@ def load(devices: int | None = None) -> torch.device:
     """
     global _library
     if _library is None:
-        count = devices or int(os.environ.get("DISTLIB_FAKE_DEVICES", "1"))
+        wish = devices if devices is not None else os.environ.get("DISTLIB_FAKE_DEVICES", "1")
+        if not str(wish).isdecimal() or not 1 <= int(wish) <= 64:
+            raise ValueError(f"{wish!r} fake devices: devices and $DISTLIB_FAKE_DEVICES are a number from 1 to 64")
+        count = int(wish)
         library = ctypes.CDLL(str(build.library()))
         library.fake_answer.restype = ctypes.c_void_p
         library.fake_rng_state.restype = ctypes.c_int64
@@ -57,6 +62,7 @@ def load(devices: int | None = None) -> torch.device:
         torch.utils.rename_privateuse1_backend("fake")
         torch._register_device_module("fake", module.make(library, count))
         _library = library
+        atexit.register(time.sleep, 0.02)  # autograd's thread needs the GIL to let go of its last graph
         _check_autograd()
     elif devices is not None and devices != torch.accelerator.device_count():
         raise ValueError(f"there are {torch.accelerator.device_count()} fake devices in this process, not {devices}")
@@ -187,7 +193,7 @@ def _take_stack() -> int:
     frames = []
     while frame is not None and len(frames) < DEPTH:
         code = frame.f_code
-        if not code.co_filename.startswith(TORCH):
+        if not code.co_filename.startswith((TORCH, HERE)):
             frames.append((code.co_filename, frame.f_lineno, code.co_name))
         frame = frame.f_back
     if not frames:

@@ -87,7 +87,10 @@ class Call {
     const c10::DeviceGuard guard(device_);
     const uint32_t stream = Machine::stream(device_.index());
     if (!is_view()) Machine::get().perform(stream, name_.c_str(), ranges_);
-    if (waiting().count(name_) || has_mask_) Machine::get().synchronize_stream(stream, name_.c_str());
+    const bool copies = found_ && stranger_.defined();  // indices of the host
+    // aten::index itself has called nonzero and copy_ for its indices before it comes here.
+    if (waiting().count(name_) || (name_ != "aten::index" && (has_mask_ || copies)))
+      Machine::get().synchronize_stream(stream, name_.c_str());
 
     for (size_t i = 0; i < count; ++i) bring_in((*stack_)[first + i]);
     call();
@@ -120,7 +123,7 @@ class Call {
         found_ = true;
         ranges_.push_back(range_of(t, write));
         const bool mask = t.scalar_type() == at::kBool || t.scalar_type() == at::kByte;
-        if (mask && value.isOptionalTensorList() && name_ != "aten::index") has_mask_ = true;  // index calls nonzero
+        if (mask && value.isOptionalTensorList()) has_mask_ = true;
       } else if (t.dim() > 0) {
         stranger_ = t;
       }
