@@ -58,8 +58,8 @@ def disagree(rank: int, n: int, path: str, how: str) -> list[str]:
 
 @pytest.mark.parametrize("how", ["operation", "dtype", "size", "large size", "root", "reduction"])
 def test_ranks_that_disagree_all_raise_and_say_who_called_what(how: str) -> None:
-    begin = time.monotonic()
-    for texts in raised(run_ranks_raw(3, disagree, emulated(), how, env=SMALL, timeout=40)):
+    path, begin = emulated(), time.monotonic()
+    for texts in raised(run_ranks_raw(3, disagree, path, how, env=SMALL, timeout=40)):
         assert len(set(texts)) == 1, "a group that failed stays failed, on the CPU too, with the same words"
         assert "ranks disagree in call #2" in texts[0] and "rank 2 called" in texts[0] and "rank 0 called" in texts[0]
     assert time.monotonic() - begin < 15

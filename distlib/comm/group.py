@@ -73,8 +73,8 @@ class Group:
         self._why_flat = levels.why_flat(topology)
         self._on_devices: dict[str, DeviceChannel] = {}  # by device type
         self._connecting = threading.RLock()
-        if isinstance(channel, C10dChannel):
-            self._why_flat = "its collectives are another backend's"
+        if isinstance(channel, C10dChannel) and not channel.has_levels:
+            self._why_flat = self._why_flat or "its collectives are another backend's"
         self._in_flight: deque[Work] = deque()
         self._late_before: dict[str, tuple[list[float], int]] = {}
         ledger()._groups.add(self)

@@ -11,6 +11,8 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,17 +149,28 @@ class IpcChannel:
             what = collective_text(call.what)
             operation = DeviceOperation(self, self._sequence, what, False, self._stream, others, c, timeout)
             self._under_way.append(operation)
-        watch.wake()
         streams.follow(self._stream, streams.current(self.device))
-        with streams.on(self._stream):
+        with self._launching(operation), streams.on(self._stream):
             if library.observed():
                 library.tell(what, [extent(t) for t in c.send], [extent(t) for t in c.recv])
             operation.peer_bytes = collectives.collective(self._memory.members, call, streams.raw(self._stream))
             if c.finish is not None:
                 c.finish()
             operation.event = streams.record(self._stream)
-        operation.launched = True
         return operation
+
+    @contextmanager
+    def _launching(self, operation: DeviceOperation) -> Iterator[None]:
+        """The watch sees after it from here on. What cannot be started ends the group: the others would wait for it."""
+        watch.wake()
+        try:
+            yield
+        except library.CudaError as error:
+            what = f"{operation.what} #{operation.sequence} of group '{self.name}'"
+            self._end(f"{what} could not be started on {self._place.rank_name(self.rank)}: {error}", "aborted")
+            raise self._broken or error from error
+        finally:
+            operation.launched = True
 
     def _call(self, c: Collective, timeout: float) -> collectives.Call:
         dtype, name = native.dtype_codes(c.dtype)
@@ -197,19 +210,17 @@ class IpcChannel:
             operation = DeviceOperation(self, number, what, True, stream, (peer,), tensor, timeout, sending=sending)
             operation.source = -1 if sending else peer
             self._under_way.append(operation)
-        watch.wake()
         message = collectives.Message(
             tensor.data_ptr(), tensor.nbytes, tag, number, _nanoseconds(timeout), peer, int(sending)
         )
         streams.follow(stream, streams.current(self.device))
-        with streams.on(stream):
+        with self._launching(operation), streams.on(stream):
             if library.observed():
                 touched = [extent(tensor)]
                 library.tell(what, touched if sending else [], [] if sending else touched)
             collectives.message(self._memory.members, message, streams.raw(stream))
             operation.event = streams.record(stream)
         operation.peer_bytes = 0 if sending else tensor.nbytes
-        operation.launched = True
         return operation
 
     def traffic(self, kind: str, root: int, sent: int, received: int, operation: Any) -> list[Traffic]:

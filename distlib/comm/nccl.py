@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -183,22 +184,33 @@ class NcclChannel(C10dChannel):
         in_levels = c.hierarchical and self._levels is not None
         stream = self._levels.stream if in_levels and self._levels is not None else None
         operation = self._begin(c.describe(), timeout, c, self._rows(c), stream)
-        if in_levels and self._levels is not None:
-            streams.follow(stream, streams.current(self.device))
-            with streams.on(stream):
-                self._levels.run(c)
-                if c.finish is not None:
-                    c.finish()
-                operation.event = streams.record(stream)
-        else:
+        with self._launching(operation):
+            if in_levels and self._levels is not None:
+                streams.follow(stream, streams.current(self.device))
+                with streams.on(stream):
+                    self._levels.run(c)
+                    if c.finish is not None:
+                        c.finish()
+                    operation.event = streams.record(stream)
+                return operation
             operation.work = self._call(c)
             after = self._after(c)
             if after is not None:  # on the current stream: what follows there waits anyway
                 operation.work.wait()
                 after()
                 operation.work, operation.event = None, streams.record(streams.current(self.device))
-        operation.launched = True
         return operation
+
+    @contextmanager
+    def _launching(self, operation: NcclOperation) -> Iterator[None]:
+        """What cannot be started ends the group: the other ranks would wait for it."""
+        try:
+            yield
+        except RuntimeError as error:
+            self.failed(operation, error)
+            raise self._broken or error from error
+        finally:
+            operation.launched = True
 
     def _begin(
         self, what: str, timeout: float, keep: Any, rows: list[Traffic], stream: streams.Stream
@@ -272,16 +284,16 @@ class NcclChannel(C10dChannel):
     def send(self, tensor: torch.Tensor, dst: int, tag: int, timeout: float) -> NcclOperation:
         rows = self._by_link({dst: tensor.nbytes})
         operation = self._begin(f"send to rank {self._labels[dst]}", timeout, tensor, rows, None)
-        operation.work = self.pg.send([tensor], dst, tag)
-        operation.launched = True
+        with self._launching(operation):
+            operation.work = self.pg.send([tensor], dst, tag)
         return operation
 
     def recv(self, tensor: torch.Tensor, src: int | None, tag: int, timeout: float) -> NcclOperation:
         if src is None:
             raise ValueError(f"recv on {self.device}: name the rank that sends; only on the CPU it may be any")
         operation = self._begin(f"recv from rank {self._labels[src]}", timeout, tensor, self._by_link({}), None)
-        operation.work = self.pg.recv([tensor], src, tag)
-        operation.launched = True
+        with self._launching(operation):
+            operation.work = self.pg.recv([tensor], src, tag)
         return operation
 
     # ------------------------------------------------------------ accounts

@@ -1,0 +1,262 @@
+"""A group's own communicators: calls, levels between hosts, accounts, and what is late. gloo's groups, over tensors on
+the CPU, and works that never end stand in for NCCL's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from ranks import process_group, run_ranks
+from test_device_collectives import Case, Player
+
+import distlib
+from distlib import native
+from distlib.comm import gloo, hierarchical, nccl_levels, nccl_notes
+from distlib.comm.group import Group
+from distlib.comm.nccl import NcclChannel, connect_nccl
+from distlib.comm.nccl_notes import Note, verdict
+from distlib.comm.work import CollectiveError
+
+pytestmark = pytest.mark.skipif(native.core() is None, reason=f"no C++ core: {native.why_not()}")
+CPU = torch.device("cpu")
+TWO_HOSTS = {"DISTLIB_NODES": "2"}
+
+
+def gloo_group(
+    store: dist.Store, rank: int, size: int, name: str, global_ranks: list[int], timeout: timedelta
+) -> Any:
+    """In the place of NCCL's."""
+    assert len(global_ranks) == size
+    return gloo.process_group(store, rank, size, timeout.total_seconds(), "127.0.0.1")
+
+
+@contextmanager
+def nccl_group(rank: int, n: int, make: Callable[..., Any] = gloo_group, timeout: float = 20.0) -> Iterator[Group]:
+    with process_group(rank, n, timeout=timeout):
+        world = Group.of()
+        channel = connect_nccl(world, CPU, make)
+        yield Group(world.name, rank, world.ranks, world.topology, channel, timeout)
+        channel.close()
+
+
+KINDS = ["all_reduce", "reduce", "reduce_scatter", "all_gather", "broadcast", "gather", "scatter", "ring"]
+
+
+def same_results(rank: int, n: int, cases: list[Case]) -> None:
+    with nccl_group(rank, n) as group:
+        for case in cases:
+            got, expected = Player(group, CPU).play(case), Player(Group.of(), CPU).play(case)
+            assert got == expected, f"{case} on rank {rank}"
+
+
+@pytest.mark.parametrize("env", [{}, TWO_HOSTS], ids=["one host", "two hosts"])
+def test_every_kind_gives_what_the_cpu_gives(env: dict[str, str]) -> None:
+    ints = [Case(kind, torch.int64, op, 999, root=1) for kind in KINDS for op in ("sum", "max")]
+    strided = [Case(kind, torch.int64, numel=50, strided=True) for kind in KINDS if kind != "ring"]
+    averages = [Case(kind, torch.float32, "avg", 0) for kind in ("all_reduce", "reduce", "reduce_scatter")]
+    run_ranks(4, same_results, [*ints, *strided, *averages], env=env)
+
+
+def averages(rank: int, n: int) -> None:
+    with nccl_group(rank, n) as group:
+        given = [torch.tensor([10 * rank + d]) for d in range(n)]  # gloo's parts must be equal
+        got = [torch.zeros(1, dtype=torch.int64) for _ in range(n)]
+        group.all_to_all(got, given)
+        assert torch.cat(got).tolist() == [10 * r + rank for r in range(n)]
+        x = torch.full((5,), float(rank))
+        group.all_reduce(x, "avg")
+        assert x.tolist() == [1.5] * 5
+        y = torch.full((5,), rank)
+        group.all_reduce(y, "avg", async_op=True).wait()
+        assert y.tolist() == [1] * 5
+
+
+def test_an_all_to_all_and_averages_of_a_backend_that_has_none() -> None:
+    run_ranks(4, averages)
+
+
+# ---------------------------------------------------------------- levels
+
+
+def whole_numbers(rank: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """Sums of these are exact in any order."""
+    return torch.randint(-9, 9, (numel,), generator=torch.Generator().manual_seed(rank)).to(dtype)
+
+
+def in_levels(rank: int, n: int, dtype: torch.dtype, chunk: int, as_list: bool) -> list[tuple[str, str, int, int]]:
+    nccl_levels.CHUNK_BYTES = chunk
+    with nccl_group(rank, n) as group:
+        for numel in (0, 1, 7, 1000):
+            all = [whole_numbers(r, numel, dtype) for r in range(n)]
+            out = torch.zeros(n * numel, dtype=dtype)
+            pieces = [torch.zeros(numel, dtype=dtype) for _ in range(n)]
+            group.all_gather(pieces if as_list else out, all[rank], hierarchical=True)
+            assert torch.equal(torch.cat(pieces) if as_list else out, torch.cat(all))
+        for op in ("sum", "max", "avg"):
+            for numel in (0, 1, 7, 1000):
+                all = [whole_numbers(r, n * numel, dtype) for r in range(n)]
+                mine = torch.zeros(numel, dtype=dtype)
+                given = [p.clone() for p in all[rank].view(n, numel)] if as_list else all[rank]
+                group.reduce_scatter(mine, given, op, hierarchical=True)
+                stack = torch.stack(all).double()
+                expected = {"sum": stack.sum(0), "max": stack.amax(0), "avg": stack.sum(0) / n}[op]
+                if not dtype.is_floating_point:
+                    expected = expected.trunc()
+                assert torch.equal(mine, expected.view(n, numel)[rank].to(dtype)), (op, numel)
+        distlib.ledger().reset()
+        group.all_gather(torch.zeros(n * 1000, dtype=dtype), torch.zeros(1000, dtype=dtype), hierarchical=True)
+        group.reduce_scatter(torch.zeros(1000, dtype=dtype), torch.zeros(n * 1000, dtype=dtype), hierarchical=True)
+        return [(r.op, r.link, r.calls, r.bytes) for r in distlib.ledger().rows]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32])
+@pytest.mark.parametrize("as_list", [False, True])
+@pytest.mark.parametrize("chunk", [1 << 30, 4000])
+def test_gathers_and_scatters_in_levels(dtype: torch.dtype, chunk: int, as_list: bool) -> None:
+    for rows in run_ranks(4, in_levels, dtype, chunk, as_list, env=TWO_HOSTS):
+        piece = 1000 * dtype.itemsize
+        wide = 4000 if dtype is torch.bfloat16 else piece
+        found = {(op, link): bytes for op, link, _, bytes in rows}
+        assert found["all_gather", "between hosts"] == piece and found["all_gather", "same host"] == 2 * piece
+        assert found["reduce_scatter", "between hosts"] == wide and found["reduce_scatter", "same host"] == 2 * wide
+
+
+def widened(rank: int, n: int) -> None:
+    with nccl_group(rank, n) as group:
+        given = torch.tensor([256.0 if rank == 0 else 1.0] * n, dtype=torch.bfloat16)
+        out = torch.zeros(1, dtype=torch.bfloat16)
+        group.reduce_scatter(out, given, hierarchical=True)
+        assert out.item() == 260.0  # 259, rounded once; one by one in bfloat16 it stays 256
+
+
+def test_half_types_are_rounded_once() -> None:
+    run_ranks(4, widened, env=TWO_HOSTS)
+
+
+def flat_where_it_must_be(rank: int, n: int) -> None:
+    with nccl_group(rank, n) as group:
+        with pytest.raises(ValueError, match="share one host"):
+            group.all_gather(torch.zeros(n), torch.zeros(1), hierarchical=True)
+        large = hierarchical.PAYS_FROM
+        out = torch.zeros(n * large, dtype=torch.uint8)
+        group.all_gather(out, torch.full((large,), rank, dtype=torch.uint8))
+        assert out.view(n, -1)[:, 5].tolist() == list(range(n))
+
+
+def test_one_host_has_no_levels() -> None:
+    run_ranks(2, flat_where_it_must_be)
+
+
+# ---------------------------------------------------------------- what is late
+
+
+class Stuck:
+    """A process group whose works never end, until it is aborted."""
+
+    def __init__(self, store: Any, rank: int, size: int, name: str, ranks: list[int], timeout: timedelta) -> None:
+        self.aborted = False
+
+    def allreduce(self, tensors: Any, op: Any) -> Stuck:
+        return self
+
+    def wait(self) -> bool:
+        """As NCCL's: it orders streams, and returns."""
+        return True
+
+    def is_completed(self) -> bool:
+        return self.aborted
+
+    def is_success(self) -> bool:
+        return False
+
+    def abort(self) -> None:
+        self.aborted = True
+
+    shutdown = abort
+
+
+def late(rank: int, n: int, how: str) -> tuple[str, float]:
+    nccl_notes.ASK_EVERY, nccl_notes.PATIENCE = 0.2, 1.5
+    with nccl_group(rank, n, Stuck, timeout=1.0) as group:
+        channel = group.cpu_channel
+        assert isinstance(channel, NcclChannel)
+        begin = time.monotonic()
+        if how == "hangs" or rank != 2:
+            group.all_reduce(torch.ones(101 if how == "disagrees" and rank == 1 else 100))
+        if how == "does not answer" and rank == 2:
+            channel._notes = None
+        with pytest.raises(CollectiveError) as caught:
+            while time.monotonic() < begin + 15:
+                time.sleep(0.05)
+                if how == "hangs" or rank != 2:
+                    group.all_reduce(torch.ones(1))
+                else:
+                    channel.look()
+                    if channel.aborted():
+                        raise CollectiveError(channel.aborted() or "")
+        assert channel.pg.aborted
+        with pytest.raises(CollectiveError) as on_cpu:
+            Group.of().all_reduce(torch.ones(1))
+        assert str(on_cpu.value) == str(caught.value)
+        return str(caught.value), time.monotonic() - begin
+
+
+@pytest.mark.parametrize("how", ["never comes", "does not answer", "hangs", "disagrees"])
+def test_a_late_collective_ends_all_ranks_with_one_sentence(how: str) -> None:
+    results = run_ranks(3, late, how)
+    assert len({text for text, _ in results}) == 1, results
+    text, seconds = results[0]
+    assert "all_reduce(float32, 10" in text and "#1 of group 'world' was not done within 1.0 s" in text
+    said = {
+        "never comes": "not started by rank 2 (it has started none)",
+        "does not answer": "no answer from rank 2",
+        "hangs": "started by all ranks, not done on rank 0, rank 1, rank 2",
+        "disagrees": "not started by rank 2",
+    }[how]
+    assert said in text, text
+    if how == "disagrees":
+        assert "ranks disagree: " in text and "101 elements" in text
+    assert seconds < 10
+
+
+def test_the_verdict_names_ranks_by_what_they_did() -> None:
+    mine = Note(3, "all_gather(float32, 9 elements)", 3, "all_gather(float32, 9 elements)")
+    notes = [mine, Note(2, "barrier", 0, ""), None, Note(3, "broadcast", 3, "broadcast"), Note(5, "barrier", 4, "x")]
+    text = verdict("g", [10, 11, 12, 13, 14], notes, mine, 60.0)
+    assert text == (
+        "all_gather(float32, 9 elements) #3 of group 'g' was not done within 60.0 s; not started by rank 11 (its last "
+        "was barrier #2); no answer from rank 12: ended, or stopped; ranks disagree: rank 10 called "
+        "all_gather(float32, 9 elements), rank 13 called broadcast"
+    )
+
+
+@given(st.lists(st.one_of(st.none(), st.tuples(st.integers(0, 5), st.integers(0, 5))), max_size=6))
+def test_a_verdict_always_accuses_somebody(others: list[tuple[int, int] | None]) -> None:
+    mine = Note(3, "barrier", 3, "barrier")
+    notes = [mine] + [None if o is None else Note(o[0], "x", o[1] if o[1] <= o[0] else 0, "barrier") for o in others]
+    text = verdict("g", list(range(len(notes))), notes, mine, 1.0)
+    assert text.startswith("barrier #3 of group 'g' was not done within 1.0 s; ") and "rank" in text.split("; ", 1)[1]
+
+
+def ends_with_the_cpu(rank: int, n: int) -> str:
+    with nccl_group(rank, n, Stuck) as group:
+        if rank == 1:
+            Group.of().abort("somebody was here")
+        with pytest.raises(CollectiveError) as caught:
+            for _ in range(200):
+                group.all_reduce(torch.ones(3))
+                time.sleep(0.02)
+        assert group.cpu_channel.pg.aborted  # type: ignore[attr-defined]
+        return str(caught.value)
+
+
+def test_an_end_of_the_cpu_group_ends_the_communicators() -> None:
+    assert run_ranks(2, ends_with_the_cpu) == ["somebody was here"] * 2
