@@ -1,4 +1,4 @@
-"""Sums of squares of tensors on a GPU: where kernels are, and their tables, kept from step to step."""
+"""Sums of squares of tensors on a GPU, whose tables are kept from step to step."""
 
 from __future__ import annotations
 
@@ -17,11 +17,6 @@ _KEPT = 64  # tables: parameter groups of a few models
 _tables: OrderedDict[tuple[object, ...], SquareTable] = OrderedDict()
 
 
-def has_kernels(device: torch.device) -> bool:
-    """Whether csrc/cuda works on memory of `device`."""
-    return (device.type == "cuda" or (device.type != "cpu" and library.is_stand_in())) and library.present()
-
-
 def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The sum of the squares of all elements: 0-dim, fp64, on their device, at least one tensor.
 
@@ -29,7 +24,7 @@ def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """
     device = tensors[0].device
     out = torch.zeros((), dtype=torch.float64, device=device)
-    if not has_kernels(device):
+    if not library.serves(device):
         for t in tensors:
             out = out + torch.linalg.vector_norm(t, dtype=torch.float64) ** 2
         return out

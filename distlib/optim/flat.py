@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from distlib import native
+from distlib.cuda import library
 from distlib.cuda.step import Recipe
 from distlib.optim import kernels, norm
 from distlib.optim.device import Gate, GroupSteps
-from distlib.optim.device_norm import has_kernels
 from distlib.optim.files import FileState
 from distlib.optim.kernels import Hyper, Kind, Row, Segment, Table
 from distlib.optim.memory import REMAINDER, MemoryState, flat, is_dense
@@ -99,7 +99,7 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
         measured, self._measured = self._measured, None
         found_inf, given = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         device = norm.device_of(self._all_params())
-        if has_kernels(device):
+        if library.serves(device):
             self._queue(device, measured, given, found_inf)
             return loss
         if found_inf is not None and float(found_inf) > 0:

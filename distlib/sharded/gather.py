@@ -220,8 +220,7 @@ class Gathers:
             if packed is not None:
                 rows = packed.view(flat.layout.parts, -1)
                 with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(flat.whole):
-                    for row, out in zip(rows.unbind(0), flat.whole.view(flat.layout.parts, -1).unbind(0), strict=True):
-                        quantize.unpack(row, out)
+                    quantize.unpack_rows(rows, flat.whole.view(flat.layout.parts, -1))
         if coming is not None:
             unit.whole = True
 
