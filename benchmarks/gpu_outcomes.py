@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytest
+if TYPE_CHECKING:  # who only reads a file needs no pytest
+    import pytest
 
 _phases: dict[str, list[pytest.TestReport]] = {}
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+ROOT = Path(__file__).resolve().parent.parent  # where parts run
 TAIL = 4000  # characters of a part's output that are kept in the results
 GRACE = 5.0  # seconds in which a process that is being ended may write its stacks
 
@@ -68,7 +69,13 @@ def run(part: Part, limit: float, log: Path) -> Done:
     environ = {**os.environ, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", **part.environ}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            part.command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environ, start_new_session=True
+            part.command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environ,
+            cwd=ROOT,
+            start_new_session=True,
         )
         try:
             code: int | None = process.wait(timeout=limit)

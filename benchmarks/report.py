@@ -99,7 +99,7 @@ class Report:
         """The table as text, a line per comparison, under HEADINGS."""
         lines: list[tuple[str, ...]] = []
         for row, bar in self.comparisons():
-            medians = " / ".join(_time(row.median(name), row.spread(name)) for name in (bar.first, bar.second))
+            medians = " / ".join(show_time(row.median(name), row.spread(name)) for name in (bar.first, bar.second))
             value = row.value(bar)
             verdict = {True: "met", False: "NOT met", None: ""}[bar.met(value)]
             lines.append((row.what, str(row.ranks), bar.operation, medians, bar.show(value), bar.text, verdict))
@@ -125,7 +125,7 @@ def publish(report: Report, options: argparse.Namespace) -> None:
         print(report.title, text_table(HEADINGS, report.cells()), *report.notes, sep="\n")
     options.out.mkdir(parents=True, exist_ok=True)
     around = surroundings()
-    document = {"surroundings": around, **asdict(report)}
+    document = {"surroundings": around, **asdict(report), "lines": report.cells()}
     (options.out / f"{report.name}.json").write_text(json.dumps(document, indent=1) + "\n")
     if importlib.util.find_spec("matplotlib"):
         _draw(report, options.out / f"{report.name}.png")
@@ -219,7 +219,7 @@ def _append(report: Report, around: dict[str, str]) -> None:
         file.write("\n".join(lines) + "\n")
 
 
-def _time(seconds: float, spread: float) -> str:
+def show_time(seconds: float, spread: float) -> str:
     scale, unit = (1, "s") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "us")
     digits = 0 if seconds * scale >= 100 else 1 if seconds * scale >= 10 else 2
     return f"{seconds * scale:.{digits}f}±{spread * scale:.{digits}f} {unit}"

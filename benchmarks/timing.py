@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -87,8 +88,11 @@ def free_groups() -> None:
     gc.collect()
 
 
-def run_ranks(script: str, ranks: int, arguments: Sequence[str] = ()) -> dict[str, dict[str, list[float]]]:
-    """Start `script --samples FILE arguments` on `ranks` ranks of this host; return what rank 0 wrote."""
+def run_ranks(script: str, ranks: int, arguments: Sequence[str] = (), **environ: str) -> Any:
+    """Start `script --samples FILE arguments` on `ranks` ranks of this host; return what rank 0 wrote.
+
+    environ: variables for the ranks, on top of this process's.
+    """
     with tempfile.TemporaryDirectory() as folder:
         samples = Path(folder) / "samples.json"
         torchrun = [
@@ -99,5 +103,5 @@ def run_ranks(script: str, ranks: int, arguments: Sequence[str] = ()) -> dict[st
             f"--nproc-per-node={ranks}",
         ]
         command = [*torchrun, script, f"--samples={samples}", *arguments]
-        subprocess.run(command, check=True, env={"OMP_NUM_THREADS": "1", **os.environ})
+        subprocess.run(command, check=True, env={"OMP_NUM_THREADS": "1", **os.environ, **environ})
         return json.loads(samples.read_text())

@@ -1,0 +1,123 @@
+"""`make gpu`: builds, tests and measures all that is about GPUs, within 8 minutes: one JSON, one table.
+
+    python benchmarks/gpu_all.py                            # on a machine with a GPU; no network is needed
+    python benchmarks/gpu_all.py --from gpu.json --record   # elsewhere: what such a run found, into RESULTS.md
+
+The Python that runs it must have torch, numpy and psutil, and pytest for the tests. The exit code is 0 if everything
+was built, every test passed or was skipped, and every benchmark ran to its end, whether or not its bars are met.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import resource
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import gpu_outcomes
+import gpu_tests
+
+if TYPE_CHECKING:  # they need what may be missing
+    from gpu_parts import Done, Part
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+WORK = ROOT / "build" / "gpu"
+NEEDED = ("torch", "numpy", "psutil")
+TOTAL = 470.0  # seconds; what is left of 8 minutes is for starting, and for ending what hangs
+BENCHMARKS = {"kernels": 75.0, "collectives": 40.0, "step": 100.0}  # seconds that each gets at least
+BUILD, TESTS = 110.0, 145.0
+
+
+def parts_of(selection: gpu_tests.Selection, work: Path) -> list[Part]:
+    """The parts in their order; each leaves what it found in `work`."""
+    from gpu_parts import Part
+
+    environ = {"DISTLIB_OUTCOMES": str(work / "outcomes.jsonl"), "PYTHONPATH": python_path()}
+    parts = [
+        Part("build", [sys.executable, str(HERE / "gpu_build.py"), f"--json={work / 'build.json'}"], BUILD),
+        Part("tests", gpu_tests.command(selection), TESTS, environ, selection.why_not),
+    ]
+    for name, seconds in BENCHMARKS.items():
+        command = [sys.executable, str(HERE / f"gpu_{name}.py"), f"--out={work / name}"]
+        parts.append(Part(name, command, seconds, {"PYTHONPATH": python_path()}))
+    return parts
+
+
+def python_path() -> str:
+    """distlib is used from this checkout; pytest's plugin lies beside this file."""
+    return os.pathsep.join([str(ROOT), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def why_not() -> str:
+    """Why nothing can be run here, or ""."""
+    missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
+    if missing:
+        return f"{sys.executable} has no {', '.join(missing)}: install it, or say make gpu PYTHON=/path/to/another"
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no GPU here; `distlib doctor` says more"
+    return ""
+
+
+def run(out: Path) -> dict:
+    """Runs all parts and writes `out`/gpu.json. Returns what it holds."""
+    from gpu_parts import run_all
+    from gpu_summary import collected, merged
+    from report import surroundings
+
+    shutil.rmtree(WORK, ignore_errors=True)
+    WORK.mkdir(parents=True)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # hangs are aborted
+    selection = gpu_tests.select()
+    dones = run_all(parts_of(selection, WORK), TOTAL, WORK / "logs", _tell)
+    dones, documents = collected(dones, {name: WORK / name for name in BENCHMARKS})
+    built = WORK / "build.json"
+    build = json.loads(built.read_text()) if built.exists() else {}
+    notes = [*build.get("notes", []), *selection.notes]
+    tests = gpu_outcomes.read(WORK / "outcomes.jsonl")
+    document = merged(dones, documents, tests, build, notes, surroundings())
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "gpu.json").write_text(json.dumps(document, indent=1) + "\n")
+    return document
+
+
+def _tell(done: Done) -> None:
+    """While it runs, on stderr: stdout is for the table."""
+    why = f": {done.why}" if done.why else ""
+    spent = f"after {done.seconds:.0f} of {done.limit:.0f} s"
+    print(f"{done.name} {done.outcome} {spent}{why}", file=sys.stderr, flush=True)
+    if done.output:
+        print(done.output, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for gpu.json")
+    parser.add_argument("--from", dest="source", type=Path, help="show this gpu.json instead of running anything")
+    parser.add_argument("--record", action="store_true", help="append the table to RESULTS.md")
+    parser.add_argument("--commit", help="what these files are, where there is no git")
+    options = parser.parse_args()
+    if options.commit:
+        os.environ["DISTLIB_COMMIT"] = options.commit
+    reason = why_not() if options.source is None else ""
+    if reason:
+        print(f"make gpu: {reason}", file=sys.stderr)
+        return 2
+    from gpu_summary import append, shown
+
+    document = run(options.out) if options.source is None else json.loads(options.source.read_text())
+    print(shown(document))
+    if options.record:
+        append(document)
+    return 0 if document["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
