@@ -7,6 +7,9 @@
     end of backward                           | wait, and nothing to copy out
 
 A gradient that is its slice already (it was accumulated onto) is not copied at all.
+
+On a GPU "wait" is an order of streams. The host waits for the other ranks' hosts only, which exchange what they have to
+report while their GPUs are busy with what was queued.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from distlib.buckets import MIB, Parameter, plan
+from distlib.comm.c10d import C10dChannel
 from distlib.comm.group import Group
 from distlib.comm.work import Work
 from distlib.data_parallel.backward import BackwardWatch, Passes, will_land
@@ -61,6 +65,9 @@ class Reducer:
         self._group = group
         self._parameters = list(parameters)
         self._device = device
+        # Groups of other backends may serve GPUs only: there the report travels with the gradients, and is read late.
+        by_host = device.type == "cpu" or not isinstance(group.cpu_channel, C10dChannel)
+        self._report_device = torch.device("cpu") if by_host else device
         self._hook = options.comm_hook
         self._wire = options.gradient_dtype
         self._tolerant = options.find_unused_parameters
@@ -97,11 +104,13 @@ class Reducer:
     # ------------------------------------------------------------ set-up
 
     def _lay_out(self, names: Sequence[str], options: Options) -> BucketMemory:
-        """Buckets, and room for the report: in the last bucket if it is exact there, else on its own."""
+        """Buckets, and room for the report: in the last bucket if it is exact there and in host memory, else on its
+        own."""
         dtypes = [self._wire or p.dtype.to_real() for p in self._parameters]
         sizes = [p.numel() * (2 if p.is_complex() else 1) for p in self._parameters]
         specs = [Parameter(*spec) for spec in zip(names, sizes, dtypes, strict=True)]
-        self._report_apart = self._hook is not None or not {*dtypes} <= {torch.float32, torch.float64}
+        exact = {*dtypes} <= {torch.float32, torch.float64}
+        self._report_apart = self._hook is not None or not exact or self._report_device != self._device
         numbers = Report.numbers(len(specs))
         layout = plan(
             specs,
@@ -110,7 +119,7 @@ class Reducer:
             tail=0 if self._report_apart else numbers,
         )
         if self._report_apart:
-            self._numbers = empty(self._group, numbers, torch.float32, self._device).zero_()
+            self._numbers = empty(self._group, numbers, torch.float32, self._report_device).zero_()
         return BucketMemory(layout, self._parameters, self._group, self._device, self._hook is not None)
 
     def _follow_layout(self) -> None:
@@ -344,7 +353,7 @@ class Reducer:
             work.wait()
         if self._report_apart:
             self._group.all_reduce(self._numbers, op="avg")
-        if self._device.type == "cpu" or missing or self._report or self._order is not None:
+        if self._report_device.type == "cpu" or missing or self._report or self._order is not None:
             return self._read_reports()
         self._unread = True  # reading now would make the host wait for the device
         return set()

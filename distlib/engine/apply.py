@@ -17,7 +17,7 @@ from distlib.data_parallel import DataParallel
 from distlib.engine.engine import Engine, Stepper
 from distlib.engine.micro_steps import MicroSteps
 from distlib.optim import GradScaler
-from distlib.pipeline.build import example_of, materialise
+from distlib.pipeline.build import device_for, example_of, materialise
 from distlib.pipeline.micro_batches import Weigh
 from distlib.pipeline.runtime import LossFunction
 from distlib.pipeline.wrapper import PipelineParallel
@@ -43,7 +43,8 @@ def parallelize(
     """Divides a model and its training over all ranks, as `plan` says. Every rank must call it, alike.
 
     Args:
-        module: the whole model, on this rank's device or on meta; it is taken apart.
+        module: the whole model, on the CPU, on this rank's device or on meta; it is taken apart, and what this rank
+            keeps of it goes to the device that `distlib.init()` gave the rank.
         plan: default: `Plan()`, replicated data parallelism.
         optimizer: makes one of this rank's parameters, as in `lambda p: distlib.optim.AdamW(p, lr=3e-4)`.
         loss_fn: (output, target) -> scalar, the mean over a micro-batch; None: the model returns its loss.
@@ -67,6 +68,7 @@ def parallelize(
         return deepspeed_engine(module, plan, world, optimizer, loss_fn, weigh)
     mesh = Mesh.of(plan, world)
     place = mesh.place(world.rank)
+    device = device_for(module, world.device)
     groups = make_groups(mesh, place, plan)
     seed(plan, place)
 
@@ -77,7 +79,7 @@ def parallelize(
     def prepare(part: nn.Module) -> nn.Module:
         """Of the whole model, or of each of this rank's stages."""
         reports.extend(keep_less(plan, part, module, blocks, example_inputs))
-        return replicate(plan, part, whole, groups["data_parallel"], initialize)
+        return replicate(plan, part, whole, groups["data_parallel"], initialize, device)
 
     model: Stepper
     if plan.pipeline > 1:
@@ -91,13 +93,14 @@ def parallelize(
             data_parallel=prepare,
             weigh=weigh,
             init=initialize,
+            device=device,
             **options.pipeline(plan),
         )
     else:
-        model = MicroSteps(prepare(module), plan.microbatches, loss_fn, weigh)
+        model = MicroSteps(prepare(module), plan.microbatches, loss_fn, weigh, device)
     scaling = options.scaler(plan)
     scaler = None if scaling is None else GradScaler(**scaling)
-    return Engine(plan, mesh, model, groups["data_parallel"], optimizer(model.parameters()), scaler, reports)
+    return Engine(plan, mesh, model, groups["data_parallel"], optimizer(model.parameters()), scaler, reports, device)
 
 
 def make_groups(mesh: Mesh, place: Place, plan: Plan) -> dict[str, dist.ProcessGroup | None]:
@@ -145,7 +148,8 @@ def keep_less(
         wanted["policy"] == "offload" and plan.pipeline > 1
     ):  # backward does not follow at once on the stage's last block
         wanted["resident"] = min(wanted["resident"] or 0, count - 1)
-    example = example_of(example_inputs, plan.microbatches) if wanted["budget"] is not None else None
+    where = next((p.device for p in part.parameters()), torch.device("cpu"))
+    example = example_of(example_inputs, plan.microbatches, None, where) if wanted["budget"] is not None else None
     inputs = None if example is None else example.kwargs or example.args
     return [checkpoint_activations(part, **wanted, example_inputs=inputs)]
 
@@ -156,8 +160,12 @@ def replicate(
     whole: nn.Module | None,
     group: dist.ProcessGroup | None,
     initialize: Callable[[nn.Module], Any] | None,
+    device: torch.device | None = None,
 ) -> nn.Module:
-    """Data parallelism: replicated, or sharded by one of its stages."""
+    """Data parallelism: replicated, or sharded by one of its stages. device: None is where the part is."""
     if plan.stage == 0:
-        return DataParallel(materialise(part, initialize), process_group=group, **options.data_parallel(plan))
-    return ShardedDataParallel(part, process_group=group, init=initialize, **options.sharded(plan, part, whole))
+        ready = materialise(part, initialize)
+        ready = ready if device is None else ready.to(device)
+        return DataParallel(ready, process_group=group, **options.data_parallel(plan))
+    arguments = options.sharded(plan, part, whole)
+    return ShardedDataParallel(part, process_group=group, init=initialize, device=device, **arguments)

@@ -40,7 +40,8 @@ class Engine:
     plan, mesh: as chosen, and which rank does what. model: this rank's part. optimizer: of its parameters.
     data_rank, data_size: which part of the data this rank sees, of how many: ranks of one pipeline see the same.
     steps: optimizer steps done, those of a loaded checkpoint included. grad_norm: of the last step, before clipping;
-    None without plan.clip. activation_reports: of this rank's stages.
+    None without plan.clip. activation_reports: of this rank's stages. device: where the model computes; batches on the
+    CPU go there.
     """
 
     def __init__(
@@ -52,8 +53,12 @@ class Engine:
         optimizer: torch.optim.Optimizer,
         scaler: GradScaler | None,
         activation_reports: Sequence[ActivationReport] = (),
+        device: torch.device | None = None,
     ) -> None:
         self.plan, self.mesh, self.model, self.optimizer, self.scaler = plan, mesh, model, optimizer, scaler
+        if device is None:
+            device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.device = device
         self.activation_reports = list(activation_reports)
         self._replicas = Group.of(data_parallel)
         self.data_rank, self.data_size = self._replicas.rank, self._replicas.size
@@ -134,8 +139,7 @@ class Engine:
     @contextlib.contextmanager
     def _autocast(self) -> Iterator[None]:
         dtype = options.autocast(self.plan)
-        device = next((p.device.type for p in self.model.parameters()), "cpu")
-        with torch.autocast(device, dtype) if dtype is not None else contextlib.nullcontext():
+        with torch.autocast(self.device.type, dtype) if dtype is not None else contextlib.nullcontext():
             yield
 
     # ------------------------------------------------------------ checkpoints
@@ -177,7 +181,7 @@ class Engine:
 
     def describe(self) -> str:
         """The plan, the mesh, the stages, and the bytes expected in memory and on the wire, as text. The same on all
-        ranks; nothing is communicated."""
+        ranks; nothing is communicated. It names the kind of device, where that is not the CPU."""
         stages = self.model.division if isinstance(self.model, PipelineParallel) else None
         if stages is None:
             told, parameters = "", sum(shape.numel() for shape in map(_whole_shape, self._trained()))
@@ -189,15 +193,15 @@ class Engine:
             expected = self.plan.expected(
                 stages.parameters, self.mesh.topology, activations=held, messages=stages.sent, **self._sizes()
             )
-        return f"{self.plan}\n\n{self.mesh}{told}\n\n{expected}"
+        where = "" if self.device.type == "cpu" else f"\n\nEach rank computes on {self.device.type}."
+        return f"{self.plan}\n\n{self.mesh}{where}{told}\n\n{expected}"
 
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def _sizes(self) -> dict[str, Any]:
         """What the formulas need to know of the machine."""
-        device = next((p.device.type for p in self.model.parameters()), "cpu")
-        return {"shared": self.plan.stage > 0 and Ranks(self.mesh, device).share}
+        return {"shared": self.plan.stage > 0 and Ranks(self.mesh, self.device.type).share}
 
 
 def _whole_shape(parameter: nn.Parameter) -> torch.Size:

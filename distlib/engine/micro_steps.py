@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distlib.data_parallel.naming import Transparent
-from distlib.pipeline.micro_batches import MicroBatch, Weigh, divide, join, rows_of
+from distlib.pipeline.micro_batches import MicroBatch, Weigh, divide, join, moved, rows_of
 from distlib.pipeline.random import Numbers, micro_batch_seeds
 from distlib.pipeline.runtime import LossFunction, own_loss, scalar
 
@@ -18,7 +18,7 @@ class MicroSteps(Transparent):
     """What `PipelineParallel` is over ranks, on one: `train_step`, `eval_step` and forward over micro-batches.
 
     module: plain, or wrapped for data parallelism: all micro-batches but the last run under its no_sync(). Arguments as
-    of PipelineParallel.
+    of PipelineParallel. device: where it computes; default: where its first parameter is.
     """
 
     def __init__(
@@ -27,16 +27,19 @@ class MicroSteps(Transparent):
         microbatches: int = 1,
         loss_fn: LossFunction | None = None,
         weigh: Weigh | None = None,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__(module)
         self._count, self._weigh = microbatches, weigh
         self._loss_fn = loss_fn or own_loss
-        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        if device is None:
+            device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        self._device = device
         self._numbers = Numbers(device)
 
     def train_step(self, inputs: Any, target: Any = None, *, loss_scale: float = 1.0, **keywords: Any) -> Tensor:
         """Forwards and backwards of one batch, as `PipelineParallel.train_step`. Returns the batch's loss, detached."""
-        batches = divide(inputs, target, self._count, keywords, self._weigh)
+        batches = moved(divide(inputs, target, self._count, keywords, self._weigh), self._device)
         total: Tensor | None = None
         for k, (seed, batch) in enumerate(zip(micro_batch_seeds(len(batches)), batches, strict=True)):
             with contextlib.nullcontext() if k == len(batches) - 1 else self._no_sync():
@@ -73,7 +76,8 @@ class MicroSteps(Transparent):
     def _divide(
         self, inputs: Any, target: Any, keywords: dict[str, Any], weigh: Weigh | None = None
     ) -> list[MicroBatch]:
-        return divide(inputs, target, min(self._count, rows_of((inputs, keywords))), keywords, weigh)
+        count = min(self._count, rows_of((inputs, keywords)))
+        return moved(divide(inputs, target, count, keywords, weigh), self._device)
 
     def _loss(self, batch: MicroBatch) -> Tensor:
         return scalar(self._loss_fn(self.module(*batch.args, **batch.kwargs), batch.target))

@@ -15,10 +15,11 @@ from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store
 
 from distlib.comm.group import Group
+from distlib.pipeline import reach
 from distlib.pipeline.actions import Kind, Schedule, ScheduleError
 from distlib.pipeline.division import Division
 from distlib.pipeline.ghost import places
-from distlib.pipeline.micro_batches import MicroBatch, divide, rows_of
+from distlib.pipeline.micro_batches import MicroBatch, divide, moved, rows_of
 from distlib.pipeline.passes import fuse
 from distlib.pipeline.schedules import generate
 from distlib.pipeline.simulate import Costs
@@ -29,6 +30,7 @@ from distlib.shards import PartOfModel, Shard, mark, shard_of
 from distlib.world import before_shutdown
 
 Init = Callable[[nn.Module], Any]
+_CPU = torch.device("cpu")
 
 # ---------------------------------------------------------------- arguments
 
@@ -70,20 +72,33 @@ def make_schedule(
     return generate(schedule, ranks, micro_batches, virtual=virtual)
 
 
-def example_of(inputs: Any, micro_batches: int, target: Any = None) -> MicroBatch | None:
-    """The first micro-batch of an example; all of it, where it has fewer rows."""
+def example_of(inputs: Any, micro_batches: int, target: Any = None, device: torch.device = _CPU) -> MicroBatch | None:
+    """The first micro-batch of an example, where the model computes; all of it, where it has fewer rows."""
     if inputs is None:
         return None
     rows = rows_of(inputs)
-    return divide(inputs, target, micro_batches if rows >= micro_batches else 1)[0]
+    return moved(divide(inputs, target, micro_batches if rows >= micro_batches else 1)[:1], device)[0]
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """Where the model computes."""
-    devices = {place.tensor.device for place in places(module)} - {torch.device("meta")}
-    if len(devices) > 1:
-        raise ValueError(f"the model lies on {', '.join(sorted(map(str, devices)))}: move it to one device first")
-    return next(iter(devices), torch.device("cpu"))
+def device_for(module: nn.Module, asked: torch.device | str | None) -> torch.device:
+    """Where the model will compute: as asked; else where it is, the CPU for a model on meta.
+
+    Stages on the CPU and on meta can go anywhere. ValueError, by name, for a tensor that is elsewhere already.
+    """
+    there = {place.tensor.device: place.name for place in reversed(places(module))}
+    there.pop(torch.device("meta"), None)
+    if asked is None:
+        if len(there) > 1:
+            raise ValueError(f"the model lies on {', '.join(sorted(map(str, there)))}: move it to one device first")
+        return next(iter(there), torch.device("cpu"))
+    device = torch.empty(0, device=asked).device  # "cuda" is the current GPU
+    for where, name in there.items():
+        if where != device and where.type != "cpu":
+            raise ValueError(
+                f"{name} is on {where}, the model is to be on {device}: move it with module.to() before, or build the "
+                "model on the CPU or the meta device"
+            )
+    return device
 
 
 # ---------------------------------------------------------------- modules
@@ -265,7 +280,7 @@ def equalise(
         first = group.ranks[places_of[0]]
         together = groups.of([group.ranks[r] for r in places_of])
         if together is not None:
-            together.broadcast(copies[0].data, together.ranks.index(first))
+            reach.broadcast(together, copies[0].data, together.ranks.index(first))
         for other in copies[1:]:
             other.copy_(copies[0])
 

@@ -35,6 +35,13 @@ Tensors = tuple[Tensor, ...]
 _CONTROL = "control"  # the ledger's name of headers
 
 
+def words(source: int, target: int, micro_batch: int) -> str:
+    """How errors name a message between two stages."""
+    carries = "activations" if source < target else "gradients"
+    at = "opening the channel" if micro_batch < 0 else f"micro-batch {micro_batch}"
+    return f"stage {source} -> {target}, {at} ({carries})"
+
+
 @dataclass(frozen=True)
 class Edge:
     """source, target: stages. number: among all channels, on every rank. line: to the rank that holds the other
@@ -47,9 +54,7 @@ class Edge:
 
     def words(self, micro_batch: int) -> str:
         """How errors name a message."""
-        carries = "activations" if self.source < self.target else "gradients"
-        at = "opening the channel" if micro_batch < 0 else f"micro-batch {micro_batch}"
-        return f"stage {self.source} -> {self.target}, {at} ({carries})"
+        return words(self.source, self.target, micro_batch)
 
     @contextlib.contextmanager
     def naming(self, micro_batch: int) -> Iterator[None]:

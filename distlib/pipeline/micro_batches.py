@@ -9,11 +9,11 @@ mean over the batch, however the batch is divided.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from distlib.calls import as_call
 
@@ -83,6 +83,34 @@ def divide(
         MicroBatch(its_args, its_kwargs, its_target, size, weight / total)
         for ((its_args, its_kwargs, its_target), size), weight in zip(parts, weights, strict=True)
     ]
+
+
+def moved(batches: Sequence[MicroBatch], device: torch.device) -> list[MicroBatch]:
+    """The micro-batches of a step with their tensors where the model computes; on a CPU, as they are.
+
+    Tensors in pinned memory are copied while the host goes on; what all micro-batches share is copied once. Weights
+    were computed before (`divide`): where they come from targets on the CPU, the host need not wait for a GPU.
+    """
+    if device.type == "cpu":
+        return list(batches)
+    copies: dict[int, torch.Tensor] = {}
+
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or leaf.device.type == "meta":
+            return leaf
+        if id(leaf) not in copies:
+            copies[id(leaf)] = leaf.to(device, non_blocking=True)
+        return copies[id(leaf)]
+
+    return [
+        replace(b, args=tree_map(move, b.args), kwargs=tree_map(move, b.kwargs), target=tree_map(move, b.target))
+        for b in batches
+    ]
+
+
+def on_device(tree: Any, device: torch.device) -> Any:
+    """The same outputs with their tensors on `device`."""
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, tree)
 
 
 def rows_of(inputs: Any) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +30,17 @@ def micro_batch_seeds(count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Numbers:
-    """Generators of one rank that a model may draw from: the CPU's and, where it computes on one, a GPU's."""
+    """Generators of one rank that a model may draw from: the CPU's and, where it computes on one, an accelerator's.
+
+    The states of both lie in host memory; to read and set them makes no host wait for a GPU.
+    """
 
     device: torch.device
+
+    @property
+    def _of_device(self) -> Any:
+        """torch.cuda, or what another accelerator has in its place; None on the CPU."""
+        return None if self.device.type == "cpu" else torch.get_device_module(self.device)
 
     @property
     def specs(self) -> list[Spec]:
@@ -40,15 +49,16 @@ class Numbers:
 
     def state(self) -> tuple[Tensor, ...]:
         """The generators' states, uint8 tensors on the CPU."""
-        if self.device.type == "cuda":
-            return torch.get_rng_state(), torch.cuda.get_rng_state(self.device)
-        return (torch.get_rng_state(),)
+        module = self._of_device
+        own = torch.get_rng_state()
+        return (own,) if module is None else (own, module.get_rng_state(self.device))
 
     def restore(self, states: tuple[Tensor, ...]) -> None:
         """Sets the generators to states that `state` returned."""
         torch.set_rng_state(states[0])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(states[1], self.device)
+        module = self._of_device
+        if module is not None:
+            module.set_rng_state(states[1], self.device)
 
     @contextmanager
     def of(self, begin: int | tuple[Tensor, ...]) -> Iterator[list[tuple[Tensor, ...]]]:
@@ -59,9 +69,10 @@ class Numbers:
         try:
             if isinstance(begin, int):
                 torch.default_generator.manual_seed(begin)
-                if self.device.type == "cuda":
-                    with torch.cuda.device(self.device):
-                        torch.cuda.manual_seed(begin)
+                module = self._of_device
+                if module is not None:
+                    with module.device(self.device):
+                        module.manual_seed(begin)
             else:
                 self.restore(begin)
             yield ended

@@ -21,16 +21,17 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from distlib import streams
 from distlib.comm.group import Group
 from distlib.comm.work import CollectiveError
 from distlib.pipeline.actions import Action, Kind
+from distlib.pipeline.carrier import Carrier, carrier
 from distlib.pipeline.losses import LossShare
 from distlib.pipeline.micro_batches import MicroBatch
 from distlib.pipeline.random import Numbers
 from distlib.pipeline.stage import Stage, Tensors
 from distlib.pipeline.step import Message, Step
 from distlib.pipeline.ties import Ties
-from distlib.pipeline.transport import Transport
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -71,8 +72,9 @@ class Runtime:
     """The pipeline on one rank.
 
     group: of the pipeline. placement: per stage, its rank. stages: those of this rank, by index. loss_fn: (output,
-    target of the micro-batch) -> scalar. timeout: seconds, of a message.
-    recorder: while it is a list, each computation is noted: (action, began, ended) in seconds of time.perf_counter.
+    target of the micro-batch) -> scalar. timeout: seconds, of a message. device: where the stages compute.
+    recorder: while it is a list, each computation is noted: (action, began, ended) in seconds of time.perf_counter; on
+    a GPU the host then waits for each.
     """
 
     def __init__(
@@ -85,12 +87,14 @@ class Runtime:
         loss_fn: LossFunction,
         numbers: Numbers,
         timeout: float,
+        device: torch.device,
     ) -> None:
         self._group, self._placement, self._timeout = group, tuple(placement), timeout
+        self._device = device
         self._rank = group.rank
         self._stages = stages
         self._edges: frozenset[tuple[int, int]] = frozenset()
-        self._channels: Transport | None = None
+        self._channels: Carrier | None = None
         self._ties = ties
         self._losses = losses
         self._loss_fn = loss_fn
@@ -116,10 +120,11 @@ class Runtime:
         if self._channels is not None:
             self._channels.close()
         self._edges |= frozenset(edges)
-        self._channels = Transport(self._group, self._placement, sorted(self._edges), self._timeout)
+        self._channels = carrier(self._group, self._placement, sorted(self._edges), self._timeout, self._device)
+        self._losses.direct = self._channels.direct
 
     @property
-    def _transport(self) -> Transport:
+    def _transport(self) -> Carrier:
         assert self._channels is not None, "connect() comes first"
         return self._channels
 
@@ -172,7 +177,7 @@ class Runtime:
             if first:
                 numbers = tensors[:first]
             received[source] = tensors[first:]
-        began = time.perf_counter()
+        began = self._now()
         if step.is_random(stage, k):
             with self._numbers.of(numbers) as ended:
                 sent = self._compute(running, action, received, batch)
@@ -217,7 +222,7 @@ class Runtime:
         stage, k = _place(action)
         schedule = running.step.schedule
         gradients = {source: self._take(running, (source, stage, k)) for source in schedule.consumers[stage]}
-        began = time.perf_counter()
+        began = self._now()
         split, last = action.kind is Kind.B, action in running.step.last
         back = self._stages[stage].backward(k, gradients, split=split, last=last)
         self._note(action, began)
@@ -226,7 +231,7 @@ class Runtime:
 
     def _weights(self, running: _Running, action: Action) -> None:
         stage, k = _place(action)
-        began = time.perf_counter()
+        began = self._now()
         self._stages[stage].weights(k, last=action in running.step.last)
         self._note(action, began)
 
@@ -239,15 +244,21 @@ class Runtime:
     def _reduce(self, _: _Running, action: Action) -> None:
         self._ties.ready(action.stage)
 
+    def _now(self) -> float:
+        """The time, where it is asked for only by a recorder: once the device has come as far."""
+        if self.recorder is not None:
+            streams.finish(streams.current(self._device))
+        return time.perf_counter()
+
     def _note(self, action: Action, began: float) -> None:
         if self.recorder is not None:
-            self.recorder.append((action, began, time.perf_counter()))
+            self.recorder.append((action, began, self._now()))
 
     # ------------------------------------------------------------ messages
 
     def _receive(self, running: _Running, action: Action) -> None:
         if specs := running.step.specs(action.message):
-            self._transport.post(*action.message, specs)
+            self._transport.post(*action.message, specs, running.step.numbers(action.message))
 
     def _send(self, running: _Running, action: Action) -> None:
         if running.step.specs(action.message):

@@ -310,8 +310,9 @@ def extra_flops(module: nn.Module, *inputs: Any, how: str = "auto", **keywords: 
         one = copy.deepcopy(module)
         restore(one)
         report = prepare(one, how) if split else None
-        devices = {p.device for p in one.parameters() if p.device.type == "cuda"}
-        with torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
+        devices = list({p.device for p in one.parameters() if p.device.type != "cpu"})
+        kind = devices[0].type if devices else "cuda"  # torch wants one, also for no devices
+        with torch.random.fork_rng(devices=devices, device_type=kind), torch.enable_grad():
             out = one(*inputs, **keywords)
             outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
             gradients = [torch.ones_like(t) for t in outputs]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from distlib.comm.group import Group
+from distlib.pipeline import reach
 from distlib.shards import shard_of
 
 
@@ -66,7 +67,7 @@ class Ties:
                 total = whole if total is None else total.add_(whole)
             assert total is not None
             if tie.group is not None and tie.group.size > 1:
-                tie.group.all_reduce(total)
+                reach.all_reduce(tie.group, total)
             for parameter in tie.copies.values():
                 _take_back(parameter, total)
         self._waiting.clear()

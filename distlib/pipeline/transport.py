@@ -9,6 +9,8 @@
 
 All channels are opened before the first step. Between ranks of one host they are slots of shared memory, which the
 receiver uses in place; elsewhere, messages (channels.py). Nothing is waited for but in `take` and `finish`.
+
+Between GPUs, messages go from device to device (direct.py), or through host memory and then as here (staged.py).
 """
 
 from __future__ import annotations
@@ -62,6 +64,7 @@ class Transport:
     def __init__(
         self, group: Group, placement: Sequence[int], edges: Iterable[tuple[int, int]], timeout: Timeout = None
     ) -> None:
+        self.direct = False  # what is on a device does not go from there
         self._group = group
         self._placement = tuple(placement)
         self._timeout = seconds_of(timeout, group.timeout)
@@ -120,8 +123,12 @@ class Transport:
         with self._telling(), sender.edge.naming(micro_batch):
             sender.send(Header.of(micro_batch, map(Spec.of, tensors)), tensors)
 
-    def post(self, source: int, target: int, micro_batch: int, specs: Sequence[Spec]) -> None:
-        """Says that stage `target`, of this rank, will want a message. Returns at once."""
+    def post(self, source: int, target: int, micro_batch: int, specs: Sequence[Spec], on_host: int = 0) -> None:
+        """Says that stage `target`, of this rank, will want a message. Returns at once.
+
+        on_host: how many of its tensors, the first ones, stay in host memory where the pipeline computes on a GPU;
+        here all do.
+        """
         receiver = self._end(self._receivers, source, target, "receives")
         with self._telling(), receiver.edge.naming(micro_batch):
             receiver.post(Header.of(micro_batch, specs), specs)

@@ -62,6 +62,8 @@ class PipelineParallel(nn.Module):
         whole: sharded stages that are whole at a time on a rank, if data_parallel shards parameters.
         limit: for schedule="auto": most micro-batches whose activations a rank holds.
         timeout: for messages between stages; default: the group's.
+        device: where this rank's stages compute; those on the CPU or on meta go there after the model was divided, by
+            `data_parallel` where it is given. Default: where the model is, the CPU for one on meta.
 
     Raises:
         ValueError: options that contradict each other, or a model that cannot be divided so.
@@ -89,13 +91,15 @@ class PipelineParallel(nn.Module):
         whole: int = 2,
         limit: float | None = None,
         timeout: Timeout = None,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         group = Group.of(process_group)
         everyone = Group.of(world) if world is not None else group
         whole_model, names = division.whole_model(module, split)
         count = build.stages_of(schedule, stages, group.size)
-        example = build.example_of(example_inputs, microbatches, example_target)
+        self._device = where = build.device_for(whole_model, device)
+        example = build.example_of(example_inputs, microbatches, example_target, where)
         found = division.divide(
             whole_model,
             names,
@@ -111,12 +115,13 @@ class PipelineParallel(nn.Module):
         self._group, self._process_group, self._schedule = group, process_group, table
         self.division, self._weigh = found, weigh
 
-        device = build.device_of(whole_model)
         modules = build.stage_modules(
             whole_model, found, table.stages_of(group.rank), init, everything=data_parallel is None
         )
         groups, holders = build.SharedGroups(group.timeout), build.holders(found, table)
         build.equalise(found, modules, holders, group, groups)
+        if data_parallel is None:
+            modules = {stage: part.to(where) for stage, part in modules.items()}
         reports = build.split_backwards(modules, table)
         parts = {stage: part if data_parallel is None else data_parallel(part) for stage, part in modules.items()}
         for stage, part in parts.items():
@@ -126,7 +131,7 @@ class PipelineParallel(nn.Module):
         ties = build.tie(found, parts, holders, group, process_group, groups)
         self._distlib_part = build.mark_parameters(found, parts, group, everyone)
 
-        numbers = Numbers(device)
+        numbers = Numbers(where)
         self._steps = Steps(found, table, numbers.specs, build.gathered(parts, count), whole, compute_dtype, limit)
         stages_here = {
             stage: Stage(stage, part, part if data_parallel is not None else None, reports.get(stage))
@@ -139,10 +144,11 @@ class PipelineParallel(nn.Module):
             table.placement,
             stages_here,
             Ties(ties),
-            LossShare(group, table.placement[-1], torch.promote_types(dtype, torch.float32), limit),
+            LossShare(group, table.placement[-1], torch.promote_types(dtype, torch.float32), limit, where),
             loss_fn or own_loss,
             numbers,
             limit,
+            where,
         )
         self._runtime.connect(found.edges)
 
@@ -156,7 +162,8 @@ class PipelineParallel(nn.Module):
         Args:
             inputs: the model's one argument, a tuple of positional ones, or a dict of keyword arguments. Tensors with
                 as many rows as the first tensor are divided into micro-batches; others go to each as they are, as
-                does what is wrapped in distlib.pipeline.Whole.
+                does what is wrapped in distlib.pipeline.Whole. Tensors on the CPU go to the stages' device, those in
+                pinned memory while the host goes on.
             target: for loss_fn, divided likewise.
             loss_scale: gradients are those of the loss times this (see distlib.optim.GradScaler).
             keywords: further keyword arguments of the model.
@@ -195,7 +202,9 @@ class PipelineParallel(nn.Module):
         root = self._group.ranks[self._schedule.placement[-1]]
         found = [micro_batches.join(outputs, [b.rows for b in batches]) if outputs else None]
         if self._group.size > 1:
+            found = [micro_batches.on_device(found[0], torch.device("cpu"))]  # a device has another name on each rank
             dist.broadcast_object_list(found, src=root, group=self._process_group)
+            found = [micro_batches.on_device(found[0], self._device)]
         return found[0]
 
     def _divide(
@@ -206,6 +215,7 @@ class PipelineParallel(nn.Module):
         return micro_batches.divide(inputs, target, count, keywords, weigh)
 
     def _run(self, batches: Sequence[MicroBatch], train: bool, scale: float = 1.0, has_loss: bool = True) -> Any:
+        batches = micro_batches.moved(batches, self._device)
         step = self._steps.of(batches, train)
         self._runtime.connect(step.schedule.edges)
         seeds = micro_batch_seeds(len(batches))
@@ -215,7 +225,7 @@ class PipelineParallel(nn.Module):
         """`train_step`, and what each rank computed when, measured: `print(draw(simulation))`, `simulation.bubble`.
 
         Every rank must call it; all get the same. Times are in seconds from the first computation, on the clocks of
-        the ranks' hosts: compare ranks of one host only.
+        the ranks' hosts: compare ranks of one host only. On a GPU the host waits for each computation.
         """
         self._runtime.recorder = []
         try:

@@ -13,12 +13,10 @@ from distlib.plan.mesh import Mesh, World
 if TYPE_CHECKING:
     from distlib.plan.plan import Plan
 
-_NO_CUDA = "sharded models run on the CPU in this version"
-
 
 @dataclass(frozen=True)
 class Ranks:
-    """What is known of the ranks. device: "cpu", "cuda", or None where it is not known."""
+    """What is known of the ranks. device: "cpu", "cuda" or another accelerator; None where it is not known."""
 
     mesh: Mesh
     device: str | None
@@ -81,17 +79,10 @@ def _is_secondary(plan: Plan, ranks: Ranks) -> bool:
 
 NEEDS = (
     Need(
-        "stage=1, 2 or 3",
-        lambda p: p.stage > 0 and p.engine == "distlib",
-        f"CPU ranks: {_NO_CUDA}",
-        lambda p, r: r.device != "cuda",
-        "Give stage=0, or run with CUDA_VISIBLE_DEVICES empty",
-    ),
-    Need(
         'offload="cpu"',
         lambda p: p.offload == "cpu" and p.engine == "distlib",
-        f"optimizer state on a GPU, to be moved to the CPU's memory, and {_NO_CUDA}",
-        lambda p, r: r.device is None,
+        "GPUs: the optimizer state of CPU ranks is in the CPU's memory already",
+        lambda p, r: r.device != "cpu",
         "Give a folder, or leave it out",
     ),
     Need(
@@ -133,21 +124,7 @@ NEEDS = (
         "activations.folder",
         lambda p: p.activations.folder is not None,
         "CPU ranks: tensors on a GPU move to pinned memory of its host",
-        lambda p, r: r.device != "cuda",
+        lambda p, r: r.device in (None, "cpu"),
         "Leave it out",
-    ),
-    Need(
-        "clip, with pipeline=2 or more",
-        lambda p: p.clip is not None and p.pipeline > 1,
-        "CPU ranks: the norm over the stages of a pipeline is not computed on GPUs in this version",
-        lambda p, r: r.device != "cuda",
-        "Leave it out",
-    ),
-    Need(
-        'precision "fp16", with pipeline=2 or more',
-        lambda p: p.precision.dtype == "fp16" and p.pipeline > 1,
-        "CPU ranks: the stages of a pipeline do not agree on a loss scale on GPUs in this version",
-        lambda p, r: r.device != "cuda",
-        'Take "bf16"',
     ),
 )
