@@ -121,20 +121,34 @@ def facts_here(device: torch.device) -> Facts:
 
     card = Host.here().card(0, 1 << 30)
     gpu = f"{device.type}:{device.index or 0}"
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_available():
         gpu = str(torch.cuda.get_device_properties(device).uuid)
     no_nccl = ""
     if device.type != "cuda":
         no_nccl = f"it serves CUDA, not {device.type}"
     elif not dist.is_nccl_available():
         no_nccl = "this torch was built without it"
+    elif not torch.cuda.is_available():
+        no_nccl = "torch finds no GPU"
+    no_ipc = library.why_not()
+    # A stand-in serves whatever device keeps its memory where the stand-in can reach it.
+    if not no_ipc and device.type != "cuda" and not (library.is_stand_in() and _is_here(device)):
+        no_ipc = f"the kernels are CUDA's, not those of {device.type}"
     host = f"{card.boot}/{card.network}/{card.user}"
-    return Facts(device.type, gpu, host, library.why_not(), no_nccl)
+    return Facts(device.type, gpu, host, no_ipc, no_nccl)
+
+
+def _is_here(device: torch.device) -> bool:
+    """Whether this process has such a device."""
+    if device.type == "cpu":
+        return True
+    return torch.accelerator.is_available() and device.type == torch.accelerator.current_accelerator().type
 
 
 def may_connect(device: torch.device) -> bool:
     """Whether this rank has any way for tensors on `device`; the others' facts may still rule it out."""
-    return library.present() or (device.type == "cuda" and dist.is_nccl_available())
+    facts = facts_here(device)
+    return not facts.no_ipc or not facts.no_nccl
 
 
 def connect(group: Group, device: torch.device) -> DeviceChannel:

@@ -460,7 +460,7 @@ class Group:
             raise
         if begin is not None:
             ledger().add_wait(time.perf_counter_ns() - begin)
-        if not work.is_completed():  # on a device: its stream goes on, and so do the accounts
+        if channel.by_streams:  # its stream goes on, and so do the accounts
             self.sweep()
             self._in_flight.append(work)
         return None

@@ -91,6 +91,14 @@ class NcclOperation:
         return self._over
 
     @property
+    def failed(self) -> bool:
+        """Whether its group has failed, and it with it. Asks the device only then."""
+        if self._over:
+            return self._failed is not None
+        self.channel.check()
+        return self.channel.aborted() is not None and self.done and self._failed is not None
+
+    @property
     def code(self) -> int:
         return native.CODES.index(self._failed.code) if self.done and self._failed is not None else 0
 

@@ -24,6 +24,11 @@ class StreamOperation(Operation, Protocol):
     @property
     def stream(self) -> streams.Stream: ...
 
+    @property
+    def failed(self) -> bool:
+        """Whether its group has failed, and it with it. Asks no event: that would be a step of the host."""
+        ...
+
 
 class StreamWork(Work):
     """A started collective on a device. `wait()` orders the stream that is current then, as torch's NCCL works do;
@@ -38,12 +43,10 @@ class StreamWork(Work):
             if self._abort is not None:
                 self._abort(text)
             raise CollectiveError(text, "timeout")
-        if self._error is None and not self._completed:
-            self.operation.follow()
-            if self.operation.code:
+        if self._error is None:
+            self.operation.follow()  # also where it is done: not every stream knows that
+            if not self._completed and self.operation.failed:
                 self.complete()
-        elif self._error is None:
-            self.operation.follow()  # done, but not every stream knows that
         if self._error is not None:
             raise self._error
         return True
@@ -68,10 +71,10 @@ class StreamWork(Work):
         self._future = start.then(self._value_on_stream)
         with streams.on(stream):
             self.operation.follow()
-            start.set_result(None)
+            start.set_result(self._result)  # the tensors: a future keeps events of those devices that they are on
         return self._future
 
     def _value_on_stream(self, _: object) -> list[torch.Tensor]:
-        if self.operation.code:
+        if self.operation.failed:
             raise CollectiveError(self.operation.text, native.CODES[self.operation.code])
         return self._result

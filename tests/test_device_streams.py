@@ -1,0 +1,230 @@
+"""Collectives of a device's tensors in groups that torch made: ordered by streams, no races, no host that waits.
+
+The device is tests/fake_device: an access that no event orders raises at the line that made it.
+"""
+
+from __future__ import annotations
+
+import time
+
+import fake_device
+import pytest
+import torch
+import torch.distributed as dist
+from cuda_on_cpu import build
+from device_groups import SMALL
+from devices import device_here, needs_fake_device
+from ranks import process_group, run_ranks
+from test_device_collectives import KINDS, Case, Player
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import distlib
+from distlib import native, streams
+from distlib.comm.group import Group
+
+pytestmark = [
+    needs_fake_device,
+    pytest.mark.skipif(native.core() is None, reason=f"no C++ core: {native.why_not()}"),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def built() -> None:
+    """Before ranks need it, in the time of no test."""
+    build.library()
+
+
+def every_kind(rank: int, n: int) -> None:
+    device = device_here("fake")
+    with process_group(rank, n):
+        group = Group.of()
+        assert group.on_device(device) and not group.on_device("meta")
+        here = Player(group, torch.device("cpu"))
+        there = Player(group, device)
+        cases = [Case(kind, torch.bfloat16, numel=3000, async_op=late) for kind in KINDS for late in (False, True)]
+        cases += [Case(kind, numel=99, strided=True) for kind in KINDS if kind != "ring"]
+        for case in cases:
+            assert there.play(case) == here.play(case), case
+
+
+@pytest.mark.parametrize("nodes", ["1", "2"])
+def test_every_kind_has_the_bits_of_the_cpu(nodes: str) -> None:
+    run_ranks(4 if nodes == "1" else 2, every_kind, env={**SMALL, "DISTLIB_NODES": nodes})
+
+
+def host_never_waits(rank: int, n: int) -> int:
+    device = device_here("fake")
+    with process_group(rank, n):
+        group = Group.of()
+        x = torch.ones(500, device=device)
+        group.all_reduce(x)  # makes the channel
+        whole = torch.empty(500 * n, device=device)
+        fake_device.reset()
+        for _ in range(3):
+            works = [group.all_gather(whole, x, async_op=True), group.all_reduce(x, async_op=True)]
+            for work in works:
+                assert work is not None
+                work.wait()
+            group.broadcast(x, 0)
+        return len(fake_device.host_syncs())
+
+
+def test_a_steady_step_makes_no_host_wait() -> None:
+    assert run_ranks(2, host_never_waits, env=SMALL) == [0, 0]
+
+
+def reads_too_early(rank: int, n: int) -> str:
+    device = device_here("fake")
+    with process_group(rank, n):
+        x = torch.ones(500, device=device)
+        Group.of().all_reduce(x)
+        fake_device.lag(1 << 40)  # the host never learns that anything is done
+        work = Group.of().all_reduce(x, async_op=True)
+        with pytest.raises(RuntimeError) as caught:
+            x.add_(1)
+        assert work is not None
+        work.wait()
+        x.sum()
+        side = streams.new(device)
+        with streams.on(side), pytest.raises(RuntimeError, match="all_reduce"):
+            x.sum()  # only the first stream has waited
+        with streams.on(side):
+            work.wait()
+            x.sum()
+        fake_device.lag(0)
+        return str(caught.value)
+
+
+def test_a_result_that_is_read_before_the_wait_is_a_race() -> None:
+    for text in run_ranks(2, reads_too_early, env=SMALL):
+        assert "all_reduce" in text
+
+
+def lets_go_of_tensors(rank: int, n: int) -> None:
+    device = device_here("fake")
+    with process_group(rank, n):
+        group = Group.of()
+        fake_device.lag(3)
+        works = []
+        for i in range(20):  # their memory is lent again while works are in flight
+            x = torch.full((300,), float(i), device=device)
+            works.append((group.all_reduce(x, async_op=True), i))
+            if i % 3 == 2:
+                work, _ = works.pop(0)
+                assert work is not None
+                work.wait()
+            del x
+        for work, i in works:
+            assert work is not None
+            work.wait()
+            assert work.result()[0].tolist() == [2.0 * i] * 300
+
+
+def test_tensors_that_nobody_else_holds_live_until_their_collective_is_done() -> None:
+    run_ranks(2, lets_go_of_tensors, env=SMALL)
+
+
+def two_devices(rank: int, n: int) -> None:
+    device = device_here("fake")
+    with process_group(rank, n):
+        group = Group.of()
+        with pytest.raises(ValueError, match="tensors on cpu and fake"):
+            group.all_gather(torch.ones(n, device=device), torch.ones(1))
+        x = torch.ones(1, device=device)
+        if n > 2:
+            with pytest.raises(ValueError, match=r"call group.connect\('fake:0'\) on all ranks first"):
+                group.send(x, (rank + 1) % n)
+        group.connect(device)
+        if rank == 0:
+            group.send(x, 1)
+        if rank == 1:
+            group.recv(x, 0)
+        assert group.registered_empty(7, device=device).device == device
+        group.barrier()
+        distlib.ledger().reset()
+        group.all_reduce(x)
+        group.all_reduce(torch.ones(1))
+        assert {(r.op, r.calls) for r in distlib.ledger().rows} == {("all_reduce", 2)}
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_devices_are_not_mixed_and_messages_need_a_way(n: int) -> None:
+    run_ranks(n, two_devices, env=SMALL)
+
+
+def torch_calls(rank: int, n: int) -> None:
+    device = device_here("fake")
+    with process_group(rank, n):
+        x = torch.full((6,), rank + 1.0, device=device)
+        dist.all_reduce(x)
+        assert x.tolist() == [3.0] * 6
+        work = dist.all_gather_into_tensor(torch.empty(12, device=device), x, async_op=True)
+        work.wait()
+        out = torch.empty(3, device=device)
+        dist.reduce_scatter_tensor(out, x)
+        assert out.tolist() == [6.0] * 3
+        pieces = [torch.empty(1, device=device) for _ in range(n)]
+        dist.all_to_all(pieces, [torch.full((1,), float(rank * 10 + d), device=device) for d in range(n)])
+        assert torch.cat(pieces).tolist() == [float(r * 10 + rank) for r in range(n)]
+        requests = dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, x, 1 - rank), dist.P2POp(dist.irecv, out.expand(3).contiguous(), 1 - rank)]
+            if rank == 0
+            else [dist.P2POp(dist.irecv, y := torch.empty(6, device=device), 0), dist.P2POp(dist.isend, out, 0)]
+        )
+        for request in requests:
+            request.wait()
+        if rank == 1:
+            assert y.tolist() == x.tolist()
+        objects = [None] * n
+        dist.all_gather_object(objects, rank)
+        assert objects == list(range(n))
+        dist.barrier()
+
+
+def test_torch_calls_with_tensors_of_the_device() -> None:
+    run_ranks(2, torch_calls, env=SMALL)
+
+
+def ddp(rank: int, n: int) -> None:
+    device = device_here("fake")
+    with process_group(rank, n):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(7, 15), nn.Tanh(), nn.Linear(15, 3))
+        plain = nn.Sequential(nn.Linear(7, 15), nn.Tanh(), nn.Linear(15, 3))
+        plain.load_state_dict(model.state_dict())
+        wrapped = DistributedDataParallel(model.to(device))
+        data = [torch.randn(4, 7, generator=torch.Generator().manual_seed(r)) for r in range(n)]
+        optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (wrapped, plain)]
+        for _ in range(3):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            wrapped(data[rank].to(device)).square().mean().backward()
+            (sum(plain(x).square().mean() for x in data) / n).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+            assert torch.allclose(a.cpu(), b, atol=1e-6)
+
+
+def test_ddp_trains_on_the_device_as_one_process() -> None:
+    run_ranks(2, ddp, env=SMALL)
+
+
+def groups_side_by_side(rank: int, n: int) -> float:
+    device = device_here("fake")
+    with process_group(rank, n):
+        gathers, reductions = Group.of(dist.new_group()), Group.of(dist.new_group())
+        x = torch.full((1000,), rank + 1.0, device=device)
+        whole = torch.empty(1000 * n, device=device)
+        begin = time.monotonic()
+        first, second = gathers.all_gather(whole, x, async_op=True), reductions.all_reduce(x.clone(), async_op=True)
+        assert first is not None and second is not None
+        second.wait()
+        first.wait()
+        assert torch.equal(second.result()[0], torch.full((1000,), 3.0, device=device))
+        return time.monotonic() - begin
+
+
+def test_groups_have_channels_of_their_own() -> None:
+    run_ranks(2, groups_side_by_side, env=SMALL)
