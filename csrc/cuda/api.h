@@ -3,5 +3,7 @@
 
 #include "blocks.h"
 #include "bucket.h"
+#include "collectives.h"
 #include "library.h"
 #include "optimizer.h"
+#include "segment.h"

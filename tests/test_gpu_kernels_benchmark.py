@@ -1,0 +1,79 @@
+"""The benchmark of kernels: its sizes and bytes, and all of its cases in small, on the emulated card."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu_kernels
+import pytest
+import torch
+from cuda_cards import a_card
+from gpu_kernels import COPY, OURS, Sizes
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+@given(st.integers(1, 500), st.integers(0, 1 << 30))
+def test_sizes_of_tensors_sum_to_the_bucket(count: int, more: int) -> None:
+    sizes = gpu_kernels.tensor_sizes(count + more, count)
+    assert sum(sizes) == count + more and len(sizes) == count and min(sizes) >= 1
+
+
+def test_sizes_are_the_issues_and_shrink_with_memory() -> None:
+    assert gpu_kernels.sizes_for(79 << 30, quick=False) == Sizes(1 << 28, 400, 1_000_000_000)
+    assert sum(gpu_kernels.tensor_sizes(1 << 28, 400)) * 4 == 1 << 30
+    small = gpu_kernels.sizes_for(16 << 30, quick=False)
+    assert small.parameters < 300_000_000 and small.parameters * 60 <= 16 << 30
+    quick = gpu_kernels.sizes_for(79 << 30, quick=True)
+    assert quick.bucket < 1 << 28 and quick.parameters < 1_000_000_000
+
+
+def test_bytes_of_a_step_are_those_of_its_arrays() -> None:
+    assert gpu_kernels.STEP_BYTES == {
+        "fp32 gradients": 28,
+        "bf16 gradients in, bf16 parameters out": 28,
+        "bf16 parameters and remainders": 26,
+    }
+
+
+def test_every_case_is_right_and_rated_on_the_emulated_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+    copy_of = gpu_kernels.copy_of
+
+    def watched(bytes: int, device: torch.device) -> object:
+        copied.append(bytes)
+        return copy_of(bytes, device)
+
+    monkeypatch.setattr(gpu_kernels, "copy_of", watched)
+    with a_card("emulated") as device:
+        found = list(gpu_kernels.measured(device, Sizes(6000, 40, 5000), rounds=4))
+    assert len(found) == len(gpu_kernels.CASES)
+    limits = {}
+    for (row, words), bytes in zip(found, copied, strict=True):
+        assert {OURS, COPY} <= set(row.samples) and all(len(taken) == 4 for taken in row.samples.values())
+        assert f"{row.what}: GB/s of {bytes / 2**30:.2f} GiB" in words and bytes > 0
+        assert all(math.isfinite(row.value(bar)) for bar in row.bars)
+        limits[row.what.split(",")[0].split(":")[0]] = [bar.at_least for bar in row.bars]
+    # The bars of the issue's table.
+    assert limits["pack fp32 to bf16"] == [0.88, 2.0]
+    assert limits["pack fp32"] == limits["unpack fp32"] == [0.9, 1.1]
+    steps = [[bar.at_least for bar in row.bars] for row, _ in found if row.what.startswith("AdamW")]
+    assert steps == [[0.9, 1.0], [0.9, 1.3], [None]]
+
+
+def test_a_wrong_result_is_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_kernels, "CASES", [gpu_kernels.quantize])
+    with a_card("emulated") as device:
+        monkeypatch.setattr(gpu_kernels.blocks, "quantize", lambda values: torch.zeros(1, dtype=torch.uint8))
+        with pytest.raises(RuntimeError, match="quantize bf16 .* differs from torch's"):
+            list(gpu_kernels.measured(device, Sizes(600, 4, 100), rounds=1))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so nothing is missing")
+def test_without_a_gpu_it_says_what_is_missing() -> None:
+    script = Path(gpu_kernels.__file__)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and "gpu_kernels.py needs a GPU" in done.stderr
