@@ -6,6 +6,7 @@ import copy
 import io
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import fake_device
@@ -441,3 +442,22 @@ def loads_late(rank: int, n: int) -> None:
 def test_a_device_that_comes_after_autograds_threads_is_refused() -> None:
     with pytest.raises(RankError, match="before the first backward"):
         run_ranks(1, loads_late, timeout=100)
+
+
+def test_where_it_cannot_be_built_it_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(fake_device.build, "TORCH", tmp_path)
+        assert "without its headers" in str(fake_device.why_not())
+    with monkeypatch.context() as patch:
+        patch.setattr(fake_device.build, "FLAGS", ["-DNDEBUG", "--no-such-option"])
+        patch.setattr(fake_device.build, "HERE", tmp_path / "tests" / "fake_device")  # whose build folder is used
+        assert "no-such-option" in str(fake_device.why_not())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert "install g++" in str(fake_device.why_not())
+
+
+def test_a_built_library_is_used_again() -> None:
+    library = fake_device.build.library()
+    assert library.parent.name.startswith("fake_device-") and fake_device.build.library() == library
+    assert sorted(path.name for path in library.parent.iterdir()) == ["fake_device.so", "lock"]

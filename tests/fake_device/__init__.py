@@ -6,7 +6,8 @@
     fake_device.host_syncs()               where the host waited for the device
 
 Operators have the CPU's bits. What one stream wrote and another uses without an event between them is an error at the
-line that made it, though here the result would be right: on a GPU it is right only most of the time.
+line that made it, though here the result would be right: on a GPU it is right only most of the time. A tensor counts as
+all bytes from its first to its last element: two streams that write alternate columns of a matrix are an error too.
 """
 
 from __future__ import annotations
