@@ -1,4 +1,4 @@
-"""Seconds between two moments on the device that computes: by the clock, or by CUDA events, without waiting."""
+"""Seconds between two moments on the device that computes: by the clock, or by its events, without waiting."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
+from distlib import streams
+
 
 class Span:
-    """begin() ... end() ... seconds. Of a CUDA device it is the time of what was enqueued in between."""
+    """begin() ... end() ... seconds. Of a GPU it is the time of what was enqueued in between."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._device = device
         self._begin: Any = None
         self._end: Any = None
 
@@ -25,10 +27,11 @@ class Span:
         return self
 
     def _now(self) -> Any:
-        if not self._cuda:
+        stream = streams.current(self._device)
+        if stream is None:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event = torch.Event(self._device, enable_timing=True)
+        event.record(stream)
         return event
 
     @property
@@ -40,7 +43,7 @@ class Span:
         """None before its end. Waits for the device where that is still computing."""
         if self._end is None:
             return None
-        if not self._cuda:
+        if self._device.type == "cpu":
             return self._end - self._begin
         self._end.synchronize()
         return self._begin.elapsed_time(self._end) / 1e3

@@ -310,6 +310,7 @@ def on_first_gradient(tree: Any, call: Callable[[Any], None]) -> None:
 @contextlib.contextmanager
 def same_random(tensors: list[torch.Tensor]) -> Iterator[None]:
     """Random numbers drawn inside are drawn again outside."""
-    devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    places = [t.device for t in tensors if t.device.type not in ("cpu", "meta")]
+    kind = places[0].type if places else "cuda"
+    with torch.random.fork_rng(devices=sorted({place.index for place in places}), device_type=kind):
         yield

@@ -1,0 +1,117 @@
+"""Activation memory on a device: the bits of a plain model, copies ordered with what computes, a host that never waits.
+
+The device is tests/fake_device: an access that no event orders raises at the line that made it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fake_device
+import pytest
+import torch
+from activation_models import MODELS, make, same, step
+from devices import device_here, needs_fake_device
+from ranks import run_ranks
+from torch import nn
+
+import distlib
+from distlib.activations.live import LiveBytes
+from distlib.activations.stores import PinnedStore
+
+pytestmark = needs_fake_device
+
+STEPS = 3
+NAMES = [name for name in MODELS if name != "convolution"]  # which the fake device cannot compute
+
+
+def pair(name: str, device: torch.device) -> tuple[nn.Module, nn.Module, torch.Tensor]:
+    """Two equal models on the device, and their input."""
+    return make(name).to(device), make(name).to(device), MODELS[name][1].to(device)
+
+
+def _policies(rank: int, n: int, policy: str) -> None:
+    device = device_here("fake")
+    for name in NAMES:
+        plain, model, x = pair(name, device)
+        report = distlib.checkpoint_activations(model, policy)
+        for seed in range(STEPS):
+            expected = step(plain, x, seed)
+            fake_device.reset()
+            found = step(model, x, seed)
+            waits = fake_device.host_syncs()
+            assert same(expected, found), name
+            assert not waits or seed < STEPS - 1, (name, *map(str, waits))
+        if (name, policy) == ("dropout", "offload"):
+            assert report.moved_bytes > 0.5 * report.baseline_bytes
+
+
+@pytest.mark.parametrize("policy", ["full", "selective", "offload"])
+def test_a_policy_changes_no_bit_and_never_waits(policy: str) -> None:
+    run_ranks(1, _policies, policy, timeout=100)
+
+
+def _windows(rank: int, n: int) -> None:
+    """Whatever may be on its way at once; also where memory of activations is lent again at once."""
+    device = device_here("fake")
+    for options in ({"window": 1}, {"window": "1GiB"}, {"resident": 0}, {"resident": 0, "window": 1}):
+        plain, model, x = pair("dropout", device)
+        distlib.checkpoint_activations(model, "offload", **options)
+        for forwards in (1, 3, 2, 1):
+            assert same(step(plain, x, 3, forwards), step(model, x, 3, forwards)), options
+        store = next(iter(model)).forward.setting.offloader._stores[device]
+        assert isinstance(store, PinnedStore) and store.slab.used == 0
+
+
+def test_any_window_and_order_of_offloading_on_a_device() -> None:
+    run_ranks(1, _windows, timeout=100)
+
+
+def _budget(rank: int, n: int) -> None:
+    device = device_here("fake")
+    plain, model, x = pair("dropout", device)
+    with LiveBytes() as live:
+        step(plain, x)
+    report = distlib.checkpoint_activations(model, budget=live.peak // 2, example_inputs=x)
+    assert same(step(plain, x), step(model, x))
+    assert set(report.choices.values()) != {"keep"}
+    assert "ms" in str(report)
+
+
+def test_a_budget_is_measured_on_the_device() -> None:
+    run_ranks(1, _budget, timeout=100)
+
+
+def _planted(rank: int, n: int, which: str) -> str:
+    """The detector sees what a missing event would do."""
+    device = device_here("fake")
+    _, model, x = pair("dropout", device)
+    if which == "written":
+        PinnedStore.write = _without(PinnedStore.write)  # type: ignore[method-assign]
+    else:
+        distlib.activations.stores._Event.wait = lambda self: None  # type: ignore[method-assign]
+    distlib.checkpoint_activations(model, "offload", resident=0)
+    try:
+        for seed in range(STEPS):
+            step(model, x, seed)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def _without(write: Any) -> Any:
+    """`write` whose copies do not wait for what computes their source."""
+
+    def unordered(self: PinnedStore, source: torch.Tensor, offset: int, done: Any) -> Any:
+        follow, distlib.streams.follow = distlib.streams.follow, lambda *_: None
+        try:
+            return write(self, source, offset, done)
+        finally:
+            distlib.streams.follow = follow
+
+    return unordered
+
+
+@pytest.mark.parametrize("which", ["written", "read"])
+def test_a_missing_event_is_found(which: str) -> None:
+    assert "race: " in run_ranks(1, _planted, which)[0]
