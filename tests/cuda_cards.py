@@ -11,10 +11,7 @@ from cuda_on_cpu import build
 
 from distlib.cuda import library
 
-CARDS = [
-    "emulated",
-    pytest.param("gpu", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
-]
+CARDS = ["emulated", pytest.param("gpu", marks=pytest.mark.gpu)]
 
 
 @contextmanager

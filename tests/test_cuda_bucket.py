@@ -203,7 +203,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(card: torch.device) -> None
         PackTable([one], flat).pack(squares=torch.zeros(1, device=card))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: only there are CUDA graphs")
+@pytest.mark.gpu
 def test_a_captured_pack_is_replayed_with_new_numbers() -> None:
     with a_card("gpu") as device:
         given = tensors([1000, 37], [0, 1], F32, device)

@@ -317,7 +317,7 @@ def test_tables_that_cannot_be_stepped_are_refused(card: torch.device) -> None:
     gpu.step_tables([(Hyper("ADAMW"), DeviceTable([], card, F32, F32))])  # nothing to step
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: only there are CUDA graphs")
+@pytest.mark.gpu
 def test_a_captured_step_counts_clips_and_skips() -> None:
     with a_card("gpu") as device:
         mine = [moved(segment(5000, (0,) * 5, BF16, BF16), device) for _ in range(2)]

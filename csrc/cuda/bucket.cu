@@ -10,6 +10,8 @@ namespace distlib {
 namespace cuda {
 namespace {
 
+constexpr int kAhead = 8;  // partial sums that a thread reads before it adds them
+
 struct Job {
   const DistlibPackRow* rows;
   const int32_t* chunk_rows;
@@ -68,8 +70,7 @@ __global__ __launch_bounds__(kThreads) void pack_kernel(const Job job) {
   const DistlibPackRow row = job.rows[job.chunk_rows[blockIdx.x]];
   const Chunk part = chunk_of(row, job.chunk);
   Each each(job);
-  convert(each, reinterpret_cast<const From*>(row.from) + part.begin, reinterpret_cast<To*>(row.to) + part.begin,
-          part.count);
+  convert(each, global<const From>(row.from) + part.begin, global<To>(row.to) + part.begin, part.count);
   if constexpr (Each::kKeeps) {
     if (job.found_inf != nullptr && !each.is_finite()) *job.found_inf = 1;  // whoever writes, writes the same
     if (job.sum == nullptr) return;
@@ -78,8 +79,16 @@ __global__ __launch_bounds__(kThreads) void pack_kernel(const Job job) {
     if (!is_last_block(job.counter)) return;
     const volatile double* const partials = job.partials;
     double mine = 0;
-#pragma unroll 8
-    for (unsigned i = threadIdx.x; i < gridDim.x; i += kThreads) mine += partials[i];
+    for (unsigned from = threadIdx.x; from < gridDim.x; from += kAhead * kThreads) {
+      double some[kAhead];
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        const unsigned i = from + k * kThreads;
+        some[k] = i < gridDim.x ? partials[i] : 0.0;
+      }
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) mine += some[k];
+    }
     const double total = block_sum(mine);
     if (threadIdx.x == 0) *job.sum = canonical(total);
   }

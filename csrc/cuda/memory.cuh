@@ -31,6 +31,17 @@ struct WordOf<16> {
   using type = uint4;
 };
 
+// An address of a table as a pointer. Said to be one of global memory, as loads and stores would otherwise have to find
+// out whether it is one of shared memory; the number stays the same.
+template <class T>
+__device__ __forceinline__ T* global(uint64_t address) {
+#ifdef DISTLIB_CUDA_ON_CPU
+  return reinterpret_cast<T*>(address);
+#else
+  return static_cast<T*>(__cvta_global_to_generic(address));
+#endif
+}
+
 __device__ __forceinline__ bool is_aligned(const void* at, unsigned bytes) {
   return reinterpret_cast<uintptr_t>(at) % bytes == 0;
 }

@@ -179,7 +179,7 @@ struct Group {
 
   template <class T>
   static __device__ __forceinline__ T* at(uint64_t address, uint64_t i) {
-    return reinterpret_cast<T*>(address) + i;
+    return global<T>(address) + i;
   }
 
   // Whether all arrays are aligned for loads and stores of such groups, from element i on.

@@ -15,15 +15,27 @@ namespace {
 constexpr uint64_t kBlock = 16384;
 constexpr int kWarps = kThreads / 32;
 
-// sum + the squares of every 32nd of `count` elements, from element `first` on.
+template <class Type>
+__device__ __forceinline__ double add_square(double sum, typename Type::Raw raw) {
+  const double value = static_cast<double>(Type::wide(raw));
+  return sum + value * value;
+}
+
+// sum + the squares of every 32nd of `count` elements, from element `first` on. Eight loads are under way at once.
 template <class Type>
 __device__ __forceinline__ double add_squares(double sum, uint64_t address, uint64_t first, uint64_t count) {
-  const auto* const at = reinterpret_cast<const typename Type::Raw*>(address);
-#pragma unroll 8
-  for (uint64_t i = first; i < count; i += 32) {
-    const double value = static_cast<double>(Type::wide(at[i]));
-    sum = sum + value * value;
+  using Raw = typename Type::Raw;
+  constexpr int kAtOnce = 8;
+  const Raw* const at = global<const Raw>(address);
+  uint64_t i = first;
+  for (; i + (kAtOnce - 1) * 32 < count; i += kAtOnce * 32) {
+    Raw raw[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) raw[k] = at[i + k * 32];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) sum = add_square<Type>(sum, raw[k]);
   }
+  for (; i < count; i += 32) sum = add_square<Type>(sum, at[i]);
   return sum;
 }
 
@@ -59,16 +71,21 @@ __global__ __launch_bounds__(kThreads) void squares_kernel(const DistlibSquareRo
     if (lane == 0) partials[block] = lanes;
   }
   if (!is_last_block(counter)) return;
-  __shared__ double staged[4 * kThreads];
+  constexpr int kStaged = 4 * kThreads;
+  __shared__ double staged[kStaged];
   double all = 0;
-  for (uint64_t from = 0; from < blocks; from += 4 * kThreads) {
-    const uint64_t count = blocks - from < 4 * kThreads ? blocks - from : 4 * kThreads;
-    for (uint64_t i = threadIdx.x; i < count; i += kThreads) {
-      staged[i] = static_cast<const volatile double*>(partials)[from + i];
+  for (uint64_t from = 0; from < blocks; from += kStaged) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const uint64_t i = from + k * kThreads + threadIdx.x;
+      // Zeros change no sum of squares: with them the loop below has a fixed length.
+      staged[k * kThreads + threadIdx.x] = i < blocks ? static_cast<const volatile double*>(partials)[i] : 0.0;
     }
     __syncthreads();
-    if (threadIdx.x == 0)
-      for (uint64_t i = 0; i < count; ++i) all += staged[i];
+    if (threadIdx.x == 0) {
+#pragma unroll 16
+      for (int i = 0; i < kStaged; ++i) all += staged[i];
+    }
     __syncthreads();
   }
   if (threadIdx.x != 0) return;

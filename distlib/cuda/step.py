@@ -22,7 +22,6 @@ from distlib.cuda import library
 from distlib.cuda.tables import CHUNK, CODES, address, cut, exact, extent, require_scalar, stream_of, upload
 
 RULES = {"ADAMW": 0, "SGD": 1, "LION": 2}
-COPIES = {0: None, 1: torch.bfloat16, 2: torch.float16}  # as distlib/optim/kernels.py's Kind numbers them
 _GRADS = (torch.float32, torch.bfloat16, torch.float16)
 
 
