@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -24,8 +25,8 @@ SMALL = {  # few threads, since each is a fiber; small slots, so that small tens
 
 
 def emulated() -> str:
-    """The library that stands in for the GPU's; built here, before ranks use it."""
-    return str(build.library())
+    """The library that stands in for the GPU's, built before ranks use it; "" where there is a GPU."""
+    return "" if torch.cuda.is_available() else str(build.library())
 
 
 def card() -> torch.device:
@@ -46,9 +47,7 @@ def device_group(rank: int, n: int, path: str, timeout: float = 20.0) -> Iterato
 @contextmanager
 def host_group(rank: int, n: int, path: str, timeout: float = 20.0) -> Iterator[Group]:
     """In a rank: the world, with the library in place. Destroyed at the end, unless the body raises."""
-    from pathlib import Path
-
-    if not torch.cuda.is_available():
+    if path:
         library.use(Path(path))
     limit = timedelta(seconds=timeout)
     dist.init_process_group("distlib", store=store(), rank=rank, world_size=n, timeout=limit)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from cuda_on_cpu import build
 from device_groups import SMALL, card, device_group, emulated, host_group
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,9 +22,12 @@ import distlib
 from distlib import native
 from distlib.comm import device, ipc
 from distlib.comm.group import Group
-from distlib.cuda import collectives, library
+from distlib.cuda import collectives
 
-pytestmark = pytest.mark.skipif(native.core() is None, reason=f"no C++ core: {native.why_not()}")
+pytestmark = [
+    pytest.mark.card,
+    pytest.mark.skipif(native.core() is None, reason=f"no C++ core: {native.why_not()}"),
+]
 
 KINDS = ["all_reduce", "reduce", "reduce_scatter", "all_gather", "broadcast", "gather", "scatter", "all_to_all", "ring"]
 PIECE = 4096  # bytes of a slot, see SMALL; three blocks of them are one round
@@ -326,13 +333,18 @@ def test_wrong_arguments_raise_before_anything_starts() -> None:
     run_ranks(2, wrong_arguments, emulated(), env=SMALL)
 
 
-def test_structures_are_those_of_the_library() -> None:
-    library.use(__import__("pathlib").Path(emulated()))
-    try:
-        sizes = collectives.structure_bytes()
-    finally:
-        library.use(None)
-    import ctypes
+def structures(rank: int, n: int, path: str) -> None:
+    with host_group(rank, n, path):
+        for name, size in collectives.structure_bytes().items():
+            assert ctypes.sizeof(getattr(collectives, name)) == size, name
 
-    for name, size in sizes.items():
-        assert ctypes.sizeof(getattr(collectives, name)) == size, name
+
+def test_structures_are_those_of_the_library() -> None:
+    run_ranks(1, structures, emulated())
+
+
+def test_no_byte_beside_a_tensor_is_touched() -> None:
+    """The same kernels in a C++ program under AddressSanitizer and UBSan."""
+    source = Path(__file__).parent / "cuda_on_cpu" / "collectives_check.cpp"
+    done = subprocess.run([build.program(source, "collectives")], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-5000:]

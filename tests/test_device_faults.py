@@ -18,7 +18,10 @@ from distlib import native
 from distlib.comm.group import Group
 from distlib.comm.work import CollectiveError
 
-pytestmark = pytest.mark.skipif(native.core() is None, reason=f"no C++ core: {native.why_not()}")
+pytestmark = [
+    pytest.mark.card,
+    pytest.mark.skipif(native.core() is None, reason=f"no C++ core: {native.why_not()}"),
+]
 
 
 def error_of(call: Callable[[], object]) -> str:

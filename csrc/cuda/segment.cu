@@ -13,6 +13,8 @@
 
 namespace {
 
+constexpr uint64_t kPage = uint64_t{2} << 20;
+
 // The driver's functions are looked up at run time: linked, the library could not even be loaded without a driver.
 struct Driver {
   CUresult (*granularity)(size_t*, const CUmemAllocationProp*, CUmemAllocationGranularity_flags);
@@ -157,6 +159,8 @@ DISTLIB_API int distlib_cuda_segment_make(int64_t device, int64_t way, uint64_t*
     const int code = make_by_descriptor(device, bytes, address, fd);
     return reported(code ? code : fill_with_zeros(*address, *bytes));
   }
+  // A handle opens all that CUDA keeps beside the memory in its page: so the page is the segment's alone.
+  *bytes = (*bytes + kPage - 1) / kPage * kPage;
   if (const int code = cudaMalloc(address, *bytes)) return reported(code);
   cudaIpcMemHandle_t exported;
   int code = cudaIpcGetMemHandle(&exported, *address);
