@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import gpu_outcomes
 import gpu_tests
+from gpu_cards import use_checkout
 
 if TYPE_CHECKING:  # they need what may be missing
     from gpu_parts import Done, Part
@@ -38,20 +39,15 @@ def parts_of(selection: gpu_tests.Selection, work: Path) -> list[Part]:
     """The parts in their order; each leaves what it found in `work`."""
     from gpu_parts import Part
 
-    environ = {"DISTLIB_OUTCOMES": str(work / "outcomes.jsonl"), "PYTHONPATH": python_path()}
+    environ = {"DISTLIB_OUTCOMES": str(work / "outcomes.jsonl")}
     parts = [
         Part("build", [sys.executable, str(HERE / "gpu_build.py"), f"--json={work / 'build.json'}"], BUILD),
         Part("tests", gpu_tests.command(selection), TESTS, environ, selection.why_not),
     ]
     for name, seconds in BENCHMARKS.items():
         command = [sys.executable, str(HERE / f"gpu_{name}.py"), f"--out={work / name}"]
-        parts.append(Part(name, command, seconds, {"PYTHONPATH": python_path()}))
+        parts.append(Part(name, command, seconds))
     return parts
-
-
-def python_path() -> str:
-    """distlib is used from this checkout; pytest's plugin lies beside this file."""
-    return os.pathsep.join([str(ROOT), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def why_not() -> str:
@@ -72,6 +68,8 @@ def run(out: Path) -> dict:
     from gpu_summary import collected, merged
     from report import surroundings
 
+    use_checkout()
+    os.environ["PYTHONPATH"] += os.pathsep + str(HERE)  # of pytest's plugin
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # hangs are aborted

@@ -84,16 +84,13 @@ def run(part: Part, limit: float, log: Path) -> Done:
         finally:
             if process.poll() is None:  # it hangs, or this process is being interrupted
                 survived = _end(process)
-    outcome, why = {0: ("passed", ""), None: ("timed out", f"it was ended after {limit:.0f} s{survived}")}.get(
-        code, ("failed", _ending(code))
-    )
+    outcome, why = "passed", ""
+    if code is None:
+        outcome, why = "timed out", f"it was ended after {limit:.0f} s{survived}"
+    elif code:
+        outcome, why = "failed", f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
     tail = "" if outcome == "passed" else log.read_text(errors="replace")[-TAIL:]
     return Done(part.name, outcome, time.monotonic() - begin, limit, code, why, tail)
-
-
-def _ending(code: int | None) -> str:
-    assert code is not None
-    return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
 
 def _end(process: subprocess.Popen[bytes]) -> str:
@@ -109,15 +106,22 @@ def _end(process: subprocess.Popen[bytes]) -> str:
         except (psutil.NoSuchProcess, ProcessLookupError):
             continue  # it has ended meanwhile
     psutil.wait_procs(below, timeout=GRACE)
-    try:
-        process.wait(timeout=GRACE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-    for other in below:
+    _wait(process)
+    for other in (*below, process):
         try:
             other.kill()
         except psutil.NoSuchProcess:
             continue
-    _, alive = psutil.wait_procs([psutil.Process(process.pid), *below], timeout=GRACE)
-    left = sorted(other.pid for other in alive if other.is_running() and other.status() != psutil.STATUS_ZOMBIE)
-    return f"; processes {left} cannot be killed" if left else ""
+    _, alive = psutil.wait_procs(below, timeout=GRACE)
+    left = [other.pid for other in alive if other.is_running() and other.status() != psutil.STATUS_ZOMBIE]
+    left += [] if _wait(process) else [process.pid]
+    return f"; processes {sorted(left)} cannot be killed" if left else ""
+
+
+def _wait(process: subprocess.Popen[bytes]) -> bool:
+    """Whether it ended in time."""
+    try:
+        process.wait(timeout=GRACE)
+    except subprocess.TimeoutExpired:
+        return False
+    return True

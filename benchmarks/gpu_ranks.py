@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import os
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import gpu_trace
@@ -37,20 +34,8 @@ import distlib
 OURS, TORCH = "distlib", "torch"
 WARMUP = 4  # steps: the second records the order of units, the third uses it
 STEADY = 5  # steps in which waits are counted
-CURVE = 20  # steps of a curve
+CURVE = {"cuda": 20, "fake": 6}  # steps of a curve
 AGREEMENT = 2e-3  # relative: how far the contenders' losses may be apart in bf16
-
-
-def device_of(name: str) -> torch.device:
-    """This rank's device: a card, which ranks share where there are fewer; or the fake one, its kernels on the CPU."""
-    if name == "fake":
-        sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-        from devices import device_here
-
-        return device_here("fake")
-    device = torch.device(name, int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
 
 
 # ---- steps on one device --------------------------------------------------------------------------------------
@@ -214,7 +199,7 @@ def curves(device: torch.device) -> dict[str, list[str]]:
 def curve(contender: Contender, size: Size, device: torch.device) -> list[str]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     with deterministic(device):
-        losses = [contender.step(batch_of(size, device, step % 2, rank, ranks)) for step in range(CURVE)]
+        losses = [contender.step(batch_of(size, device, step % 2, rank, ranks)) for step in range(CURVE[device.type])]
     mine = torch.stack(losses).double().cpu()
     dist.all_reduce(mine)
     return [loss.hex() for loss in (mine / ranks).tolist()]

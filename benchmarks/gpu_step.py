@@ -37,8 +37,9 @@ CLOSE = 1e-5  # relative: how far 20 losses in fp32 may be from those of one pro
 def on_rank(options: argparse.Namespace) -> None:
     import gpu_ranks
     import torch.distributed as dist
+    from gpu_cards import device_of
 
-    device = gpu_ranks.device_of(options.device)
+    device = device_of(options.device)
     lone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if os.environ["WORLD_SIZE"] == "1" else {}
     dist.init_process_group("distlib", **lone)
     try:
@@ -51,6 +52,7 @@ def on_rank(options: argparse.Namespace) -> None:
 
 
 def results(device: str, rounds: int) -> GpuReport:
+    from gpu_cards import cards, one_card
     from gpu_report import GpuReport
 
     def ranks(n: int, part: str, **environ: str) -> Any:
@@ -60,11 +62,11 @@ def results(device: str, rounds: int) -> GpuReport:
         return run_ranks(__file__, n, arguments, **DETERMINISTIC, **environ)
 
     alone = ranks(1, "alone")
-    both = ranks(2, "curves")
+    both = ranks(2, "curves", **one_card())
     checks = [*step_checks(alone["steps"]), *alone_checks(alone["curves"], alone["offload"])]
     checks += curve_checks("2 processes on one device", 2, both["curves"], alone["curves"])
     rows: list[Row] = []
-    notes = [f"Steps: {alone['steps']['size']}, bf16. Curves: a small model, 20 steps."]
+    notes = [f"Steps: {alone['steps']['size']}, bf16. Curves: a small model."]
     if device == "fake":
         notes.append("The device is tests/fake_device: nothing was timed.")
     else:
@@ -73,11 +75,10 @@ def results(device: str, rounds: int) -> GpuReport:
         checks.append(_equal("CUDA_LAUNCH_BLOCKING=1: the same bits", 1, len(same), len(blocking)))
         rows, more = step_rows(alone["steps"], alone["offload"])
         checks += more
-        cards = _cards()
-        if cards > 1:
-            every = ranks(cards, "together")
-            checks += curve_checks("a card each", cards, every["curves"], alone["curves"])
-            rows += speed_rows(every["speed"], cards)
+        if cards() > 1:
+            every = ranks(cards(), "together")
+            checks += curve_checks("a card each", cards(), every["curves"], alone["curves"])
+            rows += speed_rows(every["speed"], cards())
     return GpuReport("gpu_step", "Training steps on a GPU", rows, notes, checks)
 
 
@@ -89,12 +90,6 @@ def run_alone(arguments: Sequence[str], **environ: str) -> Any:
         command = [sys.executable, __file__, f"--samples={samples}", *arguments]
         subprocess.run(command, check=True, env={**os.environ, **rank, **environ})
         return json.loads(samples.read_text())
-
-
-def _cards() -> int:
-    import torch
-
-    return torch.cuda.device_count()
 
 
 def _equal(what: str, ranks: int, count: int, of: int) -> Check:
@@ -179,10 +174,10 @@ def step_rows(steps: dict[str, Any], offload: dict[str, Any]) -> tuple[list[Row]
     return rows, [Check(f"activation offload, {blocks}: hidden behind compute", 1, told)]
 
 
-def speed_rows(speed: dict[str, Any], cards: int) -> list[Row]:
+def speed_rows(speed: dict[str, Any], ranks: int) -> list[Row]:
     from report import Row
 
-    return [Row(f"{speed['size']} a card, stage 3: step", cards, speed["seconds"]["wall"], [])]
+    return [Row(f"{speed['size']} a card, stage 3: step", ranks, speed["seconds"]["wall"], [])]
 
 
 def main() -> None:
@@ -196,13 +191,13 @@ def main() -> None:
         free_groups()
         return
     import report
+    from gpu_cards import use_checkout
 
     parser = report.parser(__doc__)
     parser.add_argument("--device", choices=("cuda", "fake"), default="cuda")
     parser.add_argument("--rounds", type=int, default=8)
     options = parser.parse_args()
-    here = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, here))
+    use_checkout()
     report.publish(results(options.device, options.rounds), options)
 
 

@@ -1,0 +1,439 @@
+"""`make gpu` without a GPU: parts that fail or hang, what is built or taken as it is, missing packages, one document.
+
+The benchmark of steps and that of collectives run on the fake device, in small.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gpu_all
+import gpu_build
+import gpu_outcomes
+import gpu_tests
+import gpu_trace
+import psutil
+import pytest
+import torch
+from gpu_build import Decision, Here, decide
+from gpu_parts import Done, Part, run_all
+from gpu_summary import HEADINGS, append, collected, lines_of, merged, shown
+from hypothesis import given
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+AROUND = {"date": "today", "machine": "a machine", "versions": "torch 2", "commit": "abc"}
+
+
+def python(name: str, code: str, seconds: float = 10.0, **environ: str) -> Part:
+    return Part(name, [sys.executable, "-c", code], seconds, environ)
+
+
+def line(what: str, verdict: str = "") -> list[str]:
+    return [what, "1", "a / b", "1 ms / 2 ms", "0.50x", "<= 1.00x", verdict]
+
+
+# ---- parts ------------------------------------------------------------------------------------------------------
+
+HANGS = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"], start_new_session=True)
+print("child", child.pid, flush=True)
+def waits_for_the_others():
+    time.sleep(100)
+waits_for_the_others()
+"""
+
+
+def test_a_part_that_fails_is_told_about_and_the_others_go_on(tmp_path: Path) -> None:
+    told: list[Done] = []
+    parts = [
+        python("good", "print('fine')"),
+        python("bad", "import sys; print('this is why'); sys.exit(3)"),
+        python("killed", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"),
+        Part("skipped", ["no-such-command"], 5.0, why_not="there is no card"),
+        python("last", "import os; assert os.environ['WISH'] == 'granted'", WISH="granted"),
+    ]
+    dones = run_all(parts, 60.0, tmp_path, told.append)
+    assert told == dones
+    assert [(d.name, d.outcome, d.why) for d in dones] == [
+        ("good", "passed", ""),
+        ("bad", "failed", "exit code 3"),
+        ("killed", "failed", "killed by SIGKILL"),
+        ("skipped", "left out", "there is no card"),
+        ("last", "passed", ""),
+    ]
+    assert "this is why" in dones[1].output and not dones[0].output
+    assert "fine" in (tmp_path / "good.log").read_text()
+
+
+def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    parts = [python("hangs", HANGS, 4.0), python("last", "pass", 20.0)]
+    hung, last = run_all(parts, 24.0, tmp_path, lambda done: None)
+    assert hung.outcome == "timed out" and "it was ended after 4 s" in hung.why and last.outcome == "passed"
+    assert "waits_for_the_others" in hung.output, "its stack says where it hung"
+    child = int(hung.output.split("child ")[1].split()[0])
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+def test_time_that_a_part_leaves_goes_to_the_next_and_none_is_left_over_the_total(tmp_path: Path) -> None:
+    dones = run_all([python("quick", "pass", 20.0), python("next", "pass", 10.0)], 30.0, tmp_path, lambda done: None)
+    assert dones[0].limit == pytest.approx(20.0, abs=0.5)
+    assert dones[1].limit == pytest.approx(30.0 - dones[0].seconds, abs=0.5)
+    late = run_all([python("late", "pass", 10.0)], 0.0, tmp_path, lambda done: None)
+    assert [(d.outcome, d.why) for d in late] == [("left out", "no time was left for it")]
+
+
+# ---- results ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"lines": [', "kernels.json is not JSON"),
+        ("[1, 2]", "holds no lines"),
+        ('{"lines": [["too", "short"]]}', "holds no lines of 7 cells"),
+        (None, "it wrote no results"),
+    ],
+)
+def test_a_benchmark_without_results_that_can_be_read_has_failed(tmp_path: Path, text: str | None, why: str) -> None:
+    (tmp_path / "kernels").mkdir()
+    if text is not None:
+        (tmp_path / "kernels/kernels.json").write_text(text)
+    dones, documents = collected([Done("kernels", "passed", 1.0, 2.0, 0)], {"kernels": tmp_path / "kernels"})
+    assert dones[0].outcome == "failed" and why in dones[0].why and not documents.get("kernels")
+
+
+def document_of(*outcomes: str, verdict: str = "met", tests: tuple[str, ...] = ("passed",)) -> dict[str, Any]:
+    names = ("build", "tests", "step")
+    dones = [Done(name, outcome, 1.0, 2.0, 0) for name, outcome in zip(names, outcomes, strict=True)]
+    results = [{"id": f"test_{i}", "outcome": outcome} for i, outcome in enumerate(tests)]
+    found = {"step": [{"lines": [line("a step", verdict), line("a time")], "notes": ["measured"], "rows": [1]}]}
+    return merged(dones, found, results, {"action": {"native": "build"}}, ["taken along"], AROUND)
+
+
+def test_one_document_holds_parts_tests_and_bars() -> None:
+    document = document_of("passed", "passed", "passed", tests=("passed", "skipped", "passed"))
+    assert document["ok"] and document["samples"] == {"step": [[1]]} and document["seconds"] == 3.0
+    assert document["bars"][0] == {
+        "part": "step",
+        "what": "a step",
+        "ranks": 1,
+        "compared": "a / b",
+        "medians": "1 ms / 2 ms",
+        "measured": "0.50x",
+        "bar": "<= 1.00x",
+        "met": True,
+    }
+    assert document["bars"][1]["met"] is None and document["notes"] == ["taken along", "measured"]
+    assert json.loads(json.dumps(document)) == document
+    text = shown(document)
+    assert "2 passed, 1 skipped" in text and "1 of 1 bars met" in text and "native: build" in text and "abc" in text
+
+
+@pytest.mark.parametrize(
+    ("document", "ok"),
+    [
+        (document_of("passed", "passed", "passed", verdict="NOT met"), True),  # a bar is not a test
+        (document_of("passed", "passed", "passed", tests=("skipped",)), False),  # nothing was tested
+        (document_of("failed", "passed", "passed"), False),
+        (document_of("passed", "failed", "passed", tests=("passed", "failed")), False),
+        (document_of("passed", "passed", "timed out"), False),
+        (document_of("passed", "left out", "passed", tests=()), False),
+    ],
+)
+def test_all_is_well_only_where_everything_ran_and_some_test_passed(document: dict[str, Any], ok: bool) -> None:
+    assert document["ok"] is ok
+
+
+def test_tests_that_failed_or_did_not_end_are_named_in_the_table() -> None:
+    lines = lines_of(document_of("passed", "timed out", "passed", tests=("passed", "failed", "started")))
+    assert all(len(cells) == len(HEADINGS) for cells in lines)
+    assert [(cells[1], cells[-1]) for cells in lines if cells[0] == "tests"][1:] == [
+        ("test_1", "FAILED"),
+        ("test_2", "DID NOT END"),
+    ]
+
+
+def test_the_command_writes_one_document_and_one_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its parts are small ones here; a document made elsewhere can be recorded."""
+    monkeypatch.setattr(gpu_all, "WORK", tmp_path / "work")
+    monkeypatch.setattr(gpu_all, "why_not", lambda: "")
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setenv("DISTLIB_COMMIT", "")
+    results = json.dumps({"lines": [line("a kernel", "met")], "notes": [], "rows": []})
+
+    def writes(name: str, file: Path, text: str) -> Part:
+        code = f"import pathlib as p; f = p.Path({str(file)!r}); f.parent.mkdir(exist_ok=True); f.write_text({text!r})"
+        return python(name, code)
+
+    def parts_of(selection: gpu_tests.Selection, work: Path) -> list[Part]:
+        test = json.dumps({"id": "test_it", "outcome": "passed", "seconds": 1.0, "why": ""}) + "\n"
+        build = json.dumps({"action": {"cuda": "keep"}, "notes": ["carried here"]})
+        benchmarks = [writes(name, work / name / "x.json", results) for name in gpu_all.BENCHMARKS]
+        return [
+            writes("build", work / "build.json", build),
+            writes("tests", work / "outcomes.jsonl", test),
+            *benchmarks,
+        ]
+
+    monkeypatch.setattr(gpu_all, "parts_of", parts_of)
+    monkeypatch.setattr(sys, "argv", ["gpu_all.py", f"--out={tmp_path}", "--commit=1234567"])
+    assert gpu_all.main() == 0
+    out = capsys.readouterr().out
+    assert "1 passed" in out and "cuda: keep" in out and "carried here" in out and out.count("a kernel") == 3
+    document = json.loads((tmp_path / "gpu.json").read_text())
+    assert document["ok"] and document["surroundings"]["commit"] == "1234567"
+
+    (tmp_path / "RESULTS.md").write_text("# Results\n\n")
+    append(document, tmp_path / "RESULTS.md")
+    section = (tmp_path / "RESULTS.md").read_text()
+    assert section.count("| a kernel |") == 3 and "commit 1234567" in section
+    document["ok"] = False
+    (tmp_path / "gpu.json").write_text(json.dumps(document))
+    monkeypatch.setattr(sys, "argv", ["gpu_all.py", f"--from={tmp_path / 'gpu.json'}"])
+    assert gpu_all.main() == 1 and "a kernel" in capsys.readouterr().out
+
+
+def test_a_machine_without_a_gpu_or_without_packages_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        assert "finds no GPU" in gpu_all.why_not()
+    monkeypatch.setattr(gpu_all, "NEEDED", ("torch", "no_such_package"))
+    assert "no no_such_package: install it, or say make gpu PYTHON=" in gpu_all.why_not()
+
+
+# ---- the build --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "present", "action", "said"),
+    [
+        (("", ""), (False, False), ("build", "build"), []),
+        (("", ""), (True, True), ("build", "build"), []),  # fresh objects are kept, so it costs nothing
+        (("", "no nvcc"), (False, True), ("build", "keep"), ["_cuda.so is used as it was brought here: no nvcc"]),
+        (("", "no nvcc"), (True, False), ("build", "missing"), ["_cuda.so is missing: no nvcc; or bring"]),
+        (("no g++", "no nvcc"), (True, True), ("keep", "keep"), ["_native", "_cuda.so is used"]),
+        (("no g++", ""), (False, True), ("missing", "build"), ["is missing: no g++; or bring a distlib/_native"]),
+    ],
+)
+def test_what_can_be_built_is_built_else_what_is_there_is_used(
+    obstacle: tuple[str, str], present: tuple[bool, bool], action: tuple[str, str], said: list[str]
+) -> None:
+    decision = decide(Here(*(dict(zip(gpu_build.PARTS, facts, strict=True)) for facts in (obstacle, present))))
+    assert tuple(decision.action.values()) == action
+    assert len(decision.why) == len(said) and all(part in why for part, why in zip(said, decision.why, strict=True))
+    wish = {"build": "1", "keep": "keep", "missing": "0"}
+    assert list(decision.environ.items()) == [("DISTLIB_NATIVE", wish[action[0]]), ("DISTLIB_CUDA", wish[action[1]])]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A checkout with our setup.py and one source file of each kind, not built."""
+    pytest.importorskip("setuptools")
+    for folder in ("distlib", "csrc/core", "csrc/cpu", "csrc/cuda"):
+        (tmp_path / folder).mkdir(parents=True)
+    package = ("distlib/__init__.py", "distlib/_clash.py", "distlib_autoload.py")
+    for name in ("setup.py", "pyproject.toml", "LICENSE", *package):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "README.md").write_text("A stand-in.\n")
+    (tmp_path / "csrc/cuda/six.cu").write_text('extern "C" int six() { return 6; }\n')
+    return tmp_path
+
+
+def test_a_library_that_was_carried_here_survives_the_build_of_the_other_part(tree: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    environ = {**os.environ, "DISTLIB_NATIVE": "0", "DISTLIB_CUDA": "keep"}
+    nothing = subprocess.run(command, cwd=tree, env=environ, capture_output=True, text=True)
+    assert nothing.returncode != 0 and "there is no distlib/_cuda.so to keep" in nothing.stderr
+
+    (tree / "distlib/_cuda.so").write_bytes(b"built elsewhere")
+    setup = gpu_build.builder(tree)
+    assert setup is not None
+    record = {"built": True, "why_not": "", "digest": setup["digest"](["csrc/cuda/six.cu"])}
+    (tree / "distlib/_build_info.py").write_text(f"NATIVE = {{}}\nCUDA = {record}\n")
+    assert subprocess.run(command, cwd=tree, env=environ, capture_output=True).returncode == 0
+    assert (tree / "distlib/_cuda.so").read_bytes() == b"built elsewhere"
+
+    kept = Decision({"native": "missing", "cuda": "keep"}, [])
+    assert gpu_build.strangers(tree, kept) == [], "the record travelled with it, and tells that it is of these sources"
+    (tree / "csrc/cuda/six.cu").write_text('extern "C" int six() { return 7; }\n')
+    assert "_cuda.so is not known to be of these sources" in gpu_build.strangers(tree, kept)[0]
+
+
+def test_pybind11_is_taken_from_torch_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = gpu_build.builder(ROOT)
+    assert setup is not None
+    real = importlib.util.find_spec
+    hidden: set[str] = {"pybind11"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name in hidden else real(name, *more))
+    headers = Path(torch.__file__).parent / "include"
+    if (headers / "pybind11").is_dir():
+        folder, version = setup["find_pybind11"]()
+        assert folder == headers and version.count(".") == 2
+    hidden.add("torch")
+    with pytest.raises(setup["CannotBuild"], match="pybind11 is missing: `pip install pybind11`"):
+        setup["find_pybind11"]()
+
+
+def test_only_the_cards_own_code_is_compiled_if_nvcc_knows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho sm_80\necho sm_90\n")
+    nvcc.chmod(0o755)
+    kinds = [(9, 0), (9, 0)]
+    cuda = SimpleNamespace(
+        is_available=lambda: bool(kinds), device_count=lambda: len(kinds), get_device_capability=lambda i: kinds[i]
+    )
+    monkeypatch.setattr(torch, "cuda", cuda)
+    assert gpu_build.architecture([str(nvcc)]) == "sm_90"
+    for other in ([(9, 0), (8, 0)], [(12, 0)], []):
+        kinds[:] = other
+        assert gpu_build.architecture([str(nvcc)]) == "all-major"
+
+
+# ---- tests ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """Test files, of which some are for GPUs, and some import what may be missing, by way of a helper."""
+    (tmp_path / "tests").mkdir()
+    for name, text in {
+        "test_cpu.py": "import hypothesis\n",
+        "test_plain.py": "import pytest\n@pytest.mark.gpu\ndef test_it(): ...\n",
+        "test_card.py": "import helper\npytestmark = pytest.mark.card\n",
+        "test_later.py": "def test_it():\n    import psutil\n    # pytest.mark.gpu\n",
+        "helper.py": "from psutil import Process\nfrom more.deep import x\n",
+    }.items():
+        (tmp_path / "tests" / name).write_text(text)
+    return tmp_path
+
+
+def test_files_whose_packages_are_missing_are_left_out_by_name(checkout: Path) -> None:
+    whole = gpu_tests.select(checkout, lambda package: True)
+    assert whole.arguments[-3:] == ["tests/test_card.py", "tests/test_later.py", "tests/test_plain.py"]
+    assert whole.arguments[:2] == ["-m", "gpu or card"] and "-o" not in whole.arguments and not whole.notes
+
+    poor = gpu_tests.select(checkout, lambda package: package in ("pytest", "psutil"))
+    assert poor.arguments[-2:] == ["tests/test_later.py", "tests/test_plain.py"] and "-o" in poor.arguments
+    assert poor.notes[0] == "tests/test_card.py is left out: more not installed"
+    assert "pytest-timeout is not installed" in poor.notes[1] and not poor.why_not
+
+    assert "pytest is missing" in gpu_tests.select(checkout, lambda package: False).why_not
+    (checkout / "tests/conftest.py").write_text("import psutil\n")
+    none = gpu_tests.select(checkout, lambda package: package == "pytest")
+    assert none.why_not.startswith("no test can run: tests/test_card.py is left out: more, psutil not installed")
+
+
+SOME_TESTS = """
+import os, signal, pytest
+def test_passes(): pass
+def test_fails(): assert 1 == 2
+def test_skips(): pytest.skip("no card")
+@pytest.mark.xfail(reason="not yet")
+def test_known(): assert False
+@pytest.fixture
+def broken():
+    yield
+    raise ValueError("cannot be taken down")
+def test_teardown(broken): pass
+def test_dies(): os.kill(os.getpid(), signal.SIGKILL)
+def test_never_reached(): pass
+"""
+
+
+def test_outcomes_survive_the_end_of_the_process(tmp_path: Path) -> None:
+    (tmp_path / "test_some.py").write_text(SOME_TESTS)
+    (tmp_path / "test_broken.py").write_text("import no_such_module\n")
+    (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\ntimeout = 9\naddopts = "--strict-config"\n')
+    environ = {**os.environ, "PYTHONPATH": str(BENCHMARKS), "DISTLIB_OUTCOMES": str(tmp_path / "outcomes")}
+    command = gpu_tests.command(gpu_tests.Selection(["-p", "no:timeout", "--continue-on-collection-errors"], []))
+    strict = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert "Unknown config option: timeout" in strict.stderr, "this is what LENIENT is for"
+    subprocess.run([*command, *gpu_tests.LENIENT], cwd=tmp_path, env=environ, capture_output=True)
+    found = {test["id"].split("::")[-1]: test for test in gpu_outcomes.read(tmp_path / "outcomes")}
+    assert {name: test["outcome"] for name, test in found.items()} == {
+        "test_broken.py": "failed",
+        "test_passes": "passed",
+        "test_fails": "failed",
+        "test_skips": "skipped",
+        "test_known": "expected failure",
+        "test_teardown": "failed",
+        "test_dies": "started",
+    }
+    assert found["test_skips"]["why"] == "no card" and "assert 1 == 2" in found["test_fails"]["why"]
+    assert "no_such_module" in found["test_broken.py"]["why"] and "taken down" in found["test_teardown"]["why"]
+    with (tmp_path / "outcomes").open("a") as file:
+        file.write('{"id": "cut o')
+    assert len(gpu_outcomes.read(tmp_path / "outcomes")) == len(found)
+
+
+# ---- traces -----------------------------------------------------------------------------------------------------
+
+
+def event(name: str, cat: str, ts: float, dur: float) -> dict[str, Any]:
+    return {"name": name, "cat": cat, "ts": ts, "dur": dur, "ph": "X"}
+
+
+def test_a_trace_tells_waits_and_the_share_of_copies_behind_kernels() -> None:
+    events = [
+        event(gpu_trace.WITHIN, "user_annotation", 100, 100),
+        event("cudaStreamSynchronize", "cuda_runtime", 50, 5),  # before: the profiler's own
+        event("cudaEventSynchronize", "cuda_runtime", 150, 5),
+        event("cudaLaunchKernel", "cuda_runtime", 160, 5),
+        event("cudaDeviceSynchronize", "cuda_runtime", 250, 5),
+        event("gemm", "kernel", 100, 50),
+        event("gemm", "kernel", 140, 20),
+        event("Memcpy DtoH (Device -> Pinned)", "gpu_memcpy", 150, 20),
+        event("Memcpy HtoD (Pinned -> Device)", "gpu_memcpy", 160, 20),
+        event("Memcpy DtoD (Device -> Device)", "gpu_memcpy", 200, 99),
+    ]
+    assert gpu_trace.waits(events) == ["cudaEventSynchronize"]
+    share, copying, computing = gpu_trace.hidden_share(events)
+    assert share == pytest.approx(10 / 30) and copying == pytest.approx(30e-6) and computing == pytest.approx(60e-6)
+    with pytest.raises(ValueError, match="no copies between host and GPU"):
+        gpu_trace.hidden_share(events[:7])
+    with pytest.raises(ValueError, match="is no result of trace"):
+        gpu_trace.waits(events[1:])
+
+
+some_intervals = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 9)).map(lambda i: (float(i[0]), float(sum(i)))))
+
+
+@given(some_intervals, some_intervals)
+def test_common_time_is_counted_as_point_by_point(first: list[Any], second: list[Any]) -> None:
+    def points(intervals: list[Any]) -> set[int]:
+        return {point for begin, end in intervals for point in range(int(begin), int(end))}
+
+    assert gpu_trace.length(gpu_trace.united(first)) == len(points(first))
+    assert gpu_trace.common(gpu_trace.united(first), gpu_trace.united(second)) == len(points(first) & points(second))
+
+
+# ---- the benchmarks, in small -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["gpu_step", "gpu_collectives"])
+def test_a_benchmark_runs_on_the_fake_device_and_tells_no_times(script: str, tmp_path: Path) -> None:
+    fake_device = pytest.importorskip("fake_device")
+    if reason := fake_device.why_not():
+        pytest.skip(reason)
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), "--device=fake", f"--out={tmp_path}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stdout + done.stderr
+    dones, documents = collected([Done(script, "passed", 1.0, 2.0, 0)], {script: tmp_path})
+    assert dones[0].outcome == "passed", dones[0].why
+    document = documents[script][0]
+    assert document["rows"] == [] and document["checks"], "checks, and nothing that was timed"
+    assert [check["what"] for check in document["checks"] if check["met"] is False] == []
+    assert len(document["lines"]) == len(document["checks"])
