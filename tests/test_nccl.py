@@ -3,6 +3,8 @@ the CPU, and works that never end stand in for NCCL's."""
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +16,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import process_group, run_ranks
+from ranks import process_group, run_ranks, run_ranks_raw
 from test_device_collectives import Case, Player
 
 import distlib
@@ -244,6 +246,29 @@ def test_a_verdict_always_accuses_somebody(others: list[tuple[int, int] | None])
     notes = [mine] + [None if o is None else Note(o[0], "x", o[1] if o[1] <= o[0] else 0, "barrier") for o in others]
     text = verdict("g", list(range(len(notes))), notes, mine, 1.0)
     assert text.startswith("barrier #3 of group 'g' was not done within 1.0 s; ") and "rank" in text.split("; ", 1)[1]
+
+
+def loses_a_rank(rank: int, n: int) -> tuple[str, float]:
+    with nccl_group(rank, n, Stuck, timeout=60.0) as group:
+        group.all_reduce(torch.ones(100))
+        if rank == 1:
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGKILL)
+        begin = time.monotonic()
+        with pytest.raises(CollectiveError) as caught:
+            while time.monotonic() < begin + 15:
+                time.sleep(0.05)
+                group.all_reduce(torch.ones(1))
+        return str(caught.value), time.monotonic() - begin
+
+
+@pytest.mark.parametrize("env", [{}, TWO_HOSTS], ids=["one host", "two hosts"])
+def test_a_rank_that_is_killed_is_named_by_those_of_its_host(env: dict[str, str]) -> None:
+    outcomes = run_ranks_raw(2 if not env else 4, loses_a_rank, env=env, timeout=40)
+    assert outcomes[0].ok, outcomes[0]
+    text, seconds = outcomes[0].value
+    assert "all_reduce(float32, 100 elements) #1" in text and "cannot complete: rank 1 ended" in text, text
+    assert seconds < 10
 
 
 def ends_with_the_cpu(rank: int, n: int) -> str:

@@ -148,5 +148,9 @@ class C10dChannel:
         """Not known on other backends."""
         return None
 
+    def ended(self) -> list[int]:
+        """Not known here."""
+        return []
+
     def close(self) -> None:
         """The process group is its maker's to destroy."""

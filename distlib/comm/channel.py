@@ -109,6 +109,10 @@ class Channel(Protocol):
         """Why the channel was ended, or None."""
         ...
 
+    def ended(self) -> list[int]:
+        """Ranks whose processes are known to have ended. Never blocks."""
+        ...
+
     def close(self) -> None:
         """Leaves."""
         ...

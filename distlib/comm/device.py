@@ -262,6 +262,10 @@ class DeviceChannel:
     def aborted(self) -> str | None:
         return next((text for channel in self._channels() if (text := channel.aborted())), None)
 
+    def ended(self) -> list[int]:
+        """Not known here."""
+        return []
+
     def close(self) -> None:
         for channel in self._channels():
             channel.close()

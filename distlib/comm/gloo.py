@@ -381,6 +381,9 @@ class GlooChannel:
     def aborted(self) -> str | None:
         return None if self._broken is None else str(self._broken)
 
+    def ended(self) -> list[int]:
+        return []
+
     def close(self) -> None:
         self._runner.close()
         self._connections.clear()

@@ -169,6 +169,10 @@ class HostChannel:
         """Why the channel was ended, or None."""
         return self._group.aborted()
 
+    def ended(self) -> list[int]:
+        peers = Host.here().peers
+        return [r for r, door in enumerate(self._doors) if r != self.rank and not peers[door].alive]
+
     def lateness(self) -> dict[str, tuple[list[float], int]]:
         by_code = self._group.lateness()
         return {

@@ -303,6 +303,9 @@ class IpcChannel:
         """Why the channel was ended, or None."""
         return None if self._broken is None else str(self._broken)
 
+    def ended(self) -> list[int]:
+        return sorted(r for r, (_, left) in self._gone.items() if left is None)
+
     # ------------------------------------------------------------ the watch
 
     def look(self) -> bool:

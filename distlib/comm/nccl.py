@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 # Makes a process group: store, rank, size, name, global ranks, timeout.
 Maker = Callable[[dist.Store, int, int, str, list[int], timedelta], Any]
+_GRACE = 1.0  # seconds
 _LATER = timedelta(minutes=5)  # torch's own watchdog ends the process: after ours has ended the group with a reason
 
 
@@ -176,6 +177,7 @@ class NcclChannel(C10dChannel):
         self._broken: CollectiveError | None = None
         self._lock = threading.RLock()
         self._closed = False
+        self._ended_at = 0.0  # when a rank was first seen to have ended
         watch.add(self)
 
     @classmethod
@@ -357,6 +359,8 @@ class NcclChannel(C10dChannel):
             while self._under_way and self._under_way[0].done:
                 self._under_way.popleft()
             oldest = self._under_way[0] if self._under_way else None
+            if oldest is not None:
+                self._judge(oldest)
         if self._notes is not None and self._broken is None:
             late = oldest is not None and time.monotonic() > oldest.began + oldest.seconds
             note = Note(
@@ -369,6 +373,16 @@ class NcclChannel(C10dChannel):
             if text is not None:
                 self._end(text, "timeout")
         return oldest is not None
+
+    def _judge(self, oldest: NcclOperation) -> None:
+        """Whether what is under way waits for a rank of this host that has ended; what that rank did before it did may
+        still complete, for a while."""
+        ended = [] if self._cpu is None else self._cpu.ended()
+        self._ended_at = self._ended_at if ended and self._ended_at else time.monotonic()
+        if ended and time.monotonic() > self._ended_at + _GRACE:
+            names = ", ".join(f"rank {self._labels[r]}" for r in ended)
+            what = f"{oldest.what} #{oldest.sequence} of group '{self.name}'"
+            self._end(f"{what} cannot complete: {names} ended (it exited, or was killed)", "dead")
 
     def _end(self, text: str, code: str) -> None:
         """Ends the group: first those that wait in its memory, with the reason, then the communicators, so that hosts

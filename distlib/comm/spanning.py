@@ -295,6 +295,10 @@ class SpanningChannel(GlooChannel):
         inside = None if self._inside is None else self._inside.aborted()
         return inside or super().aborted()
 
+    def ended(self) -> list[int]:
+        local = self._topology.local_ranks(self.rank)
+        return [] if self._inside is None else [local[r] for r in self._inside.ended()]
+
     def close(self) -> None:
         super().close()
         if self._inside is not None:
