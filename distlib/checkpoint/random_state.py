@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from distlib import streams
+
 
 def capture() -> dict[str, Any]:
     """All generators' states, as numbers and tensors."""
@@ -18,9 +20,15 @@ def capture() -> dict[str, Any]:
         "numpy": [str(name), numpy_keys, int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        found["cuda"] = torch.cuda.get_rng_state()
+    device = streams.accelerator()
+    if device is not None and _is_in_use(device):
+        found[device.type] = torch.get_device_module(device).get_rng_state()
     return found
+
+
+def _is_in_use(device: torch.device) -> bool:
+    """Asking a GPU that nobody uses for its state would take memory there."""
+    return device.type != "cuda" or torch.cuda.is_initialized()
 
 
 def restore(state: dict[str, Any]) -> None:
@@ -30,5 +38,6 @@ def restore(state: dict[str, Any]) -> None:
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    device = streams.accelerator()
+    if device is not None and device.type in state:
+        torch.get_device_module(device).set_rng_state(state[device.type])

@@ -48,6 +48,7 @@ class _Landing:
     early: dict[int, torch.Tensor] = field(default_factory=dict)  # by parameter: of input passes, for the next hop 1
     buffer: torch.Tensor | None = None
     views: Sequence[torch.Tensor] = ()
+    sums: torch.Tensor | None = None  # where hop 2 finds them, where that is the buffer
     launched: bool = False
     filled: bool = False  # the accumulator holds something of this window
 
@@ -144,12 +145,29 @@ class Reduction:
 
     def _take_buffer(self, landing: _Landing) -> None:
         dtype = landing.dtype
+        if self._lands_in_accumulator(landing):
+            landing.buffer = landing.sums
+            landing.views = landing.flat.view_on(landing.buffer)
+            if landing.filled:
+                landing.touched = bytearray(touched | _HOLDS for touched in landing.touched)
+            return
         if self._whole_gradients and self._deferred:  # micro-steps add up here
             dtype = torch.promote_types(dtype, torch.float32)
         landing.buffer = self._pool.take(landing.flat.layout.numel, dtype)
         landing.views = landing.flat.view_on(landing.buffer)
         for begin, end in landing.flat.layout.gaps():
             landing.buffer[begin:end].zero_()
+
+    def _lands_in_accumulator(self, landing: _Landing) -> bool:
+        """A rank that holds all of a flat has no hop 1: gradients are added up where hop 2 finds them. Not where they
+        would have been rounded on the way."""
+        if self._grid.reduce is not None or self._whole_gradients or landing.flat.subparts > 1:
+            return False
+        if torch.promote_types(landing.dtype, landing.flat.compute) != landing.dtype:
+            return False
+        if landing.sums is None:
+            landing.sums = self.accumulator.direct(landing.flat)
+        return landing.sums is not None
 
     def _begin(self) -> None:
         """The first gradient of a backward: what do `.grad`s hold, and does this window start anew?"""
@@ -199,6 +217,9 @@ class Reduction:
                 view.add_(early[i]) if touched else view.copy_(early[i])
             elif not touched:
                 view.zero_()
+        if buffer is landing.sums:
+            self._inflight.append(_Hop1(landing, None, None))
+            return
         if buffer.dtype != landing.dtype:
             landing.buffer = self._pool.take(buffer.numel(), landing.dtype).copy_(buffer)
             self._pool.give(buffer)
@@ -245,7 +266,8 @@ class Reduction:
             if hop.added is not buffer:
                 self._pool.give(hop.added)
         landing.filled = True
-        self._pool.give(buffer)
+        if buffer is not landing.sums:
+            self._pool.give(buffer)
         landing.buffer, landing.views = None, ()
         landing.touched = bytearray(len(landing.touched))
         if not self._deferred:
