@@ -17,6 +17,8 @@ from devices import device_here, needs_fake_device
 from ranks import process_group, run_ranks
 from test_device_collectives import KINDS, Case, Player
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import distlib
@@ -209,6 +211,68 @@ def ddp(rank: int, n: int) -> None:
 
 def test_ddp_trains_on_the_device_as_one_process() -> None:
     run_ranks(2, ddp, env=SMALL)
+
+
+def fsdp2(rank: int, n: int) -> None:
+    device = device_here("fake")
+    module = torch.get_device_module("fake")  # what FSDP2 asks of it besides
+    for name, value in {
+        "stream": streams.on,
+        "Stream": lambda priority=0: streams.new(device),
+        "Event": lambda: torch.Event(device),
+        "current_stream": lambda of=None: streams.current(device),
+    }.items():
+        if not hasattr(module, name):
+            setattr(module, name, value)
+    with process_group(rank, n):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(7, 15), nn.Tanh(), nn.Linear(15, 3))
+        plain = nn.Sequential(nn.Linear(7, 15), nn.Tanh(), nn.Linear(15, 3))
+        plain.load_state_dict(model.state_dict())
+        model.to(device)
+        mesh = DeviceMesh("fake", list(range(n)))
+        for part in (model[0], model[2], model):
+            fully_shard(part, mesh=mesh)
+        data = [torch.randn(4, 7, generator=torch.Generator().manual_seed(r)) for r in range(n)]
+        optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, plain)]
+        for _ in range(3):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            model(data[rank].to(device)).square().mean().backward()
+            (sum(plain(x).square().mean() for x in data) / n).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+            assert torch.allclose(a.full_tensor().cpu(), b, atol=1e-6)  # type: ignore[attr-defined]
+
+
+def test_fsdp2_trains_on_the_device_as_one_process() -> None:
+    run_ranks(2, fsdp2, env=SMALL)
+
+
+def forgets_to_follow(rank: int, n: int, what: str) -> str:
+    """A mistake in the channel itself, planted."""
+    device = device_here("fake")
+    with process_group(rank, n):
+        x = torch.ones(500, device=device)
+        Group.of().all_reduce(x)
+        fake_device.lag(1 << 40)
+        if what == "the start":
+            streams.follow = lambda stream, other: None
+        else:
+            streams.wait = lambda stream, event: None
+        with pytest.raises(RuntimeError) as caught:
+            x.add_(1)
+            Group.of().all_reduce(x)
+            x.add_(1)
+        fake_device.lag(0)
+        return str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["the start", "the wait"])
+def test_a_channel_that_orders_nothing_is_found(what: str) -> None:
+    for text in run_ranks(2, forgets_to_follow, what, env=SMALL):
+        assert "race" in text and "all_reduce" in text
 
 
 def groups_side_by_side(rank: int, n: int) -> float:
