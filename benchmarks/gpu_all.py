@@ -39,7 +39,8 @@ def parts_of(selection: gpu_tests.Selection, work: Path) -> list[Part]:
     """The parts in their order; each leaves what it found in `work`."""
     from gpu_parts import Part
 
-    environ = {"DISTLIB_OUTCOMES": str(work / "outcomes.jsonl")}
+    path = os.pathsep.join([str(HERE), *selection.path, os.environ["PYTHONPATH"]])  # pytest's plugin, stand-ins
+    environ = {"DISTLIB_OUTCOMES": str(work / "outcomes.jsonl"), "PYTHONPATH": path}
     parts = [
         Part("build", [sys.executable, str(HERE / "gpu_build.py"), f"--json={work / 'build.json'}"], BUILD),
         Part("tests", gpu_tests.command(selection), TESTS, environ, selection.why_not),
@@ -69,7 +70,6 @@ def run(out: Path) -> dict:
     from report import surroundings
 
     use_checkout()
-    os.environ["PYTHONPATH"] += os.pathsep + str(HERE)  # of pytest's plugin
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # hangs are aborted

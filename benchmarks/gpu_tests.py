@@ -8,12 +8,16 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("tests", "examples", "benchmarks", ".")  # where tests find modules of this repository
 MARK = re.compile(r"\bmark\.(gpu|card)\b")
 MARKED = "gpu or card"
+# Has a stand-in, beside which the other tests of a file run.
+STAND_INS = Path(__file__).resolve().parent / "stand_ins"
+WITH_STAND_IN = {"hypothesis": "tests over drawn values are skipped"}
 # Plugins that pyproject.toml has options for; without one of them those options are refused by pytest.
 PLUGINS = {"pytest_timeout": "no test has a time limit of its own"}
 LENIENT = ("-o", "addopts=-ra", "-W", "ignore::pytest.PytestUnknownMarkWarning")
@@ -26,6 +30,7 @@ class Selection:
     arguments: list[str]
     notes: list[str]
     why_not: str = ""
+    path: tuple[str, ...] = ()  # folders where Python is to find stand-ins
 
 
 def is_installed(package: str) -> bool:
@@ -33,13 +38,15 @@ def is_installed(package: str) -> bool:
 
 
 def select(root: Path = ROOT, installed: Callable[[str], bool] = is_installed) -> Selection:
-    """Test files that mention the marker `gpu` or `card`; of these pytest runs what has it."""
+    """Test files that mention the marker `gpu` or `card`, or whose helpers do; of these pytest runs what has it."""
     if not installed("pytest"):
         return Selection([], [], "pytest is missing: no test was run. `pip install pytest`")
-    marked = [path for path in sorted((root / "tests").glob("test_*.py")) if MARK.search(path.read_text())]
     files, notes = [], []
-    for path in marked:
-        missing = missing_packages(path, root, installed)
+    for path in sorted((root / "tests").glob("test_*.py")):
+        read, missing = imports(path, root, installed)
+        if not any(MARK.search(file.read_text()) for file in read if file.parent == path.parent):
+            continue
+        missing = [package for package in missing if package not in WITH_STAND_IN]
         if missing:
             notes.append(f"tests/{path.name} is left out: {', '.join(missing)} not installed")
         else:
@@ -48,12 +55,15 @@ def select(root: Path = ROOT, installed: Callable[[str], bool] = is_installed) -
         why = "; ".join(notes) or "no file in tests/ has tests marked gpu or card"
         return Selection([], notes, f"no test can run: {why}")
     absent = [plugin for plugin in PLUGINS if not installed(plugin)]
-    notes += [f"{plugin.replace('_', '-')} is not installed: {PLUGINS[plugin]}" for plugin in absent]
-    return Selection(["-m", MARKED, *(LENIENT if absent else ()), *files], notes)
+    replaced = [package for package in WITH_STAND_IN if not installed(package)]
+    for package in (*absent, *replaced):
+        notes.append(f"{package.replace('_', '-')} is not installed: {(PLUGINS | WITH_STAND_IN)[package]}")
+    arguments = ["-m", MARKED, *(LENIENT if absent else ()), *files]
+    return Selection(arguments, notes, path=(str(STAND_INS),) if replaced else ())
 
 
-def missing_packages(path: Path, root: Path, installed: Callable[[str], bool]) -> list[str]:
-    """Packages that are not here and that a test file imports when it is collected, or a file that it imports does."""
+def imports(path: Path, root: Path, installed: Callable[[str], bool]) -> tuple[set[Path], list[str]]:
+    """The files of this repository that are run when a test file is collected, and the packages that they lack."""
     missing: set[str] = set()
     seen: set[Path] = set()
     ahead = [path, root / "tests" / "conftest.py"]
@@ -62,20 +72,22 @@ def missing_packages(path: Path, root: Path, installed: Callable[[str], bool]) -
         if file in seen or not file.exists():
             continue
         seen.add(file)
-        for name in _imported(ast.parse(file.read_text())):
-            package = name.split(".")[0]
+        for name in _imported(file):
             own = _files_of(name, root)
             if own:
                 ahead += own
-            elif not installed(package):
-                missing.add(package)
-    return sorted(missing)
+            elif (root / "tests" / name.split(".")[0]).is_dir():  # a folder of helpers without an __init__.py
+                continue
+            elif not installed(name.split(".")[0]):
+                missing.add(name.split(".")[0])
+    return seen, sorted(missing)
 
 
-def _imported(tree: ast.Module) -> list[str]:
+@cache
+def _imported(file: Path) -> list[str]:
     """Names of modules imported at the top of a file: not within functions, nor for types only."""
     names = []
-    for node in tree.body:
+    for node in ast.parse(file.read_text()).body:
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -83,6 +95,7 @@ def _imported(tree: ast.Module) -> list[str]:
     return names
 
 
+@cache
 def _files_of(name: str, root: Path) -> list[Path]:
     """The files of this repository that an import of `name` runs: its packages' and its own."""
     parts = name.split(".")

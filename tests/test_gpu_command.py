@@ -307,14 +307,15 @@ def test_only_the_cards_own_code_is_compiled_if_nvcc_knows_it(tmp_path: Path, mo
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """Test files, of which some are for GPUs, and some import what may be missing, by way of a helper."""
-    (tmp_path / "tests").mkdir()
     for name, text in {
         "test_cpu.py": "import hypothesis\n",
-        "test_plain.py": "import pytest\n@pytest.mark.gpu\ndef test_it(): ...\n",
-        "test_card.py": "import helper\npytestmark = pytest.mark.card\n",
+        "test_plain.py": "import pytest\nfrom folder import thing\n@pytest.mark.gpu\ndef test_it(): ...\n",
+        "test_card.py": "import helper\nimport hypothesis\n",
         "test_later.py": "def test_it():\n    import psutil\n    # pytest.mark.gpu\n",
-        "helper.py": "from psutil import Process\nfrom more.deep import x\n",
+        "helper.py": "from psutil import Process\nfrom more.deep import x\nCARDS = pytest.mark.card\n",
+        "folder/thing.py": "",
     }.items():
+        (tmp_path / "tests" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "tests" / name).write_text(text)
     return tmp_path
 
@@ -323,6 +324,13 @@ def test_files_whose_packages_are_missing_are_left_out_by_name(checkout: Path) -
     whole = gpu_tests.select(checkout, lambda package: True)
     assert whole.arguments[-3:] == ["tests/test_card.py", "tests/test_later.py", "tests/test_plain.py"]
     assert whole.arguments[:2] == ["-m", "gpu or card"] and "-o" not in whole.arguments and not whole.notes
+
+    bare = gpu_tests.select(checkout, lambda package: package not in ("hypothesis", "pytest_timeout"))
+    assert bare.arguments[-3:] == whole.arguments[-3:] and bare.path == (str(BENCHMARKS / "stand_ins"),)
+    assert bare.notes == [
+        "pytest-timeout is not installed: no test has a time limit of its own",
+        "hypothesis is not installed: tests over drawn values are skipped",
+    ]
 
     poor = gpu_tests.select(checkout, lambda package: package in ("pytest", "psutil"))
     assert poor.arguments[-2:] == ["tests/test_later.py", "tests/test_plain.py"] and "-o" in poor.arguments
@@ -333,6 +341,31 @@ def test_files_whose_packages_are_missing_are_left_out_by_name(checkout: Path) -
     (checkout / "tests/conftest.py").write_text("import psutil\n")
     none = gpu_tests.select(checkout, lambda package: package == "pytest")
     assert none.why_not.startswith("no test can run: tests/test_card.py is left out: more, psutil not installed")
+
+
+DRAWN_TESTS = """
+import pytest
+from hypothesis import HealthCheck, example, given, settings, strategies as st
+numbers = st.lists(st.integers(0, 3) | st.none(), max_size=3).map(len)
+@pytest.mark.parametrize("size", [1, 2])
+@settings(max_examples=3, suppress_health_check=[HealthCheck.too_slow])
+@given(numbers, st.data())
+@example(1, None)
+def test_drawn(number, data, size): assert False
+def test_plain(): pass
+"""
+
+
+def test_without_hypothesis_only_tests_over_drawn_values_are_skipped(tmp_path: Path) -> None:
+    (tmp_path / "test_drawn.py").write_text(DRAWN_TESTS)
+    path = os.pathsep.join([str(gpu_tests.STAND_INS), str(BENCHMARKS)])
+    environ = {**os.environ, "PYTHONPATH": path, "DISTLIB_OUTCOMES": str(tmp_path / "outcomes")}
+    command = gpu_tests.command(gpu_tests.Selection(["-p", "no:hypothesispytest"], []))
+    subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True)
+    assert [(test["outcome"], test["why"]) for test in gpu_outcomes.read(tmp_path / "outcomes")] == [
+        *[("skipped", "hypothesis is not installed")] * 2,
+        ("passed", ""),
+    ]
 
 
 SOME_TESTS = """
