@@ -204,6 +204,27 @@ def test_tensors_that_do_not_fit_are_refused_by_name(card: torch.device) -> None
 
 
 @pytest.mark.gpu
+def test_more_elements_than_32_bits_can_count() -> None:
+    with a_card("gpu") as device:
+        count = (1 << 32) + 17
+        if torch.cuda.mem_get_info(device)[0] < 5 * count:
+            pytest.skip(f"needs {5 * count >> 30} GiB of free memory")
+        given = torch.zeros(count, dtype=torch.uint8, device=device)
+        given[:: 1 << 20] = 3
+        given[-1] = 5
+        flat = torch.empty_like(given)
+        PackTable([given], flat).pack()
+        assert torch.equal(flat, given)
+        halves = given.view(torch.uint8)[: count // 2 * 2].view(F16)
+        out = torch.empty_like(halves)
+        squares, found = torch.zeros(1, dtype=F64, device=device), torch.zeros(1, device=device)
+        PackTable([halves], out).pack(2.0, squares=squares, found_inf=found)
+        assert float(found) == 0
+        for part in range(0, len(halves), 1 << 28):  # torch's operators take several times the memory
+            assert torch.equal(out[part : part + (1 << 28)], halves[part : part + (1 << 28)] * 2)
+
+
+@pytest.mark.gpu
 def test_a_captured_pack_is_replayed_with_new_numbers() -> None:
     with a_card("gpu") as device:
         given = tensors([1000, 37], [0, 1], F32, device)

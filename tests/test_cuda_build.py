@@ -14,7 +14,7 @@ import pytest
 import torch
 from cuda_on_cpu import build
 
-from distlib.cuda import blocks, library
+from distlib.cuda import blocks, library, tables
 from distlib.cuda.library import CudaError
 
 KERNELS = ("library", "bucket", "optimizer", "scalars", "squares", "blocks")
@@ -103,6 +103,18 @@ def test_without_a_library_it_is_said_why(tmp_path: Path) -> None:
 def test_kernels_of_a_gpu_are_not_given_memory_of_the_cpu() -> None:
     with pytest.raises(ValueError, match="cannot reach tensors on the CPU"):
         blocks.quantize(torch.zeros(10))
+
+
+class _Elsewhere:
+    """Looks like a device that is not the current one; there is no second one here."""
+
+    type, index = "fake", 3
+
+
+def test_a_thread_with_another_current_device_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    with pytest.raises(ValueError, match=r"current device has index 0: call torch.accelerator.set_device_index\(3\)"):
+        tables.stream_of(_Elsewhere())  # type: ignore[arg-type]
 
 
 def test_who_observes_is_told_what_is_read_and_written() -> None:

@@ -17,9 +17,16 @@ CHUNK = 16384  # elements that one block of threads works on
 
 
 def stream_of(device: torch.device) -> int:
-    """The current stream of `device`, as kernels take it. ValueError for memory that kernels cannot reach."""
-    if device.type == "cpu" and not library.is_stand_in():
-        raise ValueError("kernels of csrc/cuda cannot reach tensors on the CPU: use the plain version of the function")
+    """The current stream of `device`, as kernels take it. ValueError for memory that kernels cannot reach, and where
+    `device` is not the one that this thread launches on."""
+    if device.type == "cpu":
+        if not library.is_stand_in():
+            raise ValueError("kernels of csrc/cuda cannot reach tensors on the CPU: use the function's plain version")
+    elif device.index not in (None, torch.accelerator.current_device_index()):
+        raise ValueError(
+            f"tensors are on {device}, but this thread's current device has index "
+            f"{torch.accelerator.current_device_index()}: call torch.accelerator.set_device_index({device.index}) in it"
+        )
     return streams.raw(streams.current(device))
 
 
