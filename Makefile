@@ -6,7 +6,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-test venv-bench train test bench lint format sanitize clean
+.PHONY: help venv venv-test venv-bench train test bench gpu lint format sanitize clean
 
 VENV ?= .venv
 RANKS ?= 2
@@ -25,13 +25,14 @@ comma := ,
 HASH := sha256sum 2>/dev/null || shasum -a 256
 STAMP_ENV := (cat pyproject.toml constraints.txt Makefile; $(PY) -VV) | ($(HASH))
 STAMP_CORE := (cat setup.py pyproject.toml; find csrc -type f | LC_ALL=C sort | xargs cat; $(PY) -VV; \
-	echo "$${DISTLIB_NATIVE-} $${DISTLIB_CUDA-} $${CXX-} $${NVCC-} $${CUDA_HOME-}"; \
+	echo "$${DISTLIB_NATIVE-} $${DISTLIB_CUDA-} $${DISTLIB_CUDA_ARCH-} $${CXX-} $${NVCC-} $${CUDA_HOME-}"; \
 	command -v c++ g++ clang++ nvcc || true) | ($(HASH))
 
 help:
 	@echo "make train     install, then train a language model on $(RANKS) ranks (RANKS=n, ARGS='...' for the script)"
 	@echo "make test      install, then run the tests (ARGS='tests/test_ranks.py -k values' for some)"
 	@echo "make bench     install the peers to compare with, then run every benchmark"
+	@echo "make gpu       on a machine with a GPU: build, test and measure for it; no network (ARGS='--record', see docs/gpu.md)"
 	@echo "make lint      ruff, mypy on the package, clang-format on the C++ sources, shellcheck, hadolint"
 	@echo "make format    let ruff and clang-format put right what they can"
 	@echo "make sanitize  C++ tests under AddressSanitizer + UBSan, and under ThreadSanitizer"
@@ -94,6 +95,14 @@ endif
 
 bench: venv-bench
 	$(PY) benchmarks/run_all.py $(ARGS)
+
+# With the torch that is there, and without network: nothing is installed. $(PYTHON), or the environment made above where
+# that one has no torch.
+gpu:
+	@py="$(PYTHON)"; "$$py" -c 'from importlib.metadata import version; version("torch")' 2>/dev/null || \
+		{ [ ! -x $(PY) ] || py=$(PY); }; \
+	[ -n "$$py" ] || { echo "error: no Python >= 3.10 found on PATH; say make gpu PYTHON=/path/to/python3" >&2; exit 1; }; \
+	exec "$$py" benchmarks/gpu_all.py $(ARGS)
 
 CPP := $(shell find csrc tests/cpp -name '*.[ch]pp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null | LC_ALL=C sort)
 

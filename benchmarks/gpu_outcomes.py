@@ -1,6 +1,7 @@
 """A plugin of pytest (-p gpu_outcomes): each test's outcome, one line of JSON each, in the file $DISTLIB_OUTCOMES.
 
-A line is written when a test starts, too: of tests that were ended from outside, the last one is known by name.
+A line is written when a test starts, too: of tests that were ended from outside, the last one is known by name. Where
+xdist divides tests among processes, the one that hears of all of them writes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ _phases: dict[str, list[pytest.TestReport]] = {}
 
 
 def _write(line: dict[str, Any]) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
     with Path(os.environ["DISTLIB_OUTCOMES"]).open("a") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -27,7 +30,7 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    phases = _phases[report.nodeid]
+    phases = _phases.setdefault(report.nodeid, [])
     phases.append(report)
     if report.when == "teardown":
         outcome, why = _verdict(phases)

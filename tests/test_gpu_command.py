@@ -31,6 +31,7 @@ from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
+ALONE = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # no worker of xdist
 AROUND = {"date": "today", "machine": "a machine", "versions": "torch 2", "commit": "abc"}
 
 
@@ -324,6 +325,7 @@ def test_files_whose_packages_are_missing_are_left_out_by_name(checkout: Path) -
     whole = gpu_tests.select(checkout, lambda package: True)
     assert whole.arguments[-3:] == ["tests/test_card.py", "tests/test_later.py", "tests/test_plain.py"]
     assert whole.arguments[:2] == ["-m", "gpu or card"] and "-o" not in whole.arguments and not whole.notes
+    assert "--timeout" in whole.arguments and "--numprocesses" in whole.arguments
 
     bare = gpu_tests.select(checkout, lambda package: package not in ("hypothesis", "pytest_timeout"))
     assert bare.arguments[-3:] == whole.arguments[-3:] and bare.path == (str(BENCHMARKS / "stand_ins"),)
@@ -334,6 +336,7 @@ def test_files_whose_packages_are_missing_are_left_out_by_name(checkout: Path) -
 
     poor = gpu_tests.select(checkout, lambda package: package in ("pytest", "psutil"))
     assert poor.arguments[-2:] == ["tests/test_later.py", "tests/test_plain.py"] and "-o" in poor.arguments
+    assert "--timeout" not in poor.arguments and "--numprocesses" not in poor.arguments
     assert poor.notes[0] == "tests/test_card.py is left out: more not installed"
     assert "pytest-timeout is not installed" in poor.notes[1] and not poor.why_not
 
@@ -348,7 +351,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 numbers = st.lists(st.integers(0, 3) | st.none(), max_size=3).map(len)
 @pytest.mark.parametrize("size", [1, 2])
-@settings(max_examples=3, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=3, suppress_health_check=list(HealthCheck))
 @given(numbers, st.data())
 @example(1, None)
 def test_drawn(number, data, size): assert False
@@ -359,13 +362,24 @@ def test_plain(): pass
 def test_without_hypothesis_only_tests_over_drawn_values_are_skipped(tmp_path: Path) -> None:
     (tmp_path / "test_drawn.py").write_text(DRAWN_TESTS)
     path = os.pathsep.join([str(gpu_tests.STAND_INS), str(BENCHMARKS)])
-    environ = {**os.environ, "PYTHONPATH": path, "DISTLIB_OUTCOMES": str(tmp_path / "outcomes")}
+    environ = {**ALONE, "PYTHONPATH": path, "DISTLIB_OUTCOMES": str(tmp_path / "outcomes")}
     command = gpu_tests.command(gpu_tests.Selection(["-p", "no:hypothesispytest"], []))
     subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True)
     assert [(test["outcome"], test["why"]) for test in gpu_outcomes.read(tmp_path / "outcomes")] == [
         *[("skipped", "hypothesis is not installed")] * 2,
         ("passed", ""),
     ]
+
+
+def test_tests_in_several_processes_are_written_down_once(tmp_path: Path) -> None:
+    pytest.importorskip("xdist")
+    many = "import pytest\n@pytest.mark.parametrize('i', range(6))\ndef test(i): assert i\n"
+    (tmp_path / "test_many.py").write_text(many)
+    environ = {**ALONE, "PYTHONPATH": str(BENCHMARKS), "DISTLIB_OUTCOMES": str(tmp_path / "outcomes")}
+    command = gpu_tests.command(gpu_tests.Selection(["--numprocesses", "2"], []))
+    subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True)
+    assert (tmp_path / "outcomes").read_text().count("started") == 6
+    assert [test["outcome"] for test in gpu_outcomes.read(tmp_path / "outcomes")].count("passed") == 5
 
 
 SOME_TESTS = """
@@ -389,8 +403,8 @@ def test_outcomes_survive_the_end_of_the_process(tmp_path: Path) -> None:
     (tmp_path / "test_some.py").write_text(SOME_TESTS)
     (tmp_path / "test_broken.py").write_text("import no_such_module\n")
     (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\ntimeout = 9\naddopts = "--strict-config"\n')
-    environ = {**os.environ, "PYTHONPATH": str(BENCHMARKS), "DISTLIB_OUTCOMES": str(tmp_path / "outcomes")}
-    command = gpu_tests.command(gpu_tests.Selection(["-p", "no:timeout", "--continue-on-collection-errors"], []))
+    environ = {**ALONE, "PYTHONPATH": str(BENCHMARKS), "DISTLIB_OUTCOMES": str(tmp_path / "outcomes")}
+    command = gpu_tests.command(gpu_tests.Selection(["-p", "no:timeout"], []))
     strict = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
     assert "Unknown config option: timeout" in strict.stderr, "this is what LENIENT is for"
     subprocess.run([*command, *gpu_tests.LENIENT], cwd=tmp_path, env=environ, capture_output=True)
@@ -407,7 +421,7 @@ def test_outcomes_survive_the_end_of_the_process(tmp_path: Path) -> None:
     assert found["test_skips"]["why"] == "no card" and "assert 1 == 2" in found["test_fails"]["why"]
     assert "no_such_module" in found["test_broken.py"]["why"] and "taken down" in found["test_teardown"]["why"]
     with (tmp_path / "outcomes").open("a") as file:
-        file.write('{"id": "cut o')
+        file.write('{"id": "cut o')  # as where a process is killed while it writes
     assert len(gpu_outcomes.read(tmp_path / "outcomes")) == len(found)
 
 

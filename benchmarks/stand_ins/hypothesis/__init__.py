@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +18,9 @@ class _Anything:
 
     def __call__(self, *arguments: object, **options: object) -> _Anything:
         return self
+
+    def __iter__(self) -> Iterator[_Anything]:
+        return iter(())
 
     def __or__(self, other: object) -> _Anything:
         return self
