@@ -216,7 +216,8 @@ def test_scalars_made_on_the_device_are_those_made_on_the_host(
                 made[name] = float(given[name])
         assert made.keys() == expected.keys()
         for name in made:
-            assert made[name] == pytest.approx(expected[name], rel=1e-14, nan_ok=True), name
+            # A GPU's power may be off by 2 units in the last place, of which 1 - beta2 ** step leaves a thousandth.
+            assert made[name] == pytest.approx(expected[name], rel=1e-12, nan_ok=True), name
 
 
 def test_a_step_of_the_devices_scalars_is_one_of_the_optimizers(card: torch.device) -> None:
@@ -331,6 +332,10 @@ def test_a_captured_step_counts_clips_and_skips() -> None:
             scalars.prepare(recipes()[0], squares=squares, found_inf=found, steps=steps[i])
             tables[i].step("ADAMW", scalars)
 
+        found.fill_(1)
+        for i in range(2):  # kernels are loaded when they are first launched, which is not to be captured
+            one(i)
+        assert float(steps[0]) == float(steps[1]) == 0
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             one(0)

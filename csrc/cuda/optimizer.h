@@ -39,6 +39,7 @@ struct DistlibPrepare {
 
 // In fp64, as distlib/optim does on the host: scale = given scale / loss scale; norm = sqrt(squares) * scale; scale *=
 // min(1, max_norm / (norm + 1e-6)); then rate, decay and root_scale of the rule and step. SGD's step 1 is its `first`.
+// Powers of the betas are the device's: they may differ from the host's in their last bits.
 int64_t distlib_cuda_step_prepare(void* scalars, const struct DistlibPrepare* given, void* stream);
 
 // ---- Steps ----
