@@ -228,6 +228,9 @@ def _pick_device(backend: str, launch: Launch) -> torch.device:
     """The GPU at this rank's place among those it sees (one, if its launcher hides the rest), or the CPU."""
     if not _serves_cuda(backend):
         return torch.device("cpu")
+    # Streams that share a queue of the GPU run in turn. Where a kernel waits for another rank, what that rank waits for
+    # must not be behind it; there are streams for each group, and for each neighbour in a pipeline.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # read when this process first uses a GPU; default: 8
     device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
