@@ -234,7 +234,10 @@ def test_counters_wrap_around() -> None:
     run_ranks(3, starts_near_the_end_of_the_counters, emulated(), cases, env=SMALL)
 
 
-@pytest.mark.parametrize("path_env", [{}, {"DISTLIB_DEVICE_DESCRIPTORS": "1"}], ids=["handles", "descriptors"])
+WAYS = {"handles": {}, "descriptors": {"DISTLIB_DEVICE_DESCRIPTORS": "1"}, "without the core": {"DISTLIB_CORE": "0"}}
+
+
+@pytest.mark.parametrize("path_env", WAYS.values(), ids=WAYS)
 def test_memory_is_shared_by_handles_or_by_descriptors(path_env: dict[str, str]) -> None:
     before = shared_files()
     run_ranks(3, same_bits, emulated(), [Case(kind, numel=5000) for kind in KINDS], env={**SMALL, **path_env})

@@ -178,6 +178,16 @@ def torch_calls(rank: int, n: int) -> None:
             request.wait()
         if rank == 1:
             assert y.tolist() == x.tolist()
+        out = torch.empty(12, device=device)
+        name = dist.group.WORLD.group_name  # type: ignore[union-attr]
+        torch.ops._c10d_functional.all_gather_into_tensor_out(x, n, name, out=out)
+        torch.ops._c10d_functional.wait_tensor(out)
+        assert torch.equal(out[:6], x) and torch.equal(out[6:], x)
+        total = torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(x, "sum", name))
+        assert torch.equal(total, 2 * x)
+        many = [torch.full((3,), float(rank), device=device) for _ in range(3)]
+        dist.all_reduce_coalesced(many)
+        assert torch.cat(many).tolist() == [1.0] * 9
         objects = [None] * n
         dist.all_gather_object(objects, rank)
         assert objects == list(range(n))

@@ -352,15 +352,15 @@ class NcclChannel(C10dChannel):
 
     def look(self) -> bool:
         """Called by the watch: lets go of what is done, and compares notes about what is late."""
+        self.check()
         with self._lock:
             if self._closed or self._broken is not None:
                 return False
-            self.check()
             while self._under_way and self._under_way[0].done:
                 self._under_way.popleft()
             oldest = self._under_way[0] if self._under_way else None
-            if oldest is not None:
-                self._judge(oldest)
+        if oldest is not None:
+            self._judge(oldest)
         if self._notes is not None and self._broken is None:
             late = oldest is not None and time.monotonic() > oldest.began + oldest.seconds
             note = Note(

@@ -14,7 +14,8 @@ from torch.distributed import distributed_c10d as c10d
 from torch.nn.parallel import DistributedDataParallel
 
 c10d_core: Any = _distributed_c10d  # parts that its type stubs do not mention
-_kernels = torch.library.Library("_c10d_functional", "IMPL", "CPU")  # what it holds is served while it lives
+_DEVICES = ("CPU", "CUDA", "PrivateUse1")
+_kernels: dict[str, Any] = {}  # what they hold is served while they live
 
 
 def _own(group: Any) -> Any:
@@ -91,5 +92,7 @@ def gather_into(input: torch.Tensor, group_size: int, group: Any, *, out: torch.
 
 
 def patch_functional() -> None:
-    """Registers `gather_into` for tensors on the CPU; with the first group of ours, so that others keep torch's."""
-    _kernels.impl("all_gather_into_tensor_out", gather_into)
+    """Registers `gather_into`, by kinds of device; with the first group of ours, so that others keep torch's."""
+    for device in _DEVICES:
+        _kernels[device] = torch.library.Library("_c10d_functional", "IMPL", device)
+        _kernels[device].impl("all_gather_into_tensor_out", gather_into)
