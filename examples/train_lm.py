@@ -53,7 +53,7 @@ def train(settings: Settings, world: distlib.World) -> None:
         check(settings, world.size)
         plan = plan_of(settings)
         text, validation_text = load_corpus(settings.data, settings.context)
-        plain = GPT(settings.layers, settings.width, settings.heads, settings.tied).to(world.device)
+        plain = GPT(settings.layers, settings.width, settings.heads, settings.tied)  # its parts go to GPUs, if any
     parameters = sum(p.numel() for p in plain.parameters())
 
     # The plan says how the ranks share the work. Those that see different data are dealt different windows.
@@ -64,7 +64,7 @@ def train(settings: Settings, world: distlib.World) -> None:
             plan,
             optimizer=lambda parameters: make_optimizer(parameters, plan, settings),
             loss_fn=next_token_loss,
-            example_inputs=torch.zeros(rows, settings.context, dtype=torch.int64, device=world.device),
+            example_inputs=torch.zeros(rows, settings.context, dtype=torch.int64),
         )
         windows = count_windows(text, settings.context)
         sampler = Sampler(windows, settings.batch, engine.data_rank, engine.data_size, settings.seed)

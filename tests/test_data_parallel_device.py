@@ -97,7 +97,9 @@ RECORDS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_the_cpus_bits_and_a_host_that_never_waits(n: int) -> None:
-    on_cpu, on_device = (run_ranks(n, trainings, place, RECORDS, timeout=100) for place in ("cpu", "fake"))
+    on_cpu, on_device = (
+        run_ranks(n, trainings, place, RECORDS, timeout=100, env={"OMP_NUM_THREADS": "1"}) for place in ("cpu", "fake")
+    )
     for here, there in zip(on_cpu, on_device, strict=True):
         for record, (losses, weights, _), found in zip(RECORDS, here, there, strict=True):
             assert found[0] == losses, record

@@ -76,6 +76,9 @@ def parallelize(
     blocks = block_classes(plan, module)
     whole = module if plan.pipeline > 1 else None
 
+    if plan.stage == 0 and plan.pipeline == 1 and all(p.device.type != "meta" for p in module.parameters()):
+        module.to(device)  # all of it stays on this rank: activation memory is measured where it computes
+
     def prepare(part: nn.Module) -> nn.Module:
         """Of the whole model, or of each of this rank's stages."""
         reports.extend(keep_less(plan, part, module, blocks, example_inputs))

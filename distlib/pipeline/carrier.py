@@ -31,7 +31,7 @@ class Carrier(Protocol):
     def direct(self) -> bool: ...
     @property
     def nbytes(self) -> int: ...
-    def send(self, source: int, target: int, micro_batch: int, tensors: Sequence[Tensor]) -> None: ...
+    def send(self, source: int, target: int, micro_batch: int, tensors: Sequence[Tensor], on_host: int = 0) -> None: ...
     def post(self, source: int, target: int, micro_batch: int, specs: Sequence[Spec], on_host: int = 0) -> None: ...
     def take(self, source: int, target: int, micro_batch: int) -> Tensors: ...
     def finish(self) -> None: ...
@@ -43,12 +43,13 @@ def carrier(
     group: Group, placement: Sequence[int], edges: Iterable[tuple[int, int]], timeout: float, device: torch.device
 ) -> Carrier:
     """The channels of one rank; arguments and errors as of `Transport`. A collective of the group."""
+    edges = list(edges)
     host = Transport(group, placement, edges, timeout)
     if device.type == "cpu":
         return host
     why = reach.why_not(group, device)
     if not why:
-        return DirectTransport(host, group, placement, timeout, device)
+        return DirectTransport(host, group, placement, edges, timeout, device)
     if group.rank == 0:
         warnings.warn(
             f"the stages of this pipeline exchange their tensors on {device.type} through host memory, where the host "

@@ -42,6 +42,16 @@ def words(source: int, target: int, micro_batch: int) -> str:
     return f"stage {source} -> {target}, {at} ({carries})"
 
 
+def require_on(device: torch.device, tensors: Sequence[Tensor], what: str) -> None:
+    """Raises ValueError for a tensor that is not where its stage computes: the receiver could not tell."""
+    for tensor in tensors:
+        if tensor.device != device or tensor.layout is not torch.strided:
+            raise ValueError(
+                f"{what}: a tensor on {tensor.device} of layout {tensor.layout} cannot be sent; make it dense and on "
+                f"{device} at the end of the stage"
+            )
+
+
 @dataclass(frozen=True)
 class Edge:
     """source, target: stages. number: among all channels, on every rank. line: to the rank that holds the other

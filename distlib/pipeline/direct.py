@@ -13,6 +13,7 @@ messages that are not over, the first one can always complete, even if a rank ha
 from __future__ import annotations
 
 import contextlib
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 
@@ -21,18 +22,21 @@ from torch import Tensor
 
 from distlib.comm.group import Group
 from distlib.comm.work import CollectiveError, Work
-from distlib.pipeline.channels import words
+from distlib.pipeline.channels import require_on, words
 from distlib.pipeline.header import Header
 from distlib.pipeline.program import Spec
 from distlib.pipeline.transport import Tensors, Transport
 
 Message = tuple[int, int, int]
+_LOOK_SECONDS = 0.0005  # between looks at a message
 
 
 class DirectTransport:
     """What `Transport` is, for tensors on `device`, which all ranks of `group` must be able to exchange (reach.py).
 
-    host: carries the tensors that are on the CPU, the generators' states. placement: of each stage, its rank.
+    host: carries the tensors that are on the CPU, the generators' states. placement: of each stage, its rank. All ranks
+    make it together: every two that will send each other anything do so now, in one order, because what connects late
+    would connect in the order of a step.
 
     An error of a message is raised by the first call after it is known: a later send, post, take or finish.
     """
@@ -40,17 +44,35 @@ class DirectTransport:
     direct = True
 
     def __init__(
-        self, host: Transport, group: Group, placement: Sequence[int], timeout: float, device: torch.device
+        self,
+        host: Transport,
+        group: Group,
+        placement: Sequence[int],
+        edges: Sequence[tuple[int, int]],
+        timeout: float,
+        device: torch.device,
     ) -> None:
         self._host, self._group, self._device = host, group, device
         self._placement, self._timeout = tuple(placement), timeout
         self._going: list[tuple[Message, Work]] = []
+        self._before: list[tuple[Message, Work]] = []  # of the step before, not known to be away
         self._coming: dict[Message, tuple[int, Tensors, list[Work]]] = {}
+        self._open(edges)
 
-    def send(self, source: int, target: int, micro_batch: int, tensors: Sequence[Tensor]) -> None:
+    def _open(self, edges: Sequence[tuple[int, int]]) -> None:
+        ends = [(self._placement[a], self._placement[b]) for a, b in edges]
+        ends += [(self._placement[-1], rank) for rank in range(self._group.size)]  # the loss
+        word = torch.zeros(1, device=self._device)
+        for source, target in sorted({pair for a, b in ends if a != b for pair in ((a, b), (b, a))}):
+            if self._group.rank == source:
+                self._group.send(word, target, timeout=self._timeout)
+            elif self._group.rank == target:
+                self._group.recv(torch.empty_like(word), source, timeout=self._timeout)
+
+    def send(self, source: int, target: int, micro_batch: int, tensors: Sequence[Tensor], on_host: int = 0) -> None:
         """As Transport's."""
         message = (source, target, micro_batch)
-        on_host = sum(tensor.device.type == "cpu" for tensor in tensors)  # the first ones
+        require_on(self._device, tensors[on_host:], words(*message))
         if on_host:
             self._host.send(*message, tensors[:on_host])
         with self._telling(message):
@@ -93,11 +115,14 @@ class DirectTransport:
         return (*states, *tensors)
 
     def finish(self) -> None:
-        """The end of a step: raises what is known to have failed. Messages may be under way still."""
+        """The end of a step: raises what is known to have failed. Its messages may be under way still; those of the
+        step before are not, so that a host that is ahead does not keep more and more memory for them."""
         self._host.finish()
-        for message, work in self._going:
+        for message, work in self._before:
             with self._telling(message):
-                _is_over(work)
+                while not _is_over(work):
+                    time.sleep(_LOOK_SECONDS)
+        self._before, self._going = self._going, []
         if self._coming:
             forgotten = "; ".join(words(*message) for message in self._coming)
             raise RuntimeError(f"the step ended before these messages were taken: {forgotten}")

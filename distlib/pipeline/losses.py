@@ -36,7 +36,7 @@ class LossShare:
         """A step begins: every rank but the root expects a loss."""
         self._own = self._copied = None
         if self._group.rank != self._root and not self.direct:
-            number = torch.zeros((), dtype=torch.float64)
+            number = streams.pinned(1, torch.float64, self._device)[0].zero_()
             self._coming = number, self._group.recv(number, self._root, _TAG, async_op=True, timeout=_STEP)
 
     def tell(self, loss: Tensor) -> None:
@@ -74,7 +74,7 @@ class LossShare:
         assert work is not None
         work.wait(timedelta(seconds=self._timeout))
         self._coming = None
-        return number.to(self._device, self._dtype)
+        return number.to(self._device, non_blocking=True).to(self._dtype)
 
     def _on_device(self) -> Tensor:
         """The same, ordered by streams."""

@@ -262,7 +262,8 @@ class Runtime:
 
     def _send(self, running: _Running, action: Action) -> None:
         if running.step.specs(action.message):
-            self._transport.send(*action.message, running.kept.pop(action.message))
+            on_host = running.step.numbers(action.message)
+            self._transport.send(*action.message, running.kept.pop(action.message), on_host)
 
     def _keep(self, running: _Running, message: Message, tensors: Tensors) -> None:
         specs = running.step.specs(message)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from distlib import streams
+from distlib.pipeline.channels import require_on, words
 from distlib.pipeline.program import Spec
 from distlib.pipeline.transport import Tensors, Transport
 
@@ -36,7 +37,7 @@ class _Leaving:
 
 
 class StagedTransport:
-    """What `Transport` is, for tensors on `device`; tensors on the CPU go as they are.
+    """What `Transport` is, for tensors on `device`; those that stay on the host go as they are.
 
     host: carries the copies. Errors are its own, raised by whichever call hands a message over.
     """
@@ -49,18 +50,17 @@ class StagedTransport:
         self._leaving: deque[_Leaving] = deque()
         self._on_host: dict[tuple[int, int, int], int] = {}
 
-    def send(self, source: int, target: int, micro_batch: int, tensors: Sequence[Tensor]) -> None:
+    def send(self, source: int, target: int, micro_batch: int, tensors: Sequence[Tensor], on_host: int = 0) -> None:
         """As Transport's. Copies what the current stream has computed; the message leaves when that is done."""
+        require_on(self._device, tensors[on_host:], words(source, target, micro_batch))
         streams.follow(self._out, streams.current(self._device))
         with streams.on(self._out), torch.no_grad():
-            copies = tuple(self._copied(tensor) for tensor in tensors)
+            copies = (*tensors[:on_host], *map(self._copied, tensors[on_host:]))
             copied = streams.record(self._out)
         self._leaving.append(_Leaving(source, target, micro_batch, tuple(tensors), copies, copied))
         self._hand_over(wait=False)
 
     def _copied(self, tensor: Tensor) -> Tensor:
-        if tensor.device.type == "cpu" or tensor.layout is not torch.strided:
-            return tensor  # the host's transport says no to what is not strided
         flat = streams.pinned(tensor.numel(), tensor.dtype, self._device)
         return flat.view(tensor.shape).copy_(tensor, non_blocking=True)
 

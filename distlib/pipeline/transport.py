@@ -107,11 +107,12 @@ class Transport:
 
     # ------------------------------------------------------------ a step
 
-    def send(self, source: int, target: int, micro_batch: int, tensors: Sequence[Tensor]) -> None:
+    def send(self, source: int, target: int, micro_batch: int, tensors: Sequence[Tensor], on_host: int = 0) -> None:
         """Starts a message from stage `source`, of this rank, to stage `target`. Returns at once.
 
         tensors: on the CPU, of any shape, strides and dtype. They must not change until `finish`; the values that go
-        are without gradient.
+        are without gradient. on_host: how many of them, the first ones, stay in host memory where the pipeline computes
+        on a GPU; here all do.
         """
         sender = self._end(self._senders, source, target, "sends")
         for tensor in tensors:
@@ -124,11 +125,7 @@ class Transport:
             sender.send(Header.of(micro_batch, map(Spec.of, tensors)), tensors)
 
     def post(self, source: int, target: int, micro_batch: int, specs: Sequence[Spec], on_host: int = 0) -> None:
-        """Says that stage `target`, of this rank, will want a message. Returns at once.
-
-        on_host: how many of its tensors, the first ones, stay in host memory where the pipeline computes on a GPU;
-        here all do.
-        """
+        """Says that stage `target`, of this rank, will want a message. Returns at once. on_host: as for `send`."""
         receiver = self._end(self._receivers, source, target, "receives")
         with self._telling(), receiver.edge.naming(micro_batch):
             receiver.post(Header.of(micro_batch, specs), specs)

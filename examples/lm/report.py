@@ -86,8 +86,8 @@ def gather(world: distlib.World, memory: distlib.MemoryReport) -> list[RankRepor
 
 def peak_bytes(device: torch.device) -> int:
     """The most memory this process has held: resident, or on a GPU what torch allocated there."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
