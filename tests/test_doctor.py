@@ -150,6 +150,11 @@ PROBLEMS: list[tuple[dict[str, Any], str, str]] = [
     ({"fabric__libfabric": "1.17.1"}, "warning fabric: libfabric 1.17.1", "aws-efa-installer"),
     ({"fabric__variables": {"FI_PROVIDER": "efa"}}, "warning fabric: obsolete: FI_PROVIDER=efa", "Unset FI_PROVIDER."),
     ({"fabric__variables": {"NCCL_BUFFSIZE": "1"}}, "warning fabric: NCCL_BUFFSIZE is set", "Unset NCCL_BUFFSIZE"),
+    (
+        {"fabric__variables": {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}},
+        "warning gpu: CUDA_DEVICE_MAX_CONNECTIONS=1",
+        "Unset CUDA_DEVICE_MAX_CONNECTIONS",
+    ),
     ({"settings": {"DISTLIB_NODE": "2"}}, "error settings: DISTLIB_NODE is no setting", "mean DISTLIB_NODES?"),
     (
         {"settings": {"DISTLIB_XYZZY_PLUGH": "2"}},

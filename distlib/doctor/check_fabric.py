@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from distlib.doctor.facts import Facts, Problem, warning
-from distlib.doctor.variables import BETTER_LEFT_ALONE, is_obsolete
+from distlib.doctor.variables import BETTER_LEFT_ALONE, QUEUES, is_obsolete
 from distlib.doctor.words import version_numbers
 
 OLDEST_LIBFABRIC = (1, 18)
 OLDEST_PLUGIN = (1, 7)
+DEFAULT_QUEUES = 8
 _SLOW = "NCCL uses TCP between hosts, at a fraction of the speed, without a message."
 _DMABUF_KERNEL = (5, 12)  # with the open driver it needs no module for GPUDirect
 
@@ -203,4 +204,13 @@ def _variables(facts: Facts) -> Iterator[Problem]:
             what=f"{' and '.join(tuned)} {'are' if len(tuned) > 1 else 'is'} set",
             why="NCCL and its plugin choose better for the hosts that they find.",
             fix=f"Unset {', '.join(tuned)}, or measure that it helps here: distlib bench collectives.",
+        )
+    queues = variables.get(QUEUES, "")
+    if queues.isdigit() and int(queues) < DEFAULT_QUEUES:
+        yield warning(
+            "gpu",
+            what=f"{QUEUES}={queues}",
+            why="Streams that share a queue of a GPU run in turn: kernels that wait for other ranks hold up those that "
+            "the other ranks wait for, and pipelines may stop.",
+            fix=f"Unset {QUEUES}: distlib.init() then takes all 32.",
         )

@@ -139,7 +139,7 @@ class Fabric(BaseModel):
     libfabric: str | None = None
     gpudirect: list[str] = []  # kernel modules that let a network card read a GPU's memory
     gdrcopy: bool = False  # its device is here
-    variables: dict[str, str] = {}  # of the environment: FI_*, NCCL_*, RDMAV_*
+    variables: dict[str, str] = {}  # of the environment: FI_*, NCCL_*, RDMAV_*, CUDA_DEVICE_MAX_CONNECTIONS
     said: NcclSaid | None = None  # in a job with GPUs, during the self-test
 
 

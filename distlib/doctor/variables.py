@@ -38,6 +38,8 @@ OBSOLETE = {
     "RDMAV_*": "",
 }
 
+QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"  # hardware queues that a process' streams share; distlib.init() sets 32, the most
+
 # NCCL and its plugin choose these better than old recipes do.
 BETTER_LEFT_ALONE = ("NCCL_BUFFSIZE", "NCCL_MIN_CHANNELS")
 
