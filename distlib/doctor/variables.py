@@ -38,7 +38,7 @@ OBSOLETE = {
     "RDMAV_*": "",
 }
 
-QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"  # hardware queues that a process' streams share; distlib.init() sets 32, the most
+QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"  # hardware queues that a process' streams share; distlib.init() takes all 32
 
 # NCCL and its plugin choose these better than old recipes do.
 BETTER_LEFT_ALONE = ("NCCL_BUFFSIZE", "NCCL_MIN_CHANNELS")
