@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import report
 import torch
@@ -22,7 +23,7 @@ from report import Bar, Report, Row
 from distlib.cuda import blocks, library
 from distlib.cuda.bucket import PackTable
 from distlib.cuda.squares import SquareTable
-from distlib.cuda.step import DeviceTable, Recipe, Scalars
+from distlib.cuda.step import DeviceTable, Recipe, Scalars, join_master, prepare_plainly, step_plainly
 
 OURS, COPY, FOREACH, FUSED, PLAIN = "distlib", "copy", "torch _foreach", "torch fused", "torch"
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -177,6 +178,18 @@ def step(kind: str) -> Callable[[torch.device, Sizes], Case]:
             table.step("ADAMW", scalars)
             return param, gradient, first, second, copied  # the table keeps none of them alive
 
+        some = [None if t is None else t[:1000].clone() for t in (param, gradient, first, second, copied)]
+
+        def check() -> bool:
+            """Whether the first 1,000 parameters are what the plain version makes of them."""
+            step_plainly(SimpleNamespace(rule="ADAMW", **prepare_plainly(RECIPE, steps=0.0)), *some)
+            made, wanted = param[:1000], some[0]
+            if halves:
+                made, wanted = join_master(made, copied[:1000]), join_master(wanted, some[4])
+            elif copied is not None and not torch.equal(copied[:1000], made.to(BF16)):
+                return False
+            return torch.allclose(made, wanted, rtol=1e-6, atol=1e-9)
+
         variants: dict[str, Callable[[], object]] = {OURS: ours, COPY: copy_of(bytes, device)}
         bars = [Bar(COPY, OURS, at_least=None if halves else 0.9)]
         if not halves:
@@ -192,7 +205,7 @@ def step(kind: str) -> Callable[[torch.device, Sizes], Case]:
 
             variants[FUSED] = fused
             bars.append(Bar(FUSED, OURS, at_least=1.0 if plain else 1.3))
-        return Case(f"AdamW, {n / 1e6:g} M parameters, {kind}", bytes, variants, bars)
+        return Case(f"AdamW, {n / 1e6:g} M parameters, {kind}", bytes, variants, bars, check)
 
     return make
 

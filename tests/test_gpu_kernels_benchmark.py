@@ -64,11 +64,24 @@ def test_every_case_is_right_and_rated_on_the_emulated_card(monkeypatch: pytest.
     assert steps == [[0.9, 1.0], [0.9, 1.3], [None]]
 
 
-def test_a_wrong_result_is_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_kernels, "CASES", [gpu_kernels.quantize])
+@pytest.mark.parametrize("kind", list(gpu_kernels.STEP_BYTES))
+def test_a_step_that_does_nothing_is_no_measurement(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(gpu_kernels, "CASES", [gpu_kernels.step(kind)])
+    monkeypatch.setattr(gpu_kernels.DeviceTable, "step", lambda self, rule, scalars: None)
+    with a_card("emulated") as device, pytest.raises(RuntimeError, match="AdamW.* differs from torch's"):
+        list(gpu_kernels.measured(device, Sizes(600, 4, 100), rounds=1))
+
+
+@pytest.mark.parametrize("name", ["pack_with_norm", "quantize", "dequantize", "reorder"])
+def test_a_wrong_result_is_no_measurement(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(gpu_kernels, "CASES", [getattr(gpu_kernels, name)])
     with a_card("emulated") as device:
-        monkeypatch.setattr(gpu_kernels.blocks, "quantize", lambda values: torch.zeros(1, dtype=torch.uint8))
-        with pytest.raises(RuntimeError, match="quantize bf16 .* differs from torch's"):
+        monkeypatch.setattr(gpu_kernels.PackTable, "pack", lambda self, **given: None)
+        monkeypatch.setattr(gpu_kernels.blocks, "dequantize", lambda packed, out: out.zero_())
+        monkeypatch.setattr(gpu_kernels.blocks, "reorder", lambda out, *given: out.zero_())
+        if name == "quantize":
+            monkeypatch.setattr(gpu_kernels.blocks, "quantize", lambda values: torch.zeros(1, dtype=torch.uint8))
+        with pytest.raises(RuntimeError, match="differs from torch's"):
             list(gpu_kernels.measured(device, Sizes(600, 4, 100), rounds=1))
 
 
