@@ -196,10 +196,11 @@ DISTLIB_API int distlib_cuda_segment_close(int64_t device, int64_t way, int64_t 
                                                : static_cast<int>(cudaIpcCloseMemHandle(address)));
 }
 
-DISTLIB_API int distlib_cuda_pinned_make(int64_t bytes, void** host, void** device) {
+DISTLIB_API int distlib_cuda_pinned_make(int64_t device, int64_t bytes, void** host, void** address) {
+  if (const int code = set_device(device)) return reported(code);
   if (const int code = cudaHostAlloc(host, bytes, cudaHostAllocMapped | cudaHostAllocPortable)) return reported(code);
   std::memset(*host, 0, bytes);
-  return reported(cudaHostGetDevicePointer(device, *host, 0));
+  return reported(cudaHostGetDevicePointer(address, *host, 0));
 }
 
 DISTLIB_API int distlib_cuda_pinned_free(void* host) {

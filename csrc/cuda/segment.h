@@ -11,7 +11,8 @@ extern "C" {
 // allows it. By descriptor: a file descriptor, which only those get that it is passed to over a Unix socket.
 enum { DISTLIB_BY_HANDLE = 0, DISTLIB_BY_DESCRIPTOR = 1, DISTLIB_HANDLE_BYTES = 64 };
 
-// Unlike the rest of the interface (library.h) these allocate, and may wait for the device: for starts, not for steps.
+// Unlike the rest of the interface (library.h) these allocate, may wait for the device, and leave it current on the
+// calling thread: for starts, not for steps.
 
 // Makes a segment of zeros on `device`. *bytes: at least so many are wanted; becomes how many there are. Fills
 // *address, and `handle` or *fd (the caller's to close; -1 by handle).
@@ -26,8 +27,8 @@ int distlib_cuda_segment_open(int64_t device, int64_t way, int64_t bytes, const 
                               void** address);
 int distlib_cuda_segment_close(int64_t device, int64_t way, int64_t bytes, void* address);
 
-// Zeroed memory of the host that kernels reach at *device.
-int distlib_cuda_pinned_make(int64_t bytes, void** host, void** device);
+// Zeroed memory of the host that kernels of `device` reach at *address.
+int distlib_cuda_pinned_make(int64_t device, int64_t bytes, void** host, void** address);
 int distlib_cuda_pinned_free(void* host);
 
 // Copies between the host and a segment, for tests and for starts; waits until it is done.

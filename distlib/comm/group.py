@@ -157,7 +157,7 @@ class Group:
         """Makes the way for tensors on `device`. The first collective with such a tensor does it by itself; before
         messages, in a group of more than two ranks, all ranks must call it. ValueError (naming ranks that share a GPU,
         and the fix) or RuntimeError on all ranks where there is no way."""
-        self._device_channel(torch.device(device))
+        self._device_channel(torch.empty(0, device=device).device)  # with its number
 
     def nccl_on(self, device: torch.device) -> Any:
         """torch's NCCL group of this group, where NCCL is used; every rank must call, as `connect` may be needed."""

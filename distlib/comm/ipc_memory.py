@@ -67,7 +67,7 @@ class SharedMemory:
         shape = Shape.chosen(len(self._labels))
         for name in ("blocks", "threads", "slot_bytes", "ring_bytes"):
             setattr(self.members, name, getattr(shape, name))
-        self._raise_together(exchange, self._pin(), "pin memory of the host")
+        self._raise_together(exchange, self._pin(device), "pin memory of the host")
         error = self._make(device, BY_HANDLE)
         by_handle = not settings.switch("DISTLIB_DEVICE_DESCRIPTORS", False)
         told = self._agree(exchange, {"shape": repr(shape), "error": error, "by_handle": by_handle}, "shape")
@@ -87,10 +87,10 @@ class SharedMemory:
         collectives.start_at(self.members, index_of(device), start_at)
         exchange("")  # nobody begins before all have set their counters
 
-    def _pin(self) -> str:
+    def _pin(self, device: torch.device) -> str:
         """Memory for the kernels' status; why there is none, or nothing."""
         try:
-            self._pinned = Pinned(collectives.Status)
+            self._pinned = Pinned(device, collectives.Status)
         except library.CudaError as error:
             return str(error)
         self.status, self.members.status = self._pinned.value, self._pinned.address

@@ -74,15 +74,16 @@ class MappedSegment:
 
 
 class Pinned:
-    """A C structure in memory of the host that kernels reach at `address`: `value` is that structure, here."""
+    """A C structure in memory of the host, `value`, that kernels of `device` reach at `address`."""
 
-    def __init__(self, structure: type[ctypes.Structure]) -> None:
-        host, device = ctypes.c_void_p(), ctypes.c_void_p()
+    def __init__(self, device: torch.device, structure: type[ctypes.Structure]) -> None:
+        host, address = ctypes.c_void_p(), ctypes.c_void_p()
+        size = ctypes.sizeof(structure)
         library.call(
-            "distlib_cuda_pinned_make", ctypes.sizeof(structure), ctypes.byref(host), ctypes.byref(device)
+            "distlib_cuda_pinned_make", index_of(device), size, ctypes.byref(host), ctypes.byref(address)
         )
         self._host = host.value or 0
-        self.address = device.value or 0
+        self.address = address.value or 0
         self.value: Any = structure.from_address(self._host)
 
     def free(self) -> None:
