@@ -54,7 +54,8 @@ def test_sanitizers_find_nothing() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_threads_that_wait_for_each_other_for_ever_are_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("switch", [[], ["-DDISTLIB_UCONTEXT"]], ids=["own switch", "ucontext"])
+def test_threads_that_wait_for_each_other_for_ever_are_told(tmp_path: Path, switch: list[str]) -> None:
     source = tmp_path / "deadlock.cu"
     source.write_text(
         '#include "cuda/launch.cuh"\n'
@@ -62,10 +63,22 @@ def test_threads_that_wait_for_each_other_for_ever_are_told(tmp_path: Path) -> N
         "  if (threadIdx.x == 0) __shfl_sync(0xffffffffu, 0, 0);\n"
         "  else __syncthreads();\n"
         "}\n"
-        "int main() { DL_LAUNCH(kernel, 1, 32, distlib::cuda::as_stream(nullptr)); return 0; }\n"
+        "__global__ void sum(int* out) {\n"
+        "  int all = static_cast<int>(threadIdx.x);\n"
+        "  for (int lanes = 16; lanes > 0; lanes /= 2) all += __shfl_xor_sync(0xffffffffu, all, lanes);\n"
+        "  if (__syncthreads_count(all == 496) == 32) *out += 1;\n"
+        "}\n"
+        "int main() {\n"
+        "  int good = 0;\n"
+        "  DL_LAUNCH(sum, 2, 32, distlib::cuda::as_stream(nullptr), &good);\n"
+        "  if (good != 64) return 1;\n"
+        "  DL_LAUNCH(kernel, 1, 32, distlib::cuda::as_stream(nullptr));\n"
+        "  return 2;\n"
+        "}\n"
     )
     program = tmp_path / "deadlock"
-    subprocess.run([*build.compiler(), *build.FLAGS, "-x", "c++", source, "-o", program], check=True, timeout=100)
+    command = [*build.compiler(), *build.FLAGS, *switch, "-x", "c++", source, "-o", program]
+    subprocess.run(command, check=True, timeout=100)
     done = subprocess.run([program], capture_output=True, text=True, timeout=30)
     assert done.returncode < 0 and "deadlock: threads wait for each other" in done.stderr
 

@@ -39,7 +39,8 @@ namespace cuda_on_cpu {
   std::abort();
 }
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(DISTLIB_UCONTEXT)  // defined where the other way is to be tested
+#define DISTLIB_OWN_SWITCH
 // What a call must preserve goes on the stack, the stack pointer to *save; then the same back from `load`. swapcontext
 // does it, too, but with a system call each time.
 __attribute__((naked, noinline, used)) static void switch_stack(void** /*save*/, void* /*load*/) {
@@ -52,7 +53,7 @@ __attribute__((naked, noinline, used)) static void switch_stack(void** /*save*/,
 
 // Where a fiber, or the thread that all of them run on, goes on.
 struct Context {
-#if defined(__x86_64__)
+#if defined(DISTLIB_OWN_SWITCH)
   void* stack_pointer = nullptr;
 #else
   ucontext_t saved;
@@ -66,7 +67,7 @@ inline void switch_context(Context& from, Context& to) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&from.fake, to.bottom, to.size);
 #endif
-#if defined(__x86_64__)
+#if defined(DISTLIB_OWN_SWITCH)
   switch_stack(&from.stack_pointer, to.stack_pointer);
 #else
   swapcontext(&from.saved, &to.saved);
@@ -202,7 +203,7 @@ class Block {
     fiber->memory = static_cast<char*>(memory);
     fiber->context.bottom = fiber->memory + kGuard;
     fiber->context.size = kStack;
-#if defined(__x86_64__)
+#if defined(DISTLIB_OWN_SWITCH)
     // Six registers to be popped, then where to "return" to; a function begins 8 bytes off a multiple of 16.
     void** const top = reinterpret_cast<void**>(fiber->memory + kGuard + kStack - 24);
     top[0] = nullptr;
