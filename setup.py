@@ -240,20 +240,24 @@ def digest(files: list[str]) -> str:
     return hashlib.sha256(repr([(path.name, path.read_bytes()) for path in inputs]).encode()).hexdigest()
 
 
+def build_into(folder: Path, extension: str) -> None:
+    """Leaves _native*.so (as `extension` names it), _cuda.so and _build_info.py in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    native = build_part("DISTLIB_NATIVE", build_native, sources(NATIVE_SOURCES), folder / extension)
+    cuda = build_part("DISTLIB_CUDA", build_cuda, sources(CUDA_SOURCES), folder / "_cuda.so")
+    lines = ['"""Written by setup.py: what was compiled, with what, or why not."""', ""]
+    for name, record in (("NATIVE", native), ("CUDA", cuda)):
+        lines.append(f"{name} = {pprint.pformat(record, width=110, sort_dicts=False)}")
+    (folder / "_build_info.py").write_text("\n".join(lines) + "\n")
+
+
 class Build(build_ext):
     """build_ext with our own compiler calls: parallel, incremental, and with a recorded reason on failure."""
 
     def build_extensions(self) -> None:
-        """Leaves _native*.so, _cuda.so and _build_info.py in the package folder of the build."""
+        """Into the package folder of the build."""
         extension = Path(self.get_ext_fullpath("distlib._native")).resolve()
-        folder = extension.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        native = build_part("DISTLIB_NATIVE", build_native, sources(NATIVE_SOURCES), extension)
-        cuda = build_part("DISTLIB_CUDA", build_cuda, sources(CUDA_SOURCES), folder / "_cuda.so")
-        lines = ['"""Written by setup.py: what was compiled, with what, or why not."""', ""]
-        for name, record in (("NATIVE", native), ("CUDA", cuda)):
-            lines.append(f"{name} = {pprint.pformat(record, width=110, sort_dicts=False)}")
-        (folder / "_build_info.py").write_text("\n".join(lines) + "\n")
+        build_into(extension.parent, extension.name)
 
     def copy_extensions_to_source(self) -> None:
         """Editable and in-place builds: all three go beside the sources; what was not built goes away."""
@@ -268,7 +272,7 @@ class Build(build_ext):
                 home.unlink(missing_ok=True)
 
 
-if __name__ == "__main__":  # benchmarks/gpu_build.py only asks what could be built
+if __name__ == "__main__":  # benchmarks/gpu_build.py takes functions from here: it is to work with any setuptools
     setup(
         ext_modules=[Extension("distlib._native", sources=sources(NATIVE_SOURCES), optional=True)],
         cmdclass={"build_ext": Build},

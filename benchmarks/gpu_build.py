@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -113,13 +114,33 @@ def strangers(root: Path, decision: Decision) -> list[str]:
     return found
 
 
-def build(decision: Decision, jobs: dict[str, str]) -> str:
-    """Runs setup.py. Returns what went wrong, or ""."""
+BUILD = """
+import runpy, sys
+from pathlib import Path
+runpy.run_path("setup.py")["build_into"](Path(sys.argv[1]), sys.argv[2])
+"""
+
+
+def build(decision: Decision, jobs: dict[str, str], root: Path = ROOT) -> str:
+    """Compiles, and puts beside the sources what came of it. Returns what went wrong, or "".
+
+    Not by setup.py's commands: for these, setuptools must be new enough for all of pyproject.toml. And not in place:
+    where a compiler fails, what was carried here stays.
+    """
     if "build" not in decision.action.values():
         return ""
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **decision.environ, **jobs})
-    return "" if done.returncode == 0 else f"setup.py failed (exit {done.returncode}); its output is above"
+    folder = root / "build" / "gpu_build"
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "-c", BUILD, str(folder), NAMES["native"]]
+    done = subprocess.run(command, cwd=root, env={**os.environ, **decision.environ, **jobs})
+    if done.returncode:
+        return f"the build failed (exit {done.returncode}); its output is above"
+    for built in folder.iterdir():
+        home = root / "distlib" / built.name
+        unfinished = home.with_name(f"{built.name}.{os.getpid()}")
+        shutil.copy2(built, unfinished)
+        os.replace(unfinished, home)
+    return ""
 
 
 def loaded() -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import statistics
 import time
 import warnings
@@ -231,22 +230,14 @@ def speed(device: torch.device, rounds: int) -> dict[str, Any]:
 
 
 def alone(device: torch.device, rounds: int) -> dict[str, Any]:
-    """All that one rank does."""
-    found: dict[str, Any] = {}
-    for name, part in (("curves", curves), ("steps", steps), ("offload", offload)):
-        found[name] = part(device) if part is curves else part(device, rounds)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return found
+    """All that one rank does, in one process."""
+    return {name: PARTS[name](device, rounds) for name in ("steps", "curves", "offload")}
 
 
-def together(device: torch.device, rounds: int) -> dict[str, Any]:
-    """All that several ranks do: timed steps only where each has a card."""
-    found: dict[str, Any] = {"curves": curves(device)}
-    if device.type == "cuda" and torch.cuda.device_count() >= dist.get_world_size():
-        found["speed"] = speed(device, rounds)
-    return found
-
-
-PARTS = {"alone": alone, "together": together, "curves": lambda device, rounds: {"curves": curves(device)}}
+PARTS: dict[str, Callable[[torch.device, int], dict[str, Any]]] = {
+    "alone": alone,
+    "steps": steps,
+    "curves": lambda device, rounds: curves(device),
+    "offload": offload,
+    "speed": speed,
+}

@@ -11,12 +11,13 @@ deterministic algorithms; two ranks on one card talk through mapped memory, rank
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,35 +52,75 @@ def on_rank(options: argparse.Namespace) -> None:
 # ---- the process that starts the ranks --------------------------------------------------------------------
 
 
-def results(device: str, rounds: int) -> GpuReport:
+class Runs:
+    """Starts ranks, and goes on where they fail: what is measured by then is kept."""
+
+    def __init__(self, device: str, rounds: int) -> None:
+        self.arguments = [f"--device={device}", f"--rounds={rounds}"]
+        self.failed: list[Check] = []
+
+    def __call__(self, n: int, part: str, **environ: str) -> Any:
+        """What rank 0 of n wrote of a part; None where the ranks failed."""
+        run = run_alone if n == 1 else functools.partial(run_ranks, __file__, n)
+        try:
+            return run([*self.arguments, f"--part={part}"], **DETERMINISTIC, **environ)
+        except subprocess.CalledProcessError as error:
+            from gpu_report import Check
+
+            around = "".join(f", {name}={value}" for name, value in environ.items())
+            told = f"exit code {error.returncode}, see the log"
+            self.failed.append(Check(f"{part}{around}: runs to its end", n, told, "exit code 0", False))
+            return None
+
+
+def results(device: str, runs: Runs) -> Iterator[GpuReport]:
+    """The report as it grows: what may hang comes last."""
     from gpu_cards import cards, one_card
     from gpu_report import GpuReport
 
-    def ranks(n: int, part: str, **environ: str) -> Any:
-        arguments = [f"--device={device}", f"--part={part}", f"--rounds={rounds}"]
-        if n == 1:
-            return run_alone(arguments, **DETERMINISTIC, **environ)
-        return run_ranks(__file__, n, arguments, **DETERMINISTIC, **environ)
-
-    alone = ranks(1, "alone")
-    both = ranks(2, "curves", **one_card())
-    checks = [*step_checks(alone["steps"]), *alone_checks(alone["curves"], alone["offload"])]
-    checks += curve_checks("2 processes on one device", 2, both["curves"], alone["curves"])
     rows: list[Row] = []
-    notes = [f"Steps: {alone['steps']['size']}, bf16. Curves: a small model."]
-    if device == "fake":
+    checks: list[Check] = []
+    notes: list[str] = []
+
+    def so_far() -> GpuReport:
+        return GpuReport("gpu_step", "Training steps on a GPU", rows, notes, [*checks, *runs.failed])
+
+    if device == "fake":  # one process: starting takes longer than what it does
         notes.append("The device is tests/fake_device: nothing was timed.")
+        alone = runs(1, "alone") or dict.fromkeys(("steps", "curves", "offload"))
+        steps, curves, offload = (alone[part] for part in ("steps", "curves", "offload"))
     else:
-        blocking = ranks(1, "curves", CUDA_LAUNCH_BLOCKING="1")["curves"]
-        same = [setting for setting in blocking if blocking[setting] == alone["curves"][setting]]
-        checks.append(_equal("CUDA_LAUNCH_BLOCKING=1: the same bits", 1, len(same), len(blocking)))
-        rows, more = step_rows(alone["steps"], alone["offload"])
-        checks += more
-        if cards() > 1:
-            every = ranks(cards(), "together")
-            checks += curve_checks("a card each", cards(), every["curves"], alone["curves"])
-            rows += speed_rows(every["speed"], cards())
-    return GpuReport("gpu_step", "Training steps on a GPU", rows, notes, checks)
+        steps, curves, offload = (runs(1, part) for part in ("steps", "curves", "offload"))
+    if steps:
+        notes.append(f"Steps: {steps['size']}, bf16. Curves: a small model.")
+        checks += step_checks(steps)
+        rows += step_rows(steps)
+    if offload:
+        checks += offload_checks(offload)
+        rows += offload_rows(offload)
+    if curves is None:
+        yield so_far()
+        return  # what is left is compared with them
+    checks += [
+        *prefetch_checks("1 process", 1, curves),
+        close_check("1 process: fp32 losses beside plain torch", 1, curves, curves),
+    ]
+    yield so_far()
+    if both := runs(2, "curves", **one_card()):
+        checks += curve_checks("2 processes on one device", 2, both, curves)
+    yield so_far()
+    if device == "fake":
+        return
+    if blocking := runs(1, "curves", CUDA_LAUNCH_BLOCKING="1"):
+        same = sum(blocking[setting] == curve for setting, curve in curves.items())
+        checks.append(_equal("CUDA_LAUNCH_BLOCKING=1: the same bits", 1, same, len(curves)))
+    yield so_far()
+    if cards() > 1:
+        if every := runs(cards(), "curves"):
+            checks += curve_checks("a card each", cards(), every, curves)
+        if speed := runs(cards(), "speed"):
+            rows += speed_rows(speed, cards())
+        yield so_far()
 
 
 def run_alone(arguments: Sequence[str], **environ: str) -> Any:
@@ -115,19 +156,6 @@ def step_checks(steps: dict[str, Any]) -> list[Check]:
     return checks
 
 
-def alone_checks(curves: dict[str, list[str]], offload: dict[str, Any]) -> list[Check]:
-    """What one process shows without a clock."""
-    from gpu_report import Check
-
-    losses = offload["losses"]
-    same = losses["offload"] == losses["plain"]
-    return [
-        *prefetch_checks("1 process", 1, curves),
-        close_check("1 process: fp32 losses beside plain torch", 1, curves, curves),
-        Check("activation offload: the same loss", 1, "equal" if same else str(losses), "equal", same),
-    ]
-
-
 def prefetch_checks(what: str, ranks: int, curves: dict[str, list[str]]) -> list[Check]:
     pairs = [(curves[f"{kind}, prefetch=0"], curves[f"{kind}, prefetch=2"]) for kind in ("fp32", "bf16")]
     return [_equal(f"{what}: prefetch on and off, the same bits", ranks, sum(a == b for a, b in pairs), len(pairs))]
@@ -152,12 +180,14 @@ def distance(first: list[str], second: list[str]) -> float:
     return max(abs(a - b) / abs(b) for a, b in pairs)
 
 
-def step_rows(steps: dict[str, Any], offload: dict[str, Any]) -> tuple[list[Row], list[Check]]:
-    """What was timed on one card, with what belongs to it."""
-    from gpu_report import Ceiling, Check
+def step_rows(steps: dict[str, Any]) -> list[Row]:
+    """What was timed on one card; nothing on the fake device."""
+    from gpu_report import Ceiling
     from report import Bar, Row
     from report_bytes import Bytes
 
+    if "seconds" not in steps:
+        return []
     seconds, size = steps["seconds"], steps["size"]
     rows: list[Row] = [Row(f"{size}: step", 1, seconds["wall"], [Ceiling(OURS, TORCH, at_most=1.03)])]
     for kind in ("events", "forward and backward", "optimizer"):
@@ -166,12 +196,33 @@ def step_rows(steps: dict[str, Any], offload: dict[str, Any]) -> tuple[list[Row]
     for what, counted in (("held between steps", steps["held"]), ("at the peak of a step", steps["peak"])):
         samples = {name: [float(count)] for name, count in counted.items()}
         rows.append(Bytes(f"memory {what}", 1, samples, [Bar(OURS, TORCH)]))
-    blocks = "{} of {} blocks".format(*offload["blocks"])
-    rows.append(Row(f"activation offload, {blocks}: step", 1, offload["seconds"], [Bar("offload", "plain")]))
-    share, copying, _ = offload["hidden"]
-    moved = 2 * offload["moved"] / copying / 1e9
-    told = f"{share:.0%} of {copying * 1e3:.0f} ms of copies, {moved:.0f} GB/s"
-    return rows, [Check(f"activation offload, {blocks}: hidden behind compute", 1, told)]
+    return rows
+
+
+def offload_checks(offload: dict[str, Any]) -> list[Check]:
+    from gpu_report import Check
+
+    losses = offload["losses"]
+    same = losses["offload"] == losses["plain"]
+    checks = [Check("activation offload: the same loss", 1, "equal" if same else str(losses), "equal", same)]
+    if "hidden" in offload:
+        share, copying, _ = offload["hidden"]
+        rate = 2 * offload["moved"] / copying / 1e9
+        told = f"{share:.0%} of {copying * 1e3:.0f} ms of copies, {rate:.0f} GB/s"
+        checks.append(Check(f"activation offload, {_blocks(offload)}: hidden behind compute", 1, told))
+    return checks
+
+
+def offload_rows(offload: dict[str, Any]) -> list[Row]:
+    from report import Bar, Row
+
+    if not offload["seconds"]["plain"]:
+        return []
+    return [Row(f"activation offload, {_blocks(offload)}: step", 1, offload["seconds"], [Bar("offload", "plain")])]
+
+
+def _blocks(offload: dict[str, Any]) -> str:
+    return "{} of {} blocks".format(*offload["blocks"])
 
 
 def speed_rows(speed: dict[str, Any], ranks: int) -> list[Row]:
@@ -180,7 +231,7 @@ def speed_rows(speed: dict[str, Any], ranks: int) -> list[Row]:
     return [Row(f"{speed['size']} a card, stage 3: step", ranks, speed["seconds"]["wall"], [])]
 
 
-def main() -> None:
+def main() -> int:
     if is_rank():
         parser = argparse.ArgumentParser()
         parser.add_argument("--samples", type=Path, required=True)
@@ -189,17 +240,21 @@ def main() -> None:
         parser.add_argument("--rounds", type=int, required=True)
         on_rank(parser.parse_args())
         free_groups()
-        return
+        return 0
     import report
     from gpu_cards import use_checkout
 
     parser = report.parser(__doc__)
     parser.add_argument("--device", choices=("cuda", "fake"), default="cuda")
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=6)
     options = parser.parse_args()
     use_checkout()
-    report.publish(results(options.device, options.rounds), options)
+    runs, around = Runs(options.device, options.rounds), report.surroundings()
+    for found in results(options.device, runs):
+        report.save(found, around, options.out)
+    report.publish(found, options)
+    return 1 if runs.failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

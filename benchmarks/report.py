@@ -123,16 +123,23 @@ def publish(report: Report, options: argparse.Namespace) -> None:
         _print(report)
     else:
         print(report.title, text_table(HEADINGS, report.cells()), *report.notes, sep="\n")
-    options.out.mkdir(parents=True, exist_ok=True)
     around = surroundings()
-    document = {"surroundings": around, **asdict(report), "lines": report.cells()}
-    (options.out / f"{report.name}.json").write_text(json.dumps(document, indent=1) + "\n")
+    save(report, around, options.out)
     if importlib.util.find_spec("matplotlib"):
         _draw(report, options.out / f"{report.name}.png")
     else:
         print(f"{report.name}.png is left out: matplotlib is missing")
     if options.record:
         _append(report, around)
+
+
+def save(report: Report, around: dict[str, str], out: Path) -> None:
+    """Write `<out>/<name>.json`. Also for what is measured so far, by benchmarks that may be ended before their end."""
+    out.mkdir(parents=True, exist_ok=True)
+    document = {"surroundings": around, **asdict(report), "lines": report.cells()}
+    unfinished = out / f"{report.name}.json.{os.getpid()}"
+    unfinished.write_text(json.dumps(document, indent=1) + "\n")
+    os.replace(unfinished, out / f"{report.name}.json")
 
 
 def text_table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -253,21 +253,40 @@ def tree(tmp_path: Path) -> Path:
 
 
 def test_a_library_that_was_carried_here_survives_the_build_of_the_other_part(tree: Path) -> None:
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    environ = {**os.environ, "DISTLIB_NATIVE": "0", "DISTLIB_CUDA": "keep"}
-    nothing = subprocess.run(command, cwd=tree, env=environ, capture_output=True, text=True)
-    assert nothing.returncode != 0 and "there is no distlib/_cuda.so to keep" in nothing.stderr
+    other = tree / "distlib" / gpu_build.NAMES["native"]
+    nvcc = tree / "nvcc"
+    nvcc.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "release 1.0" && exit\necho "error" >&2; exit 1\n')
+    nvcc.chmod(0o755)
+    both = Decision({"native": "keep", "cuda": "build"}, [])
+    assert "the build failed" in gpu_build.build(both, {"NVCC": str(nvcc)}, tree), "there is nothing to keep"
 
-    (tree / "distlib/_cuda.so").write_bytes(b"built elsewhere")
+    other.write_bytes(b"built elsewhere")
+    (tree / "distlib/_cuda.so").write_bytes(b"older")
+    assert "the build failed" in gpu_build.build(both, {"NVCC": str(nvcc), "DISTLIB_CUDA_ARCH": "sm_90"}, tree)
+    assert (tree / "distlib/_cuda.so").read_bytes() == b"older", "what a compiler could not make anew stays"
+
+    nvcc.write_text(NVCC)
+    assert gpu_build.build(both, {"NVCC": str(nvcc), "DISTLIB_CUDA_ARCH": "sm_90"}, tree) == ""
+    assert other.read_bytes() == b"built elsewhere"
+    assert (tree / "distlib/_cuda.so").read_text().split() == ["-arch=sm_90"]
+    assert gpu_build.build(Decision({"native": "keep", "cuda": "missing"}, []), {}, tree) == "", "nothing to do"
+
+
+NVCC = """#!/bin/sh
+[ "$1" = --version ] && echo "release 1.0" && exit
+for word in "$@"; do case "$word" in -arch=*) arch=$word;; esac; last=$word; done
+echo "$arch" > "$last"
+"""
+
+
+def test_a_library_tells_whether_it_is_of_these_sources(tree: Path) -> None:
     setup = gpu_build.builder(tree)
     assert setup is not None
     record = {"built": True, "why_not": "", "digest": setup["digest"](["csrc/cuda/six.cu"])}
-    (tree / "distlib/_build_info.py").write_text(f"NATIVE = {{}}\nCUDA = {record}\n")
-    assert subprocess.run(command, cwd=tree, env=environ, capture_output=True).returncode == 0
-    assert (tree / "distlib/_cuda.so").read_bytes() == b"built elsewhere"
-
     kept = Decision({"native": "missing", "cuda": "keep"}, [])
-    assert gpu_build.strangers(tree, kept) == [], "the record travelled with it, and tells that it is of these sources"
+    assert "_cuda.so is not known to be of these sources" in gpu_build.strangers(tree, kept)[0]
+    (tree / "distlib/_build_info.py").write_text(f"NATIVE = {{}}\nCUDA = {record}\n")
+    assert gpu_build.strangers(tree, kept) == []
     (tree / "csrc/cuda/six.cu").write_text('extern "C" int six() { return 7; }\n')
     assert "_cuda.so is not known to be of these sources" in gpu_build.strangers(tree, kept)[0]
 
