@@ -73,6 +73,7 @@ def test_size_and_number_of_ranks_choose_between_the_two() -> None:
         assert Way(True, True).by_ipc(limit, n) and not Way(True, True).by_ipc(limit + 1, n)
         assert Way(True, False).by_ipc(limit + 1, n) and not Way(False, True).by_ipc(0, n)
         assert n == 1 or limit <= ipc_to(n - 1)
+    assert ipc_to(17) == 0 and not Way(False, True).by_ipc(0, 17)
 
 
 def test_two_ranks_never_sum_slices_and_more_ranks_do_so_sooner() -> None:

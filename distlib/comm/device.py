@@ -55,8 +55,9 @@ class Way:
 
 
 def ipc_to(ranks: int) -> int:
-    """Bytes of one rank's tensor up to which mapped memory is used where there is NCCL too."""
-    return next(limit for most, limit in _IPC_TO.items() if ranks <= most)
+    """Bytes of one rank's tensor up to which mapped memory is used where there is NCCL too; 0 for more ranks than it
+    serves."""
+    return next((limit for most, limit in _IPC_TO.items() if ranks <= most), 0)
 
 
 def plan(facts: Sequence[Facts], labels: Sequence[int]) -> Plan:
