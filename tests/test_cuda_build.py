@@ -28,6 +28,7 @@ def declared() -> set[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # compiles
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 def test_nvcc_compiles_what_the_headers_declare() -> None:
     assert NVCC is not None
@@ -46,6 +47,7 @@ def test_the_emulated_library_exports_the_same() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # compiles
 def test_sanitizers_find_nothing() -> None:
     """Every kernel of tables and blocks, at sizes and alignments where memory ends right behind it."""
     program = build.program(Path(build.HERE / "sanitized.cpp"), *KERNELS)
