@@ -27,7 +27,8 @@ def pack(values: torch.Tensor) -> torch.Tensor:
     padded = torch.zeros(count * BLOCK, dtype=torch.float32, device=values.device)
     padded[: values.numel()] = values
     rows = padded.view(count, BLOCK)
-    scales = rows.abs().amax(dim=1) / 127
+    largest = rows.abs().amax(dim=1)
+    scales = largest / torch.full_like(largest, 127)  # by a number, a GPU may multiply by its reciprocal
     steps = torch.where(scales > 0, scales, torch.ones_like(scales))
     quantized = (rows / steps[:, None]).round_().clamp_(-127, 127).to(torch.int8)
     return torch.cat([quantized.view(-1).view(torch.uint8), scales.view(torch.uint8)])
