@@ -25,7 +25,7 @@ class World:
 
     rank: int
     topology: Topology  # which ranks share a host: proved, or pretended by `nodes`
-    device: torch.device  # cuda:i, a GPU of this rank's own, or cpu
+    device: torch.device  # cuda:i, or cpu
     launcher: str  # "torchrun" | "openmpi" | "mpich" | "slurm" | "sagemaker" | "single"
 
     @property
@@ -150,8 +150,8 @@ def _start(backend: str, timeout: timedelta, nodes: int | None) -> _Live:
     if backend == "auto":
         backend = "cpu:distlib,cuda:nccl" if torch.cuda.is_available() else "distlib"
     device = _pick_device(backend, launch)
-    own_gpu = "nccl" in backend and not ("distlib" in backend and library.present())
-    record = {"backend": backend, "nodes": nodes, "gpu": _gpu_identity(device) if own_gpu else None}
+    gpu = _gpu_identity(device) if _needs_own_gpu(backend) else None
+    record = {"backend": backend, "nodes": nodes, "gpu": gpu}
 
     store, where = meet(launch, record, timeout)
     if nodes is not None:
@@ -240,6 +240,11 @@ def _serves_cuda(backend: str) -> bool:
     """Whether a backend communicates tensors on GPUs: a plain name does, except "distlib"."""
     named = "cuda:" in backend if ":" in backend else backend != "distlib"
     return named and torch.cuda.is_available()
+
+
+def _needs_own_gpu(backend: str) -> bool:
+    """Whether no two ranks may share a GPU: NCCL refuses that, and only distlib's own kernels can do without NCCL."""
+    return "nccl" in backend and not ("distlib" in backend and library.present())
 
 
 def _gpu_identity(device: torch.device) -> str | None:

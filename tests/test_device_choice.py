@@ -6,8 +6,10 @@ import itertools
 
 import pytest
 
+from distlib import world
 from distlib.comm.device import Facts, Plan, Way, ipc_to, plan, settle
 from distlib.comm.ipc import sums_slices
+from distlib.cuda import library
 
 NO = "it is not there"
 
@@ -74,6 +76,17 @@ def test_size_and_number_of_ranks_choose_between_the_two() -> None:
         assert Way(True, False).by_ipc(limit + 1, n) and not Way(False, True).by_ipc(0, n)
         assert n == 1 or limit <= ipc_to(n - 1)
     assert ipc_to(17) == 0 and not Way(False, True).by_ipc(0, 17)
+
+
+@pytest.mark.parametrize("present", [False, True])
+def test_ranks_that_share_a_gpu_are_refused_at_the_start_only_where_nccl_is_all_there_is(
+    present: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "present", lambda: present)
+    assert world._needs_own_gpu("nccl")
+    assert world._needs_own_gpu("cpu:gloo,cuda:nccl")
+    assert world._needs_own_gpu("cpu:distlib,cuda:nccl") is not present
+    assert not world._needs_own_gpu("distlib")
 
 
 def test_two_ranks_never_sum_slices_and_more_ranks_do_so_sooner() -> None:

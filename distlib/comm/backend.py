@@ -23,7 +23,7 @@ def _create(options: Any, pg_options: Any = None) -> ProcessGroup:
 
 
 def register() -> None:
-    """Makes "distlib" known to torch.distributed; once, and cheaply. CUDA tensors are served by NCCL."""
+    """Makes "distlib" known to torch.distributed; once, and cheaply."""
     if NAME in c10d.Backend.backend_list:
         return
     c10d.Backend.register_backend(NAME, _create, extended_api=True, devices=["cpu", "cuda"])
