@@ -21,6 +21,7 @@ from torch._subclasses import FakeTensor
 import distlib
 from distlib.comm.work import CollectiveError
 from distlib.pipeline import reach
+from distlib.pipeline.micro_batches import Whole, divide, moved
 
 pytestmark = needs_fake_device
 
@@ -129,7 +130,7 @@ def steady(rank: int, n: int, way: str) -> list[str]:
         for step in range(4):
             inputs, target = case.batch(8, step)
             fake_device.reset()
-            fake_device.lag(3 if way == "staged" and step == 3 else 0)  # copies take their time
+            fake_device.lag(3 if step == 3 else 0)  # messages and copies take their time
             model.train_step(inputs.pin_memory(), target.pin_memory())
             waits += [f"step {step}: {wait}" for wait in fake_device.host_syncs() if step > 1]
         fake_device.lag(0)
@@ -144,6 +145,19 @@ def test_the_host_waits_for_a_device_only_to_send_what_is_there() -> None:
         assert all("staged.py" in wait or "losses.py" in wait for wait in waits), waits
         assert all(wait.startswith("step 3") for wait in waits), waits
         assert waits, "a device that lags was waited for"
+
+
+def shared(rank: int, n: int) -> None:
+    device = device_here("fake")
+    x, mask = torch.randn(6, 2), torch.ones(6, 6)
+    batches = moved(divide({"x": x, "mask": Whole(mask)}, x, 3), device)
+    assert all(b.kwargs["x"].device == b.target.device == device for b in batches)
+    assert len({b.kwargs["mask"].data_ptr() for b in batches}) == 1
+    assert moved(batches, torch.device("cpu")) == batches
+
+
+def test_what_micro_batches_share_goes_to_the_device_once() -> None:
+    run_ranks(1, shared)
 
 
 def misplaced(rank: int, n: int) -> None:

@@ -189,8 +189,12 @@ class SlotSender:
 
         # Asked again after the look at the rank: it may have come for its slots, and then ended.
         if left() and not self.edge.line.memory.alive and (lost := left()):
-            rank = self.edge.line.group.ranks[self.edge.line.peer]
+            group = self.edge.line.group
+            told = group.cpu_channel.aborted()  # by that rank, or by one that saw it end: then in these words
             with self.edge.naming(lost[0]):
+                if told is not None:
+                    raise CollectiveError(told, "aborted")
+                rank = group.ranks[self.edge.line.peer]
                 raise CollectiveError(f"rank {rank} ended before it took the message", "dead")
 
     def abort(self, text: str) -> None:
