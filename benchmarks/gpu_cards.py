@@ -22,6 +22,8 @@ def device_of(name: str) -> torch.device:
         return device_here("fake")
     import torch
 
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"torch {torch.__version__} finds no GPU here: use --device fake, or a machine with one")
     device = torch.device(name, int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device

@@ -111,7 +111,7 @@ def _what_of(part: str, document: Mapping[str, Any]) -> str:
         counts = Counter("did not end" if t["outcome"] == "started" else t["outcome"] for t in document["tests"])
         return ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) or "none ran"
     bars = [bar for bar in document["bars"] if bar["part"] == part and bar["met"] is not None]
-    return f"{sum(bar['met'] for bar in bars)} of {len(bars)} bars met"
+    return f"{sum(bar['met'] for bar in bars)} of {len(bars)} bars met" if bars else ""
 
 
 def shown(document: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 from collections import Counter
@@ -193,12 +194,20 @@ def _cards() -> str:
         return ""
     names = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     kinds = Counter(f"{known.name} ({known.total_memory / 2**30:.0f} GiB)" for known in names)
-    version = Path("/proc/driver/nvidia/version")
-    driver = re.search(r"Kernel Module(?: for \S+)?\s+([0-9.]+)", version.read_text() if version.exists() else "")
-    return (
-        ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
-        + f", driver {driver[1] if driver else 'unknown'}, torch's CUDA {torch.version.cuda}"
+    return ", ".join(f"{count} x {kind}" for kind, count in kinds.items()) + (
+        f", driver {_driver()}, torch's CUDA {torch.version.cuda}"
     )
+
+
+def _driver() -> str:
+    """The version of NVIDIA's driver: as the kernel tells it, or nvidia-smi in containers that hide the kernel's file."""
+    version = Path("/proc/driver/nvidia/version")
+    told = re.search(r"Kernel Module(?: for \S+)?\s+([0-9.]+)", version.read_text() if version.exists() else "")
+    if told or not shutil.which("nvidia-smi"):
+        return told[1] if told else "unknown"
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True)
+    return (done.stdout.splitlines() or ["unknown"])[0]
 
 
 def _commit() -> str:

@@ -17,7 +17,9 @@ from typing import Any
 
 import gpu_all
 import gpu_build
+import gpu_cards
 import gpu_outcomes
+import gpu_step
 import gpu_tests
 import gpu_trace
 import psutil
@@ -485,7 +487,39 @@ def test_common_time_is_counted_as_point_by_point(first: list[Any], second: list
     assert gpu_trace.common(gpu_trace.united(first), gpu_trace.united(second)) == len(points(first) & points(second))
 
 
-# ---- the benchmarks, in small -----------------------------------------------------------------------------------
+# ---- the benchmarks -----------------------------------------------------------------------------------
+
+
+def test_what_was_measured_before_ranks_failed_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    curve = [(5.0).hex(), (4.0).hex()]
+    kinds = ("fp32", "bf16")
+    curves = {f"{kind}, {setting}": curve for kind in kinds for setting in ("prefetch=0", "prefetch=2", "torch")}
+    waits = {"distlib": ["a.py:1: waits"], "torch": []}
+
+    def alone(arguments: list[str], **environ: str) -> Any:
+        if "--part=curves" in arguments:
+            return curves if not environ.get("CUDA_LAUNCH_BLOCKING") else {**curves, "bf16, torch": curve[::-1]}
+        if "--part=offload" in arguments:
+            raise subprocess.CalledProcessError(1, "python")
+        return {"size": "a GPT", "waits": waits, "control": ["waits"] * 5}
+
+    def ranks(script: str, n: int, arguments: list[str], **environ: str) -> Any:
+        return {name: [(5.001).hex(), *its[1:]] if name == "fp32, prefetch=2" else its for name, its in curves.items()}
+
+    monkeypatch.setattr(gpu_step, "run_alone", alone)
+    monkeypatch.setattr(gpu_step, "run_ranks", ranks)
+    monkeypatch.setattr(gpu_cards, "cards", lambda: 1)
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setattr(sys, "argv", ["gpu_step.py", f"--out={tmp_path}"])
+    assert gpu_step.main() == 1
+    checks = json.loads((tmp_path / "gpu_step.json").read_text())["checks"]
+    found = {(check["what"], check["ranks"]): (check["measured"], check["met"]) for check in checks}
+    assert found["host synchronisations in 5 steady steps, distlib", 1] == ("1, the first: a.py:1: waits", False)
+    assert found["offload: runs to its end", 1] == ("exit code 1, see the log", False)
+    assert found["1 process: prefetch on and off, the same bits", 1] == ("2 of 2 curves", True)
+    assert found["2 processes on one device: prefetch on and off, the same bits", 2] == ("1 of 2 curves", False)
+    assert found["2 processes on one device: fp32 losses beside one process", 2] == ("2.0e-04", False)
+    assert found["CUDA_LAUNCH_BLOCKING=1: the same bits", 1] == ("5 of 6 curves", False)
 
 
 @pytest.mark.slow
