@@ -200,7 +200,7 @@ def _cards() -> str:
 
 
 def _driver() -> str:
-    """The version of NVIDIA's driver: as the kernel tells it, or nvidia-smi in containers that hide the kernel's file."""
+    """The version of NVIDIA's driver: as the kernel tells it, else as nvidia-smi does, say in a container."""
     version = Path("/proc/driver/nvidia/version")
     told = re.search(r"Kernel Module(?: for \S+)?\s+([0-9.]+)", version.read_text() if version.exists() else "")
     if told or not shutil.which("nvidia-smi"):
