@@ -45,7 +45,8 @@ def select(root: Path = ROOT, installed: Callable[[str], bool] = is_installed) -
     files, notes = [], []
     for path in sorted((root / "tests").glob("test_*.py")):
         read, missing = imports(path, root, installed)
-        if not any(MARK.search(file.read_text()) for file in read if file.parent == path.parent):
+        helpers = (file for file in read if file.parent == path.parent and not file.name.startswith("test_"))
+        if not any(MARK.search(file.read_text()) for file in (path, *helpers)):
             continue
         missing = [package for package in missing if package not in WITH_STAND_IN]
         if missing:
