@@ -248,6 +248,7 @@ def test_a_verdict_always_accuses_somebody(others: list[tuple[int, int] | None])
 
 
 def loses_a_rank(rank: int, n: int) -> tuple[str, float]:
+    nccl_notes.ASK_EVERY = 0.2
     with nccl_group(rank, n, Stuck, timeout=60.0) as group:
         group.all_reduce(torch.ones(100))
         if rank == 1:
@@ -262,12 +263,16 @@ def loses_a_rank(rank: int, n: int) -> tuple[str, float]:
 
 
 @pytest.mark.parametrize("env", [{}, TWO_HOSTS], ids=["one host", "two hosts"])
-def test_a_rank_that_is_killed_is_named_by_those_of_its_host(env: dict[str, str]) -> None:
+def test_a_rank_that_is_killed_is_named_by_all_others_at_once(env: dict[str, str]) -> None:
+    """Those of its host see it, and tell the others through the store."""
     outcomes = run_ranks_raw(2 if not env else 4, loses_a_rank, env=env, timeout=40)
-    assert outcomes[0].ok, outcomes[0]
-    text, seconds = outcomes[0].value
-    assert "all_reduce(float32, 100 elements) #1" in text and "cannot complete: rank 1 ended" in text, text
-    assert seconds < 10
+    for outcome in outcomes:
+        if outcome.rank == 1:
+            continue
+        assert outcome.ok, outcome
+        text, seconds = outcome.value
+        assert "all_reduce(float32, 100 elements) #1" in text and "cannot complete: rank 1 ended" in text, text
+        assert seconds < 10
 
 
 def ends_with_the_cpu(rank: int, n: int) -> str:
@@ -284,3 +289,29 @@ def ends_with_the_cpu(rank: int, n: int) -> str:
 
 def test_an_end_of_the_cpu_group_ends_the_communicators() -> None:
     assert run_ranks(2, ends_with_the_cpu) == ["somebody was here"] * 2
+
+
+def by_nccl_itself(rank: int, n: int) -> None:
+    torch.cuda.set_device(rank)
+    device = torch.device("cuda", rank)
+    with process_group(rank, n):
+        world = Group.of()
+        channel = connect_nccl(world, device)
+        group = Group(world.name, rank, world.ranks, world.topology, channel, 20.0)
+        cases = [Case(kind, torch.int64, op, 999, root=1) for kind in [*KINDS, "all_to_all"] for op in ("sum", "max")]
+        cases += [Case(kind, torch.int32, numel=50, strided=True) for kind in KINDS if kind != "ring"]
+        for case in cases:
+            assert Player(group, device).play(case) == Player(world, CPU).play(case), f"{case} on rank {rank}"
+        x = torch.full((4,), float(rank), device=device)
+        work = group.all_reduce(x, "avg", async_op=True)
+        assert work is not None and work.get_future().wait()[0].tolist() == [(n - 1) / 2] * 4
+        assert work.wait() and x.tolist() == [(n - 1) / 2] * 4
+        group.abort("enough")
+        with pytest.raises(CollectiveError, match="enough"):
+            group.all_reduce(x)
+        channel.close()
+
+
+@pytest.mark.gpu
+def test_nccl_itself_with_a_gpu_for_each_rank() -> None:
+    run_ranks(min(torch.cuda.device_count(), 4), by_nccl_itself, timeout=100)

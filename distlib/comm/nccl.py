@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -369,7 +369,13 @@ class NcclChannel(C10dChannel):
                 0 if oldest is None else oldest.sequence,
                 "" if oldest is None else oldest.what,
             )
-            text = self._notes.look(note, oldest.seconds if oldest is not None and late else None)
+            try:
+                text = self._notes.look(note, oldest.seconds if oldest is not None and late else None)
+            except RuntimeError as error:
+                if oldest is None:  # all is done: ranks end in any order, and the store with one of them
+                    return False
+                what = f"{oldest.what} #{oldest.sequence} of group '{self.name}'"
+                text = f"{what} cannot complete: the store is gone, so the rank that holds it has ended ({error})"
             if text is not None:
                 self._end(text, "timeout")
         return oldest is not None
@@ -390,6 +396,9 @@ class NcclChannel(C10dChannel):
         with self._lock:
             if self._broken is not None or self._closed:
                 return
+            if self._notes is not None:  # the other hosts look there
+                with suppress(RuntimeError):  # the store went with its rank: the others see that by themselves
+                    text = self._notes.settle(text)
             if self._cpu is not None:
                 self._cpu.abort(text)
                 text = self._cpu.aborted() or text
