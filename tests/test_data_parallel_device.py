@@ -108,6 +108,26 @@ def test_the_cpus_bits_and_a_host_that_never_waits(n: int) -> None:
         assert there[0][:2] == there[1][:2], "the size of buckets shows"
 
 
+def uneven(rank: int, n: int, place: str) -> Any:
+    """Ranks with different numbers of inputs."""
+    device = device_here(place)
+    with process_group(rank, n):
+        model = distlib.DataParallel(tiny().to(device), bucket_mb=SMALL)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with model.join():
+            for step in range(3 + 2 * rank):
+                batch = tokens_of(rank, step)
+                loss_of(model, (batch[0].to(device), batch[1].to(device))).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return {name: bits(t) for name, t in model.state_dict().items()}
+
+
+def test_ranks_may_run_out_of_inputs() -> None:
+    on_cpu, on_device = (run_ranks(2, uneven, place) for place in ("cpu", "fake"))
+    assert on_device == on_cpu and on_cpu[0] == on_cpu[1]
+
+
 def unused(rank: int, n: int) -> None:
     """A parameter without gradient on one rank: all ranks hear of it in that backward, and can go on."""
     device = device_here("fake")

@@ -104,7 +104,7 @@ class ShadowHook(JoinHook):
         work = Join.notify_join_context(model)
         if work is not None:
             work.wait()
-        told = Announcement.exchange(model._group, model._device, False, buffers, backward)
+        told = Announcement.exchange(model._group, model.join_device, False, buffers, backward)
         self.heed(told)
         self._awaited = told.backward
         return told.active[0]
@@ -118,7 +118,7 @@ class ShadowHook(JoinHook):
     def main_hook(self) -> None:
         """Shadow one forward, and the backward that follows it."""
         model = self._model
-        told = Announcement.exchange(model._group, model._device, joined=True)
+        told = Announcement.exchange(model._group, model.join_device, joined=True)
         self.heed(told)
         if told.buffers:
             model._module_buffers.broadcast(told.active[0])
@@ -129,7 +129,7 @@ class ShadowHook(JoinHook):
         """Give all ranks the weights of one that trained to the end, and leave the context."""
         model = self._model
         group = model._group
-        last = torch.tensor([group.rank if is_last_joiner else -1], dtype=torch.int64, device=model._device)
+        last = torch.tensor([group.rank if is_last_joiner else -1], dtype=torch.int64, device=model.join_device)
         group.all_reduce(last, op="max")
         tensors = [p.detach() for p in model.module.parameters()] + model._module_buffers.tensors()
         replicas.broadcast(group, tensors, int(last), model._device)

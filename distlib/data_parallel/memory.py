@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from distlib.buckets import Bucket, Layout
+from distlib.comm.c10d import C10dChannel
 from distlib.comm.group import Group
 
 _LINE = 64  # bytes: no two buckets share a cache line
@@ -75,6 +76,14 @@ def empty(group: Group, numel: int, dtype: torch.dtype, device: torch.device) ->
     if device.type == "cpu":
         return group.registered_empty(numel, dtype=dtype)
     return torch.empty(numel, dtype=dtype, device=device)
+
+
+def numbers_on(group: Group, device: torch.device) -> torch.device:
+    """Where numbers that hosts read travel, for a model on `device`: in host memory, so that no host waits for a GPU.
+
+    Groups of other backends may serve GPUs only: there on the device.
+    """
+    return device if isinstance(group.cpu_channel, C10dChannel) else torch.device("cpu")
 
 
 def pieces(bucket: Bucket, buffer: torch.Tensor) -> list[tuple[int, torch.Tensor]]:

@@ -22,12 +22,11 @@ from dataclasses import dataclass
 import torch
 
 from distlib.buckets import MIB, Parameter, plan
-from distlib.comm.c10d import C10dChannel
 from distlib.comm.group import Group
 from distlib.comm.work import Work
 from distlib.data_parallel.backward import BackwardWatch, Passes, will_land
 from distlib.data_parallel.hooks import CommHook, GradientBucket, Handed
-from distlib.data_parallel.memory import BucketMemory, empty
+from distlib.data_parallel.memory import BucketMemory, empty, numbers_on
 from distlib.data_parallel.report import Report
 
 
@@ -65,9 +64,8 @@ class Reducer:
         self._group = group
         self._parameters = list(parameters)
         self._device = device
-        # Groups of other backends may serve GPUs only: there the report travels with the gradients, and is read late.
-        by_host = device.type == "cpu" or not isinstance(group.cpu_channel, C10dChannel)
-        self._report_device = torch.device("cpu") if by_host else device
+        # Where it is the GPU, the report travels with the gradients, and is read late.
+        self._report_device = numbers_on(group, device)
         self._hook = options.comm_hook
         self._wire = options.gradient_dtype
         self._tolerant = options.find_unused_parameters
@@ -75,7 +73,7 @@ class Reducer:
         self._alone = group.size == 1 and self._hook is None
 
         count = len(self._parameters)
-        self._report = Report(group, names, device)
+        self._report = Report(group, names, self._report_device)
         self._expected = [0 if self._static else 1] * count  # landings per backward; static: yet to learn
         self._unused_here: list[int] = []  # static: averaged because others use them
         self._order: list[int] | None = []  # of arrival, recorded until the first averaged backward
@@ -399,7 +397,7 @@ class Reducer:
             self._follow_layout()
             return
         rest = [i for i in self._memory.layout.order if i not in set(known)]
-        order = torch.tensor(known + rest, dtype=torch.int64, device=self._device)
+        order = torch.tensor(known + rest, dtype=torch.int64, device=self._report_device)
         self._group.broadcast(order, self.source)
         excluded = unused if self._static else set()
         layout = self._memory.layout.rebuild([i for i in order.tolist() if i not in excluded])

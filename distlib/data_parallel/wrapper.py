@@ -16,6 +16,7 @@ from distlib.data_parallel import checks, replicas
 from distlib.data_parallel.agreement import require_equal
 from distlib.data_parallel.hooks import CommHook
 from distlib.data_parallel.join import ShadowHook, UnevenInputs
+from distlib.data_parallel.memory import numbers_on
 from distlib.data_parallel.naming import Transparent
 from distlib.data_parallel.reducer import Options, Reducer
 from distlib.memory import MemoryReport, replicated_report
@@ -85,7 +86,7 @@ class DataParallel(Transparent, Joinable):
             self._group,
             "DataParallel: parameters, buffers and options",
             checks.facts(module, options, broadcast_buffers),
-            self._device,
+            numbers_on(self._group, self._device),
         )
         self._module_buffers = replicas.ModuleBuffers(module, self._group, self._device)
         self._copies_buffers = broadcast_buffers and len(self._module_buffers) > 0 and self._group.size > 1
@@ -246,7 +247,8 @@ class DataParallel(Transparent, Joinable):
 
     @property
     def join_device(self) -> torch.device:
-        return self._device
+        """Where torch's Join counts ranks."""
+        return numbers_on(self._group, self._device)
 
     @property
     def join_process_group(self) -> Any:
