@@ -72,7 +72,7 @@ class Part {
  public:
   __device__ Part(Team& team, const distlib_call& call)
       : team_(team), c_(call), cut_(team.g, call), me_(team.g.rank), n_(team.g.size), total_(cut_.total) {
-    epoch_ = *team.place<uint32_t>(me_, team.at.epochs, blockIdx.x * (kLine / 4));
+    epoch_ = *counter(me_, me_);
   }
 
   __device__ void run() {
@@ -155,9 +155,9 @@ class Part {
     const bool compares = may_compare && i == blockIdx.x && (blockIdx.x == 0 || c_.what.kind == kAllToAll);
     ++epoch_;
     if (compares) write_header();
-    team_.publish(counter(me_), epoch_);
+    team_.publish(n_, epoch_, [&](int r) { return counter(r, me_); });
     const int r = static_cast<int>(threadIdx.x);
-    if (r < n_ && r != me_) team_.await(counter(r), epoch_, [&] { return missing(); });
+    if (r < n_ && r != me_) team_.await(counter(me_, r), epoch_, [&] { return missing(); });
     if (!team_.together()) return false;
     return !compares || compare();
   }
@@ -166,7 +166,7 @@ class Part {
   __device__ uint64_t missing() const {
     uint64_t bits = 0;
     for (int r = 0; r < n_; ++r)
-      if (r != me_ && !Team::reached(counter(r), epoch_)) bits |= uint64_t{1} << r;
+      if (r != me_ && !Team::reached(counter(me_, r), epoch_)) bits |= uint64_t{1} << r;
     return bits;
   }
 
@@ -224,7 +224,11 @@ class Part {
     return team_.at.slots + (uint64_t{blockIdx.x} * 2 + (epoch & 1)) * team_.g.slot_bytes;
   }
   __device__ char* slot(int r, uint32_t epoch) const { return team_.segment(r) + slot_offset(epoch); }
-  __device__ uint32_t* counter(int r) const { return &team_.place<Counter>(r, team_.at.epochs, blockIdx.x)->value; }
+  // In the segment of rank `of`: how far this block of rank `by` has come.
+  __device__ uint32_t* counter(int of, int by) const {
+    const uint64_t place = uint64_t{blockIdx.x} * static_cast<uint64_t>(n_) + static_cast<uint64_t>(by);
+    return &team_.place<Counter>(of, team_.at.epochs, place)->value;
+  }
   __device__ const char* given(int r) const { return static_cast<const char*>(c_.send[r]); }
   __device__ char* taken(int r) const { return static_cast<char*>(c_.recv[r]); }
 
@@ -248,10 +252,15 @@ __global__ void __launch_bounds__(512) message_kernel(DL_ARGUMENT distlib_group 
   const uint32_t lane = blockIdx.x;
   const int sender = m.sending ? g.rank : m.peer, receiver = m.sending ? m.peer : g.rank;
   const uint64_t pair = static_cast<uint64_t>(receiver) * DISTLIB_LANES + lane;  // in the sender's segment
-  const uint64_t back = static_cast<uint64_t>(sender) * DISTLIB_LANES + lane;    // in the receiver's
-  uint32_t* const produced = &team.place<Counter>(sender, team.at.counters, pair * 2)->value;
-  uint32_t* const consumed = &team.place<Counter>(receiver, team.at.counters, back * 2 + 1)->value;
-  uint32_t count = m.sending ? *produced : *consumed;
+  const auto counter = [&](int of, int with, Count which) {                      // in the segment of rank `of`
+    const uint64_t place = (static_cast<uint64_t>(with) * DISTLIB_LANES + lane) * kCounts + which;
+    return &team.place<Counter>(of, team.at.counters, place)->value;
+  };
+  uint32_t* const mine = counter(g.rank, m.peer, m.sending ? kProduced : kConsumed);
+  uint32_t* const theirs = counter(g.rank, m.peer, m.sending ? kConsumedByPeer : kProducedByPeer);
+  uint32_t* const told = counter(m.peer, g.rank, m.sending ? kProducedByPeer : kConsumedByPeer);
+  const auto both = [&](int i) { return i == 0 ? mine : told; };
+  uint32_t count = *mine;
   for (uint64_t i = lane; i == lane || i * g.ring_bytes < m.bytes; i += gridDim.x, ++count) {
     const uint64_t at = i * g.ring_bytes, bytes = at < m.bytes ? lower(g.ring_bytes, m.bytes - at) : 0;
     char* const ring =
@@ -259,8 +268,7 @@ __global__ void __launch_bounds__(512) message_kernel(DL_ARGUMENT distlib_group 
     Envelope* const envelope = team.place<Envelope>(
         sender, team.at.envelopes, static_cast<uint64_t>(receiver) * DISTLIB_DEPTH + count % DISTLIB_DEPTH);
     if (threadIdx.x == 0)
-      team.await(m.sending ? consumed : produced, m.sending ? count + 1 - DISTLIB_DEPTH : count + 1,
-                 [&] { return uint64_t{1} << m.peer; });
+      team.await(theirs, m.sending ? count + 1 - DISTLIB_DEPTH : count + 1, [&] { return uint64_t{1} << m.peer; });
     if (!team.together()) return;
     if (m.sending) {
       copy(ring, static_cast<const char*>(m.data) + at, bytes);
@@ -269,7 +277,7 @@ __global__ void __launch_bounds__(512) message_kernel(DL_ARGUMENT distlib_group 
         envelope->tag = m.tag;
         envelope->sequence = m.sequence;
       }
-      team.publish(produced, count + 1);
+      team.publish(2, count + 1, both);
       continue;
     }
     if (i == 0) {
@@ -278,16 +286,17 @@ __global__ void __launch_bounds__(512) message_kernel(DL_ARGUMENT distlib_group 
       if (!team.together()) return;
     }
     copy(static_cast<char*>(m.data) + at, ring, bytes);
-    team.publish(consumed, count + 1);
+    team.publish(2, count + 1, both);
   }
 }
 
 __global__ void start_kernel(DL_ARGUMENT distlib_group g, uint32_t epoch) {
   const Layout at(g);
   char* const mine = static_cast<char*>(g.segment[g.rank]);
-  for (int b = static_cast<int>(threadIdx.x); b < g.blocks; b += static_cast<int>(blockDim.x))
+  for (int b = static_cast<int>(threadIdx.x); b < g.blocks * g.size; b += static_cast<int>(blockDim.x))
     reinterpret_cast<Counter*>(mine + at.epochs)[b].value = epoch;
-  for (int k = static_cast<int>(threadIdx.x); k < g.size * DISTLIB_LANES * 2; k += static_cast<int>(blockDim.x))
+  for (int k = static_cast<int>(threadIdx.x); k < g.size * DISTLIB_LANES * static_cast<int>(kCounts);
+       k += static_cast<int>(blockDim.x))
     reinterpret_cast<Counter*>(mine + at.counters)[k].value = epoch;
 }
 

@@ -1,9 +1,9 @@
 // Collectives and messages between the ranks of one host whose devices map each other's segments (segment.h).
 //
 // The protocol is that of csrc/cpu/host_group.hpp, per block of threads. Block b of a kernel has a counter, its epoch,
-// in a line of its rank's segment that only it writes, and two staging slots that take turns by epoch. In each step it
-// writes what others need into the slot of the next epoch, publishes that epoch, waits until block b of every other
-// rank has come as far, then reads the slots of that epoch:
+// with a line in every rank's segment that only it writes, so that nobody polls another device; and two staging slots
+// that take turns by epoch. In each step it writes what others need into the slot of the next epoch, publishes that
+// epoch, waits until block b of every other rank has come as far, then reads the slots of that epoch:
 //
 //   rank 0, block b   write slot 1 | epoch 1 | wait | read all slots 1 | write slot 0 | epoch 2 | wait | read ...
 //   rank 1, block b   write slot 1     | epoch 1 | wait | read ...

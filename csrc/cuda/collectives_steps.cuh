@@ -39,19 +39,28 @@ struct alignas(kLine) Counter {
 
 // A segment:
 //
-//   failed | epochs[block] | headers[block][2] | counters[rank][lane][2] | envelopes[rank][depth] |
+//   failed | epochs[block][rank] | headers[block][2] | counters[rank][lane][4] | envelopes[rank][depth] |
 //   slots[block][2] | rings[rank][lane][depth]
 //
-// counters: pieces that this rank has produced for another (0), and consumed of what another produced (1).
+// Counters are pushed, data is pulled: who waits looks into its own memory. epochs: how far each rank's block has come,
+// written by that rank. counters: see Count.
+enum Count : uint64_t {  // of the pieces of messages between this rank and another
+  kProduced,             // by this rank: its own record
+  kConsumed,             // by this rank, of the other's
+  kProducedByPeer,       // as the other wrote here
+  kConsumedByPeer,
+  kCounts
+};
+
 struct Layout {
   uint64_t epochs, headers, counters, envelopes, slots, rings, end;
 
   __host__ __device__ explicit Layout(const distlib_group& g) {
     const uint64_t ranks = static_cast<uint64_t>(g.size), blocks = static_cast<uint64_t>(g.blocks);
     epochs = kLine;
-    headers = epochs + blocks * sizeof(Counter);
+    headers = epochs + blocks * ranks * sizeof(Counter);
     counters = headers + blocks * 2 * sizeof(Header);
-    envelopes = counters + ranks * DISTLIB_LANES * 2 * sizeof(Counter);
+    envelopes = counters + ranks * DISTLIB_LANES * kCounts * sizeof(Counter);
     slots = envelopes + ranks * DISTLIB_DEPTH * sizeof(Envelope);
     rings = slots + blocks * 2 * g.slot_bytes;
     end = rings + ranks * DISTLIB_LANES * DISTLIB_DEPTH * g.ring_bytes;
@@ -86,17 +95,19 @@ class Team {
     return reinterpret_cast<T*>(segment(rank) + offset) + index;
   }
 
-  // Publishes `value` in this rank's counter `mine`: all that the block wrote before, and that it has read.
-  __device__ void publish(uint32_t* mine, uint32_t value) {
+  // Publishes `value` in `counters` places, at(0), at(1), ...: all that the block wrote before, and that it has read.
+  template <class At>
+  __device__ void publish(int counters, uint32_t value, At at) {
     __syncthreads();
-    if (threadIdx.x == 0) {
+    const int i = static_cast<int>(threadIdx.x);
+    if (i < counters) {
       __threadfence_system();
-      store_release(mine, value);
+      store_release(at(i), value);
     }
   }
 
-  // One thread's wait until another rank's counter has come as far as `value`. If it is late, missing() tells a bit for
-  // each rank that is.
+  // One thread's wait until a counter that another rank writes has come as far as `value`. If it is late, missing()
+  // tells a bit for each rank that is.
   template <class Missing>
   __device__ void await(const uint32_t* counter, uint32_t value, Missing missing) {
     if (reached(counter, value)) return;
