@@ -104,6 +104,44 @@ def test_what_only_devices_can_do() -> None:
             assert losses == pytest.approx(expected, rel=0.03 if "precision" in plan else 1e-5), plan
 
 
+def steady(rank: int, n: int, plans: list[dict[str, Any]]) -> list[list[str]]:
+    """By plan, where the host waited for the device in steps in which nothing is new."""
+    case, found = CASES["tied"], []
+    with init_on("fake"):
+        for plan in plans:
+            engine = distlib.parallelize(
+                case.made(),
+                distlib.Plan(**plan),
+                optimizer=lambda parameters: distlib.optim.AdamW(parameters, lr=1e-2),
+                loss_fn=case.loss,
+                example_inputs=case.batch(ROWS, 0)[0],
+            )
+            kept, waits = [], []
+            for step in range(STEPS + 1):
+                inputs, target = (t.chunk(engine.data_size)[engine.data_rank] for t in case.batch(ROWS, step))
+                fake_device.reset()
+                kept.append(engine.train_step(inputs.pin_memory(), target.pin_memory()))
+                kept.append(engine.grad_norm)
+                waits += [str(wait) for wait in fake_device.host_syncs() if step >= STEPS - 1]
+            found.append(waits)
+            assert all(torch.isfinite(value) for value in kept)
+    return found
+
+
+STEADY: list[dict[str, Any]] = [
+    {"clip": 0.3, "microbatches": 2},
+    {"stage": 3, "clip": 0.3},
+    {"pipeline": 2, "microbatches": 4, "schedule": "zb-h1", "clip": 0.3, "costs": "measured"},
+    {"pipeline": 2, "microbatches": 2, "stage": 2, "partition_size": 1, "clip": 0.3, "costs": "estimated"},
+]
+
+
+def test_a_steady_step_makes_no_host_wait_for_its_device() -> None:
+    for found in run_ranks(2, steady, STEADY, timeout=100, env=ALONE):
+        for plan, waits in zip(STEADY, found, strict=True):
+            assert not waits, (plan, waits)
+
+
 def pipelines_of_replicas(rank: int, n: int, place: str) -> Any:
     with init_on(place):
         return [
