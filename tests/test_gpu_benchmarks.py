@@ -1,0 +1,113 @@
+"""The GPU benchmarks without a GPU: what a trace tells, what is kept where ranks fail, their logic in small."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gpu_cards
+import gpu_step
+import gpu_trace
+import pytest
+from gpu_parts import Done
+from gpu_summary import collected
+from hypothesis import given
+from hypothesis import strategies as st
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+# ---- traces -----------------------------------------------------------------------------------------------------
+
+
+def event(name: str, cat: str, ts: float, dur: float) -> dict[str, Any]:
+    return {"name": name, "cat": cat, "ts": ts, "dur": dur, "ph": "X"}
+
+
+def test_a_trace_tells_waits_and_the_share_of_copies_behind_kernels() -> None:
+    events = [
+        event(gpu_trace.WITHIN, "user_annotation", 100, 100),
+        event("cudaStreamSynchronize", "cuda_runtime", 50, 5),  # before: the profiler's own
+        event("cudaEventSynchronize", "cuda_runtime", 150, 5),
+        event("cudaLaunchKernel", "cuda_runtime", 160, 5),
+        event("cudaDeviceSynchronize", "cuda_runtime", 250, 5),
+        event("gemm", "kernel", 100, 50),
+        event("gemm", "kernel", 140, 20),
+        event("Memcpy DtoH (Device -> Pinned)", "gpu_memcpy", 150, 20),
+        event("Memcpy HtoD (Pinned -> Device)", "gpu_memcpy", 160, 20),
+        event("Memcpy DtoD (Device -> Device)", "gpu_memcpy", 200, 99),
+    ]
+    assert gpu_trace.waits(events) == ["cudaEventSynchronize"]
+    share, copying, computing = gpu_trace.hidden_share(events)
+    assert share == pytest.approx(10 / 30) and copying == pytest.approx(30e-6) and computing == pytest.approx(60e-6)
+    with pytest.raises(ValueError, match="no copies between host and GPU"):
+        gpu_trace.hidden_share(events[:7])
+    with pytest.raises(ValueError, match="is no result of trace"):
+        gpu_trace.waits(events[1:])
+
+
+some_intervals = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 9)).map(lambda i: (float(i[0]), float(sum(i)))))
+
+
+@given(some_intervals, some_intervals)
+def test_common_time_is_counted_as_point_by_point(first: list[Any], second: list[Any]) -> None:
+    def points(intervals: list[Any]) -> set[int]:
+        return {point for begin, end in intervals for point in range(int(begin), int(end))}
+
+    assert gpu_trace.length(gpu_trace.united(first)) == len(points(first))
+    assert gpu_trace.common(gpu_trace.united(first), gpu_trace.united(second)) == len(points(first) & points(second))
+
+
+# ---- the benchmarks -----------------------------------------------------------------------------------
+
+
+def test_what_was_measured_before_ranks_failed_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    curve = [(5.0).hex(), (4.0).hex()]
+    kinds = ("fp32", "bf16")
+    curves = {f"{kind}, {setting}": curve for kind in kinds for setting in ("prefetch=0", "prefetch=2", "torch")}
+    waits = {"distlib": ["a.py:1: waits"], "torch": []}
+
+    def alone(arguments: list[str], **environ: str) -> Any:
+        if "--part=curves" in arguments:
+            return curves if not environ.get("CUDA_LAUNCH_BLOCKING") else {**curves, "bf16, torch": curve[::-1]}
+        if "--part=offload" in arguments:
+            raise subprocess.CalledProcessError(1, "python")
+        return {"size": "a GPT", "waits": waits, "control": ["waits"] * 5}
+
+    def ranks(script: str, n: int, arguments: list[str], **environ: str) -> Any:
+        return {name: [(5.001).hex(), *its[1:]] if name == "fp32, prefetch=2" else its for name, its in curves.items()}
+
+    monkeypatch.setattr(gpu_step, "run_alone", alone)
+    monkeypatch.setattr(gpu_step, "run_ranks", ranks)
+    monkeypatch.setattr(gpu_cards, "cards", lambda: 1)
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setattr(sys, "argv", ["gpu_step.py", f"--out={tmp_path}"])
+    assert gpu_step.main() == 1
+    checks = json.loads((tmp_path / "gpu_step.json").read_text())["checks"]
+    found = {(check["what"], check["ranks"]): (check["measured"], check["met"]) for check in checks}
+    assert found["host synchronisations in 5 steady steps, distlib", 1] == ("1, the first: a.py:1: waits", False)
+    assert found["offload: runs to its end", 1] == ("exit code 1, see the log", False)
+    assert found["1 process: prefetch on and off, the same bits", 1] == ("2 of 2 curves", True)
+    assert found["2 processes on one device: prefetch on and off, the same bits", 2] == ("1 of 2 curves", False)
+    assert found["2 processes on one device: fp32 losses beside one process", 2] == ("2.0e-04", False)
+    assert found["CUDA_LAUNCH_BLOCKING=1: the same bits", 1] == ("5 of 6 curves", False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["gpu_step", "gpu_collectives"])
+def test_a_benchmark_runs_on_the_fake_device_and_tells_no_times(script: str, tmp_path: Path) -> None:
+    fake_device = pytest.importorskip("fake_device")
+    if reason := fake_device.why_not():
+        pytest.skip(reason)
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), "--device=fake", f"--out={tmp_path}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stdout + done.stderr
+    dones, documents = collected([Done(script, "passed", 1.0, 2.0, 0)], {script: tmp_path})
+    assert dones[0].outcome == "passed", dones[0].why
+    document = documents[script][0]
+    assert document["rows"] == [] and document["checks"], "checks, and nothing that was timed"
+    assert [check["what"] for check in document["checks"] if check["met"] is False] == []
+    assert len(document["lines"]) == len(document["checks"])
