@@ -54,6 +54,7 @@ SIZES = (  # the largest that fits a card's memory is used
     Size(20, 2048, 16, 4, 2048),
     Size(14, 2048, 16, 4, 2048),
     Size(14, 1536, 12, 4, 2048),
+    Size(14, 1536, 12, 2, 2048),
     Size(12, 1024, 8, 4, 1024),
     Size(8, 768, 6, 2, 1024),
     Size(4, 256, 4, 2, 256),

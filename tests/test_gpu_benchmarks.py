@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gpu_cards
+import gpu_model
+import gpu_ranks
 import gpu_step
 import gpu_trace
 import pytest
+import torch
 from gpu_parts import Done
+from gpu_report import GpuReport
 from gpu_summary import collected
 from hypothesis import given
 from hypothesis import strategies as st
+
+import distlib
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -94,6 +103,80 @@ def test_what_was_measured_before_ranks_failed_is_kept(tmp_path: Path, monkeypat
     assert found["2 processes on one device: prefetch on and off, the same bits", 2] == ("1 of 2 curves", False)
     assert found["2 processes on one device: fp32 losses beside one process", 2] == ("2.0e-04", False)
     assert found["CUDA_LAUNCH_BLOCKING=1: the same bits", 1] == ("5 of 6 curves", False)
+
+
+class Event:
+    """torch.cuda.Event's clock: it advances by a millisecond with each record."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        Event.now += 1.0
+        self.at = Event.now
+
+    def elapsed_time(self, other: Event) -> float:
+        return other.at - self.at
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A device that is called cuda, whose tensors are the CPU's: what surrounds steps is run, nothing is measured."""
+    cpu = torch.device("cpu")
+    for name in ("synchronize", "reset_peak_memory_stats", "set_sync_debug_mode"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 << 30, 80 << 30))
+    allocated = itertools.count(0, 1000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(allocated))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5000)
+    monkeypatch.setattr(gpu_ranks, "size_for", lambda free: gpu_model.TINY)
+    monkeypatch.setattr(gpu_ranks, "module_of", lambda size, device: gpu_model.module_of(size, cpu))
+    monkeypatch.setattr(gpu_ranks, "batch_of", lambda size, device: gpu_model.batch_of(size, cpu))
+    monkeypatch.setattr(gpu_ranks, "Sharded", gpu_model.Plain)
+    offloaded = SimpleNamespace(remove=lambda: None, moved_bytes=10_000)
+    monkeypatch.setattr(distlib, "checkpoint_activations", lambda module, policy, resident: offloaded)
+    return SimpleNamespace(type="cuda")
+
+
+def test_what_surrounds_timed_steps_runs_and_is_told_in_rows(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = [event("Memcpy DtoH (Device -> Pinned)", "gpu_memcpy", 0, 20), event("gemm", "kernel", 0, 10)]
+
+    def trace(call: Callable[[], object]) -> list[dict[str, Any]]:
+        call()
+        return [event(gpu_trace.WITHIN, "user_annotation", 0, 100), *copies]
+
+    monkeypatch.setattr(gpu_trace, "trace", trace)
+
+    steps = gpu_ranks.steps(card, 3)
+    rows = gpu_step.step_rows(steps)
+    assert [row.bars[0].limit for row in rows] == [1.03, None, None, None, None, None]
+    assert all(len(taken) == 3 for row in rows[:4] for taken in row.samples.values())
+    halves = [steps["seconds"][kind]["torch"] for kind in ("forward and backward", "optimizer")]
+    assert halves == [[pytest.approx(1e-3)] * 3] * 2, "a record in the middle of each step"
+    assert steps["peak"] == {"distlib": 4000, "torch": 4000}, "what the other holds does not count"
+
+    offload = gpu_ranks.offload(card, 3)
+    checks = [*gpu_step.step_checks(steps), *gpu_step.offload_checks(offload)]
+    assert ("50% of 0 ms of copies, 1 GB/s", None) in [(check.measured, check.met) for check in checks]
+    text = GpuReport("x", "x", [*rows, *gpu_step.offload_rows(offload)], [], checks).cells()
+    told = [cells[0].split(": ")[-1] for cells in text[:4]]
+    assert told == ["step", "step by events", "forward and backward", "optimizer"]
+    assert text[0][-2] == "<= 1.030x" and "MiB" in text[4][3]
+
+
+@pytest.mark.parametrize(
+    ("gib", "billions"), [(79, 1.0), (139, 1.0), (47, 0.7), (23, 0.39), (15, 0.15), (7, 0.05)]
+)
+def test_the_model_is_the_largest_that_the_card_holds(gib: int, billions: float) -> None:
+    size = gpu_model.size_for(gib << 30)
+    assert size.parameters >= billions * 1e9 and size.memory < gib << 30
+    module = gpu_model.module_of(size, torch.device("meta"))
+    assert sum(p.numel() for p in module.parameters()) == size.parameters
+    with pytest.raises(RuntimeError, match="bytes are free on the card"):
+        gpu_model.size_for(1 << 20)
 
 
 @pytest.mark.slow
