@@ -179,7 +179,8 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
         if self.max_norm is not None:
             squares = norm.total_squares(self._all_params()) if measured is None else measured
             self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
-        gate = Gate(squares, self.grad_norm if squares is not None else None, _scalar(loss_scale), _scalar(found_inf))
+        normed = None if squares is None else self.grad_norm
+        gate = Gate(squares, normed, _scalar(loss_scale, device), _scalar(found_inf, device))
         stepped: list[torch.Tensor] = []
         alive: list[torch.Tensor] = []
         for index, group in enumerate(self.param_groups):
@@ -198,7 +199,7 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
             on_device = isinstance(lr, torch.Tensor) and lr.device == device
             recipe = self._recipe(group if not on_device else {**group, "lr": 0.0})
             recipe = replace(recipe, maximize=bool(group.get("maximize")), max_norm=self.max_norm or 0.0)
-            self._on_device[index].step(recipe, _scalar(lr) if on_device else None, store, chosen, gate)
+            self._on_device[index].step(recipe, _scalar(lr, device) if on_device else None, store, chosen, gate)
         written(stepped)
 
     def _ready(
@@ -390,8 +391,9 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
 # ---------------------------------------------------------------- segments
 
 
-def _scalar(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.float().view(())
+def _scalar(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """As kernels read it; a scaler's numbers are where the loss was, which may be the CPU."""
+    return None if tensor is None else tensor.to(device, torch.float32, non_blocking=True).view(())
 
 
 def _scaled(hyper: Hyper, scale: float) -> Hyper:
@@ -438,7 +440,7 @@ def _for_core(segment: Segment) -> Segment:
     dtype = torch.float64 if p.dtype is torch.float64 else g.dtype
     if g.dtype is dtype and (g.stride() == p.stride() or (g.is_contiguous() and p.is_contiguous())):
         return segment
-    return segment._replace(grad=torch.empty_strided(p.size(), p.stride(), dtype=dtype).copy_(g))
+    return segment._replace(grad=torch.empty_strided(p.size(), p.stride(), dtype=dtype, device=p.device).copy_(g))
 
 
 def _flat_segment(p: torch.Tensor) -> Segment:

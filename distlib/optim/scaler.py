@@ -59,7 +59,8 @@ class GradScaler(torch.amp.GradScaler):
     ) -> dict[torch.device, torch.Tensor]:
         """Multiplies gradients by `inv_scale`, in place. Returns what all ranks found together."""
         device = norm.device_of(p for group in optimizer.param_groups for p in group["params"])
-        found = super()._unscale_grads_(optimizer, inv_scale, found_inf, True)
+        # Where the loss is on a GPU and the parameters are not, torch would copy the scale without waiting for it.
+        found = super()._unscale_grads_(optimizer, inv_scale.to(device), found_inf.to(device), True)
         values = [value.to(device).view(()) for value in found.values()]
         return self._agreed(torch.stack(values).amax() if values else torch.zeros((), device=device), optimizer)
 
