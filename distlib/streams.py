@@ -79,8 +79,8 @@ def pinned(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor
     return torch.empty(numel, dtype=dtype, pin_memory=device.type != "cpu")
 
 
-def finish(stream: Stream) -> None:
-    """Blocks the host until all that `stream` holds is done."""
+def finish(stream: Stream | Event) -> None:
+    """Blocks the host until all that `stream` holds is done, or what came before an event."""
     if stream is not None:
         stream.synchronize()
 

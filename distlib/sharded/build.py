@@ -163,6 +163,12 @@ def settle(
             whole.zero_()
 
 
+def writable(flats: Sequence[Flat]) -> None:
+    """Returns when pieces in the host's memory may be written."""
+    for flat in flats:
+        flat.writable()
+
+
 @torch.no_grad()
 def load_values(
     module: nn.Module,

@@ -61,6 +61,7 @@ class Flat:
         self._whole_pieces = whole
         self.full: list[nn.Parameter] = []
         self.pieces: list[nn.Parameter] = []
+        self._sent: streams.Event = None  # passes when the last copy from the host's memory has read it
 
     # ------------------------------------------------------------ memory
 
@@ -149,6 +150,7 @@ class Flat:
         """Take values from a 1-D tensor of the layout's length: this rank's part of them."""
         begin, end = self.layout.bounds(self.grid.part)
         first, last = self.owned
+        self.writable()
         self.shard.copy_(whole[begin:end])
         if self.apart:
             self.master.copy_(whole[first:last])
@@ -169,8 +171,15 @@ class Flat:
                     shard.compute.copy_(piece.view(-1))
                 shard.may_be_written()
         if self.host:
-            # The optimizer writes here again only after gradients came to the host, which this copy comes before.
             self.own.copy_(self.staged, non_blocking=True)
+            self._sent = streams.record(streams.current(self.device))
+
+    def writable(self) -> None:
+        """Returns when the host may write pieces: no copy to the device still reads them. After a backward, which
+        brought gradients to the host, it never waits."""
+        if not streams.has_passed(self._sent):
+            streams.finish(self._sent)
+        self._sent = None
 
     # ------------------------------------------------------------ what the module holds
 

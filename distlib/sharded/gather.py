@@ -136,11 +136,11 @@ class Gathers:
     def begin(self, written: bool) -> None:
         if not written:
             return
-        refresh([flat for unit in self._units for flat in unit.flats], self._grid.replication)
         for unit in self._units:
-            self._settle(unit)  # started in vain before: its values are old
+            self._settle(unit)  # started in vain before: its values are old, and it reads what is written now
             unit.whole = False
             unit.secondary = []  # of a forward that had no backward
+        refresh([flat for unit in self._units for flat in unit.flats], self._grid.replication)
         if self._keep:  # memory for all is there, and all ranks gather the same whatever they then use
             self.ahead(self._units)
 
@@ -162,9 +162,11 @@ class Gathers:
                 self._start(unit)
 
     def release(self, unit: UnitState, for_backward: bool = False) -> None:
-        if self._keep or self.held:
+        if self.held:
             return
-        self._settle(unit)
+        self._settle(unit)  # also one that was started in vain: optimizers write what it reads
+        if self._keep:
+            return
         if unit.whole and for_backward and self._secondary is not None and not unit.is_root:
             unit.secondary = [self._slice(flat).clone() for flat in unit.flats]
         elif not for_backward:

@@ -225,6 +225,9 @@ class Runtime:
             self._finish()
         if not self.reduction.passes.weight:  # it used no parameters: what is whole is so for a forward
             self._release_all()
+            if not self.source.frees:
+                for unit in self.units:
+                    self.source.release(unit)
 
     def _finish(self) -> None:
         """Gradients of a backward, or of its input pass, are complete."""

@@ -19,7 +19,7 @@ from distlib.memory import MemoryReport, PerParameter, formula, state_bytes
 from distlib.sharded import build, options, state
 from distlib.sharded.gather import Gathers, SharedMapping, Source
 from distlib.sharded.groups import make_grid, secondary_group
-from distlib.sharded.guards import require_offload
+from distlib.sharded.guards import before_steps, require_offload
 from distlib.sharded.options import MixedPrecision, Options
 from distlib.sharded.reduce import Reduction
 from distlib.sharded.runtime import Runtime, trained_flats
@@ -146,6 +146,8 @@ class ShardedDataParallel(Transparent):
         self._reduction = Reduction(list(trained_flats(self._units)), self._grid, chosen, self._device)
         if chosen.offload is not None:
             require_offload(self, [piece for flat in flats for piece in flat.pieces])
+        if on_host:
+            before_steps(self, [piece for flat in flats for piece in flat.pieces], lambda _: build.writable(flats))
         modules = [[], *(unit.modules for unit in divided[1:])]
         reshards = reshard_after_forward is not False
         self._runtime = Runtime(self._units, modules, self._source, self._reduction, reshards, prefetch)
@@ -270,6 +272,7 @@ class ShardedDataParallel(Transparent):
         Raises:
             ValueError: shapes that are neither, by name; `assign=True`, which would replace the pieces.
         """
+        build.writable([flat for unit in self._units for flat in unit.flats])
         loaded = super().load_state_dict(state.cut(self.module, state_dict), strict=strict, assign=assign)
         self.parameters_written()
         return loaded
