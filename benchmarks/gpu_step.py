@@ -106,15 +106,18 @@ def results(device: str, runs: Runs) -> Iterator[GpuReport]:
         close_check("1 process: fp32 losses beside plain torch", 1, curves, curves),
     ]
     yield so_far()
-    if both := runs(2, "curves", **one_card()):
+    both = runs(2, "curves", **one_card())
+    if both:
         checks += curve_checks("2 processes on one device", 2, both, curves)
     yield so_far()
     if device == "fake":
         return
-    if blocking := runs(1, "curves", CUDA_LAUNCH_BLOCKING="1"):
-        same = sum(blocking[setting] == curve for setting, curve in curves.items())
-        checks.append(_equal("CUDA_LAUNCH_BLOCKING=1: the same bits", 1, same, len(curves)))
-    yield so_far()
+    for n, free, around in ((1, curves, {}), (2, both, one_card())):
+        blocking = runs(n, "curves", CUDA_LAUNCH_BLOCKING="1", **around) if free else None
+        if blocking:
+            same = sum(blocking[setting] == curve for setting, curve in free.items())
+            checks.append(_equal("CUDA_LAUNCH_BLOCKING=1: the same bits", n, same, len(free)))
+        yield so_far()
     if cards() > 1:
         if every := runs(cards(), "curves"):
             checks += curve_checks("a card each", cards(), every, curves)

@@ -103,6 +103,7 @@ def test_what_was_measured_before_ranks_failed_is_kept(tmp_path: Path, monkeypat
     assert found["2 processes on one device: prefetch on and off, the same bits", 2] == ("1 of 2 curves", False)
     assert found["2 processes on one device: fp32 losses beside one process", 2] == ("2.0e-04", False)
     assert found["CUDA_LAUNCH_BLOCKING=1: the same bits", 1] == ("5 of 6 curves", False)
+    assert found["CUDA_LAUNCH_BLOCKING=1: the same bits", 2] == ("6 of 6 curves", True)
 
 
 class Event:
