@@ -48,6 +48,15 @@ def mpirun() -> list[str]:
     return [path, "--allow-run-as-root", "--oversubscribe"]
 
 
+@pytest.fixture(scope="session")
+def built_fake_device() -> None:
+    """Skips where tests/fake_device cannot be built."""
+    import fake_device
+
+    if reason := fake_device.why_not():
+        pytest.skip(reason)
+
+
 @pytest.fixture(autouse=True)
 def no_rank_outlives_its_test() -> Iterator[None]:
     """Fails a test after whose calls a process of the rank pool is left."""

@@ -11,7 +11,7 @@ from cuda_on_cpu import build
 
 from distlib.cuda import library
 
-needs_fake_device = pytest.mark.skipif(fake_device.why_not() is not None, reason=str(fake_device.why_not()))
+needs_fake_device = pytest.mark.usefixtures("built_fake_device")  # of conftest.py: compiled when the first test runs
 
 
 def device_here(place: str, kernels: bool = True) -> torch.device:
