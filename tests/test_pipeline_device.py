@@ -106,6 +106,7 @@ def test_one_rank_has_the_cpus_bits() -> None:
 
 def test_messages_from_device_to_device_carry_the_same_bits() -> None:
     assert_alike(2, RECORDS, "direct")
+    assert_alike(3, [{"name": "skips", "schedule": "interleaved"}], "direct")  # edges between all ranks
 
 
 def test_messages_through_host_memory_carry_the_same_bits() -> None:
