@@ -104,7 +104,8 @@ gpu:
 	[ -n "$$py" ] || { echo "error: no Python >= 3.10 found on PATH; say make gpu PYTHON=/path/to/python3" >&2; exit 1; }; \
 	exec "$$py" benchmarks/gpu_all.py $(ARGS)
 
-CPP := $(shell find csrc tests/cpp -name '*.[ch]pp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null | LC_ALL=C sort)
+CPP := $(shell find csrc tests/cpp tests/cuda_on_cpu tests/fake_device -name '*.[ch]pp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' \
+	-o -name '*.cuh' 2>/dev/null | LC_ALL=C sort)
 
 lint: venv-test
 	@failed=; \
