@@ -52,6 +52,11 @@ class Source(Protocol):
         """A forward without a backward to follow is over."""
         ...
 
+    def rest(self) -> None:
+        """A forward is over, or raised, and an optimizer may be next: what comes now runs after gathers under way, which
+        read what it writes, and in stages 1 and 2 write it. No host waits for a device."""
+        ...
+
     def need(self, unit: UnitState) -> None:
         """Returns when the unit's parameters are whole."""
         ...
@@ -98,6 +103,9 @@ class SharedMapping:
 
     def end(self) -> None:
         self._barrier()  # nobody writes while another still reads
+
+    def rest(self) -> None:
+        """Nothing is under way."""
 
     def _barrier(self) -> None:
         if self._grid.gather is not None:
@@ -148,6 +156,12 @@ class Gathers:
         for unit in self._units:
             self.release(unit)
 
+    def rest(self) -> None:
+        for unit in self._units:
+            for work, flat, _ in unit.coming or ():
+                if work is not None and (self._keep or flat.device.type != "cpu"):
+                    work.wait()
+
     def need(self, unit: UnitState) -> None:
         if unit.whole:
             return
@@ -162,11 +176,9 @@ class Gathers:
                 self._start(unit)
 
     def release(self, unit: UnitState, for_backward: bool = False) -> None:
-        if self.held:
+        if self._keep or self.held:
             return
-        self._settle(unit)  # also one that was started in vain: optimizers write what it reads
-        if self._keep:
-            return
+        self._settle(unit)
         if unit.whole and for_backward and self._secondary is not None and not unit.is_root:
             unit.secondary = [self._slice(flat).clone() for flat in unit.flats]
         elif not for_backward:

@@ -111,6 +111,7 @@ class Runtime:
                 self._depth[unit] = 0
                 for flat in unit.flats:
                     flat.show_pieces()
+        self.source.rest()
 
     def enter(self, unit: UnitState, inputs: Any) -> None:
         """One of the unit's modules begins its forward."""
@@ -225,9 +226,6 @@ class Runtime:
             self._finish()
         if not self.reduction.passes.weight:  # it used no parameters: what is whole is so for a forward
             self._release_all()
-            if not self.source.frees:
-                for unit in self.units:
-                    self.source.release(unit)
 
     def _finish(self) -> None:
         """Gradients of a backward, or of its input pass, are complete."""
