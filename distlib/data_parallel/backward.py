@@ -57,6 +57,12 @@ class BackwardWatch:
         """The running backward is dealt with."""
         self._running = 0
 
+    def settle(self) -> None:
+        """Call it outside of a backward, before what follows one: a backward that raised is over. The thread of autograd
+        that ran it on a device may hold on to its graph for a while, and would call `died()` later."""
+        if self._running and torch._C._current_graph_task_id() == -1:
+            self._over(self._running, reached=False)
+
     @contextlib.contextmanager
     def input_pass(self) -> Iterator[None]:
         """A backward in it is an input pass. `died()` if the block raises: what it began cannot go on."""

@@ -106,6 +106,7 @@ class DataParallel(Transparent, Joinable):
 
     def _prepare(self) -> None:
         reducer = self._reducer
+        reducer.watch.settle()
         recording = torch.is_grad_enabled()
         if recording and not reducer.paused:
             self._places.check(self._group.rank)

@@ -160,6 +160,7 @@ class ShardedDataParallel(Transparent):
             raise RuntimeError(
                 "ShardedDataParallel was called within a backward: checkpoint modules inside of it, not the wrapper"
             )
+        self._runtime.watch.settle()
         self._places.check(self._grid.world.rank)
         dtype = self._options.mixed_precision.param
         if dtype is not None:
@@ -255,6 +256,7 @@ class ShardedDataParallel(Transparent):
 
         Every rank must call it. rank0_only: the other ranks get an empty dict, and never hold more than one unit.
         """
+        self._runtime.watch.settle()
         return state.full_state_dict(self.module, self._units, self._grid, rank0_only)
 
     def summon_full_params(self, writeback: bool = True) -> contextlib.AbstractContextManager[None]:
@@ -263,6 +265,7 @@ class ShardedDataParallel(Transparent):
         Every rank must enter it. writeback: each rank keeps its part of what it changed, so all ranks must make
         the same changes.
         """
+        self._runtime.watch.settle()
         self._runtime.written = True
         return state.summon(self._units, self._grid, writeback)
 
@@ -272,6 +275,7 @@ class ShardedDataParallel(Transparent):
         Raises:
             ValueError: shapes that are neither, by name; `assign=True`, which would replace the pieces.
         """
+        self._runtime.watch.settle()
         build.writable([flat for unit in self._units for flat in unit.flats])
         loaded = super().load_state_dict(state.cut(self.module, state_dict), strict=strict, assign=assign)
         self.parameters_written()
