@@ -41,10 +41,8 @@ class Moved:
         self._store = store
         self._offset = store.reserve(self.nbytes)
         weakref.finalize(self, store.slab.give, self._offset, self.nbytes).atexit = False
-        self.write: Transfer = store.write(source, self._offset, self._written)
-
-    def _written(self) -> None:
-        self.source = None
+        me = weakref.ref(self)  # a copy under way does not keep alive what nobody needs any more
+        self.write: Transfer = store.write(source, self._offset, lambda: _forget_source(me))
 
     def fetch(self) -> None:
         """Begins to come back, unless it is under way or still here."""
@@ -58,6 +56,7 @@ class Moved:
         if source is not None:
             if not self.write.cancel():
                 self.write.wait()  # under way: it ends soon, and tells if it failed
+                self.source = source if self.asked % self.uses else None  # others look at it, too
             return source
         self.write.wait()
         self.fetch()
@@ -67,6 +66,12 @@ class Moved:
         if self.asked % self.uses == 0:  # the last who looks at it; with retain_graph it is asked for again later
             self.back = None
         return memory
+
+
+def _forget_source(reference: weakref.ref[Moved]) -> None:
+    moved = reference()
+    if moved is not None:
+        moved.source = None
 
 
 class _Ticket:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import warnings
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -159,19 +160,41 @@ def file_system(folder: Path) -> str:
     return kind
 
 
-class _Event:
-    """A Transfer on the copy stream: the stream that waits is the one current where `wait` is called."""
+class _Written:
+    """A Transfer to the host on the copy stream. It holds its source until a stream was made to wait for the copy:
+    memory freed then is lent again in that stream's order, however far the host is ahead of the device.
 
-    def __init__(self, event: streams.Event, device: torch.device, tensor: torch.Tensor | None) -> None:
-        self._event = event
-        self._device = device
-        self._tensor = tensor
+    Memory marked as in use by the copy stream, as it is here only if nobody waits, is lent again when the host sees the
+    copy done: a host that is ahead would allocate a whole forward anew.
+    """
+
+    def __init__(self, stream: streams.Stream, source: torch.Tensor, done: Callable[[], None]) -> None:
+        self._event = streams.record(stream)
+        self._device = source.device
+        self._done = done
+        self._held = weakref.finalize(self, streams.keep, source, stream)
+        self._held.atexit = False
 
     def wait(self) -> None:
-        stream = streams.current(self._device)
+        streams.wait(streams.current(self._device), self._event)
+        self._held.detach()
+        self._done()
+
+    def cancel(self) -> bool:
+        return False
+
+
+class _Read:
+    """A Transfer from the host on the copy stream: the stream that waits is the one current where `wait` is called."""
+
+    def __init__(self, event: streams.Event, into: torch.Tensor) -> None:
+        self._event = event
+        self._into = into
+
+    def wait(self) -> None:
+        stream = streams.current(self._into.device)
         streams.wait(stream, self._event)
-        if self._tensor is not None:
-            streams.keep(self._tensor, stream)
+        streams.keep(self._into, stream)
 
     def cancel(self) -> bool:
         return False
@@ -210,16 +233,13 @@ class PinnedStore:
         streams.follow(self._stream, streams.current(self._device))
         with streams.on(self._stream):
             self._piece(offset, source.numel()).copy_(source, non_blocking=True)
-        event = streams.record(self._stream)
-        streams.keep(source, self._stream)  # the allocator lends its memory again when the copy is over
-        done()
-        return _Event(event, self._device, None)
+        return _Written(self._stream, source, done)
 
     def read(self, offset: int, nbytes: int, device: torch.device) -> tuple[torch.Tensor, Transfer]:
         with streams.on(self._stream):  # also behind the write of the same piece: one stream has one order
             into = torch.empty(nbytes, dtype=torch.uint8, device=device)
             into.copy_(self._piece(offset, nbytes), non_blocking=True)
-        return into, _Event(streams.record(self._stream), self._device, into)
+        return into, _Read(streams.record(self._stream), into)
 
     def _piece(self, offset: int, nbytes: int) -> torch.Tensor:
         for start, memory in self._extents:
