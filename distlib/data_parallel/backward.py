@@ -58,7 +58,7 @@ class BackwardWatch:
         self._running = 0
 
     def settle(self) -> None:
-        """Call it outside of a backward, before what follows one: a backward that raised is over. The thread of autograd
+        """Call it outside of a backward, before what follows one: a backward that raised is over. Autograd's thread
         that ran it on a device may hold on to its graph for a while, and would call `died()` later."""
         if self._running and torch._C._current_graph_task_id() == -1:
             self._over(self._running, reached=False)

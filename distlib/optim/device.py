@@ -95,4 +95,3 @@ class GroupSteps:
         else:
             for i in chosen:
                 store.step_views[i].add_(taken)
-

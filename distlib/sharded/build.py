@@ -137,9 +137,7 @@ def check_place(options: Options, grid: Grid, device: torch.device) -> None:
             )
 
 
-def settle(
-    states: Sequence[UnitState], grid: Grid, stage: int, offload: Path | None, device: torch.device
-) -> None:
+def settle(states: Sequence[UnitState], grid: Grid, stage: int, offload: Path | None, device: torch.device) -> None:
     """Gives every flat its memory. A collective of the partition group."""
     flats = [flat for state in states for flat in state.flats]
     shared = shares_memory(grid, device)

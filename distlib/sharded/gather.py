@@ -53,7 +53,7 @@ class Source(Protocol):
         ...
 
     def rest(self) -> None:
-        """A forward is over, or raised, and an optimizer may be next: what comes now runs after gathers under way, which
+        """A forward is over, or raised, and an optimizer may be next: what comes now runs after gathers under way. They
         read what it writes, and in stages 1 and 2 write it. No host waits for a device."""
         ...
 

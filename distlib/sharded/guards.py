@@ -27,9 +27,7 @@ def require_offload(owner: object, pieces: Iterable[torch.Tensor]) -> None:
     before_steps(owner, pieces, refuse)
 
 
-def before_steps(
-    owner: object, pieces: Iterable[torch.Tensor], call: Callable[[torch.optim.Optimizer], None]
-) -> None:
+def before_steps(owner: object, pieces: Iterable[torch.Tensor], call: Callable[[torch.optim.Optimizer], None]) -> None:
     """While `owner` lives, `call` is called before each step of an optimizer that has any of `pieces`. It must not
     keep `owner` alive."""
     watched = {id(piece) for piece in pieces}  # they live as long as their owner
