@@ -261,3 +261,39 @@ def _moved(rank: int, n: int) -> None:
 
 def test_state_moves_between_devices() -> None:
     run_ranks(1, _moved)
+
+
+def _odd(rank: int, n: int, place: str) -> Any:
+    """Gradients of other strides or dtypes than their parameters; a scaler whose loss is on the CPU."""
+    device = device_here(place)
+    generator = torch.Generator().manual_seed(1)
+    made = [
+        torch.randn(4, 6, generator=generator).to(device).t(),
+        torch.randn(2, 3, 4, 5, generator=generator).to(device).to(memory_format=torch.channels_last),
+        torch.randn(7, dtype=torch.float64, generator=generator).to(device),
+    ]
+    params = [nn.Parameter(tensor) for tensor in made]
+    params[2].grad_dtype = None
+    optimizer, waits = Lion(params, lr=0.1), []
+    for _ in range(STEPS):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).to(device)
+        if device.type == "fake":
+            fake_device.reset()
+        optimizer.step()
+        waits += map(str, fake_device.host_syncs()) if device.type == "fake" else []
+    scaled, scaler = parameters(device), GradScaler(init_scale=8.0)
+    optimizer = AdamW(scaled, lr=0.1, max_norm=0.5)
+    for step in range(STEPS):
+        scaler.scale(torch.ones(()))
+        for p, g in zip(scaled, gradients(step, device), strict=True):
+            p.grad = g
+        scaler.step(optimizer)
+        scaler.update()
+    return [p.detach().cpu() for p in params + scaled], waits
+
+
+def test_gradients_of_another_layout_and_scales_on_the_cpu() -> None:
+    (expected, _), (found, waits) = (run_ranks(1, _odd, place)[0] for place in ("cpu", "fake"))
+    assert all(torch.equal(p, q) for p, q in zip(expected, found, strict=True))
+    assert not waits
