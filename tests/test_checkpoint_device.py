@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from devices import device_here, needs_fake_device
+from fake_device import WatchPinned
 from ranks import process_group, run_ranks
 from sharded_models import loss_of, part_of, tiny
 
@@ -75,3 +77,33 @@ def test_what_a_device_saved_goes_on_anywhere_to_the_bit(tmp_path: Path) -> None
         assert run_ranks(n, _resumes, "fake", folder, {"stage": 3}, timeout=100) == expected
     offloaded = run_ranks(n, _resumes, "fake", folder, {"stage": 3, "offload": "cpu"}, timeout=100)
     assert offloaded == expected
+
+
+def _evaluates_and_loads(rank: int, n: int, place: str, folder: str, options: dict[str, Any]) -> list[float]:
+    """Loads right after an evaluation, whose copies to the device are under way; frozen parameters change, too."""
+    device = device_here(place)
+
+    def evaluated() -> torch.Tensor:
+        with torch.no_grad():
+            return loss_of(model, *(t.to(device) for t in part_of(9, rank, n)))
+
+    with process_group(rank, n), WatchPinned() if place == "fake" else contextlib.nullcontext():
+        parts = made(device, **options)
+        model, optimizer, _ = parts
+        run(parts, range(1), rank, n, device)
+        distlib.save(folder, model=model, optimizer=optimizer)
+        found = [evaluated()]
+        run(parts, range(1, 3), rank, n, device)
+        with model.summon_full_params():
+            model.module.fixed.weight.add_(1.0)
+        found.append(evaluated())
+        distlib.load(folder, model=model, optimizer=optimizer)
+        found += [evaluated(), evaluated()]
+        return [loss.item() for loss in found]
+
+
+@pytest.mark.parametrize("options", [{}, {"offload": "cpu"}], ids=["on the device", "on the host"])
+def test_a_checkpoint_is_loaded_after_an_evaluation(options: dict[str, Any], tmp_path: Path) -> None:
+    found = run_ranks(1, _evaluates_and_loads, "fake", str(tmp_path / "fake"), options, timeout=100)[0]
+    assert found == run_ranks(1, _evaluates_and_loads, "cpu", str(tmp_path / "cpu"), {}, timeout=100)[0]
+    assert found[0] == found[2] == found[3] != found[1]

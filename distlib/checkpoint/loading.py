@@ -95,7 +95,11 @@ def load(
         ranks.agree(None, None, lambda notes: None, what)
     plan = ranks.together(lambda: _plan(ranks, target, model, optimizer, scaler, extra, rng), what)
 
+    before = getattr(model, "before_writing", None)
+
     def read() -> None:
+        if before is not None:
+            before()
         plan.checkpoint.read(plan.state_targets, check=False)  # summed just now
         plan.checkpoint.read([into for into, _ in plan.parameters], check=False)
         with torch.no_grad():

@@ -302,10 +302,17 @@ class PipelineParallel(nn.Module):
         order = [place.name for place in places(self.division.ghost) if place.persistent]
         return {name: merged[name] for name in dict.fromkeys(order)}
 
+    def before_writing(self) -> None:
+        """Returns when parameters may be written by other means than an optimizer."""
+        self._tell("before_writing")
+
     def parameters_written(self) -> None:
         """Says that parameters were written by other means than an optimizer."""
+        self._tell("parameters_written")
+
+    def _tell(self, what: str) -> None:
         for part in self._parts.values():
-            told = getattr(part, "parameters_written", None)
+            told = getattr(part, what, None)
             if callable(told):
                 told()
 

@@ -45,6 +45,7 @@ class Flat:
         first = parameters[0]
         self.device = device
         self.host = options.host
+        self.told = True  # somebody said that pieces were written
         self.names = [places[0].name for places in hangs]
         self.places = [list(places) for places in hangs]
         self.trained = first.requires_grad
@@ -163,6 +164,9 @@ class Flat:
     def write_compute(self) -> None:
         """What the optimizer wrote goes to where the model computes: cast to the compute dtype, where the optimizer did
         not do so itself, and from the host to the device."""
+        if self.host and not (self.trained or self.told):
+            return  # no optimizer writes it
+        self.told = False
         if self.mixed:
             for piece in self.pieces:
                 shard: Shard = piece._distlib_shard

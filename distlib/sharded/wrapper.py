@@ -275,15 +275,22 @@ class ShardedDataParallel(Transparent):
         Raises:
             ValueError: shapes that are neither, by name; `assign=True`, which would replace the pieces.
         """
-        self._runtime.watch.settle()
-        build.writable([flat for unit in self._units for flat in unit.flats])
+        self.before_writing()
         loaded = super().load_state_dict(state.cut(self.module, state_dict), strict=strict, assign=assign)
         self.parameters_written()
         return loaded
 
+    def before_writing(self) -> None:
+        """Returns when parameters may be written by other means than an optimizer; say `parameters_written()` after."""
+        self._runtime.watch.settle()
+        build.writable([flat for unit in self._units for flat in unit.flats])
+
     def parameters_written(self) -> None:
         """Says that parameters were written by other means than an optimizer between two steps."""
         self._runtime.written = True
+        for unit in self._units:
+            for flat in unit.flats:
+                flat.told = True
 
     # ------------------------------------------------------------ accounts
 
@@ -295,6 +302,7 @@ class ShardedDataParallel(Transparent):
         keeps_whole = chosen.stage < 3 and not shared
         parameters = sum(f.whole.nbytes if keeps_whole else f.shard.nbytes for f in flats)
         master = sum(f.master.nbytes for f in flats if f.apart)
+        master += sum(f.staged.nbytes for f in flats if f.host and f.mixed)
         expected = dict.fromkeys(("parameters", "gradients", "optimizer"), 0.0)
         for flat in flats:
             count = sum(entry.numel for entry in flat.layout.entries)
