@@ -23,6 +23,7 @@ from distlib.checkpoint.deepspeed import convert_deepspeed
 if not any((Path(entry) / "deepspeed").is_dir() for entry in sys.path):
     pytest.skip("deepspeed is not installed: make test installs it", allow_module_level=True)
 
+pytestmark = pytest.mark.timeout(360)  # the first test waits for DeepSpeed's script: some 40 s of two quiet cores
 CASES = [f"{stage}-{precision}" for stage, precision in written.CASES]
 
 
@@ -33,7 +34,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [*torchrun, written.__file__, str(folder)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
     for case in CASES:
         convert_deepspeed(folder / case, folder / f"{case}.ours")
