@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from distlib.comm.ipc_faults import Place, collective_text, failure_text
 from distlib.comm.ipc_memory import SharedMemory
 from distlib.comm.ledger import expected_bytes
 from distlib.comm.links import Links
+from distlib.comm.stream_work import Judged
 from distlib.comm.watch import watch
 from distlib.comm.work import CollectiveError
 from distlib.cuda import collectives, library
@@ -41,7 +42,7 @@ def sums_slices(nbytes: int, ranks: int) -> bool:
 
 
 @dataclass
-class DeviceOperation:
+class DeviceOperation(Judged):
     """One started collective or message."""
 
     channel: IpcChannel
@@ -58,41 +59,11 @@ class DeviceOperation:
     sending: bool = False
     launched: bool = False
     event: streams.Event = None
-    _over: bool = field(default=False)
-    _failed: CollectiveError | None = None
 
     @property
     def passed(self) -> bool:
         """Whether the device is done with it, well or not."""
         return self.launched and streams.has_passed(self.event)
-
-    @property
-    def done(self) -> bool:
-        """Whether it is over, well or not. Never blocks."""
-        if not self._over:
-            passed = self.passed  # before the look: what it reports was written before it passed
-            self.channel.check()
-            self._failed = self.channel.verdict(self)
-            self._over = passed or self._failed is not None
-            if passed:
-                self.keep = None
-        return self._over
-
-    @property
-    def failed(self) -> bool:
-        """Whether its group has failed, and it with it. Asks the device only then."""
-        if self._over:
-            return self._failed is not None
-        self.channel.check()
-        return self.channel.aborted() is not None and self.done and self._failed is not None
-
-    @property
-    def code(self) -> int:
-        return native.CODES.index(self._failed.code) if self.done and self._failed is not None else 0
-
-    @property
-    def text(self) -> str:
-        return "" if self._failed is None else str(self._failed)
 
     def follow(self) -> None:
         """The current stream waits for it."""
@@ -274,14 +245,16 @@ class IpcChannel:
                     return operation
         return None
 
-    def verdict(self, operation: DeviceOperation) -> CollectiveError | None:
+    def verdict(self, operation: DeviceOperation, passed: bool) -> CollectiveError | None:
         """The error of an operation that was not seen complete before the group failed, unless it surely was."""
+        self.check()
         if self._broken is None:
             return None
         if self._reported == (operation.is_message, operation.sequence):
             return self._broken
         before = self._reported is not None and self._reported[0] == operation.is_message
-        if operation.passed and before and self._reported is not None and operation.sequence < self._reported[1]:
+        earlier = before and self._reported is not None and operation.sequence < self._reported[1]
+        if earlier and (passed or operation.passed):
             return None
         return CollectiveError(str(self._broken), "aborted")
 

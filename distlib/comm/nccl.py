@@ -20,13 +20,14 @@ import torch
 import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 
-from distlib import native, streams
+from distlib import streams
 from distlib.comm.c10d import OPS, C10dChannel, method_of
 from distlib.comm.channel import BETWEEN_HOSTS, SAME_HOST, Channel, Collective, Traffic
 from distlib.comm.gloo import expected_sent
 from distlib.comm.hierarchical import expected_moved, why_flat
 from distlib.comm.nccl_levels import DeviceLevels
 from distlib.comm.nccl_notes import Note, Notes
+from distlib.comm.stream_work import Judged
 from distlib.comm.tensors import as_one
 from distlib.comm.watch import watch
 from distlib.comm.work import CollectiveError
@@ -53,7 +54,7 @@ def nccl_process_group(
 
 
 @dataclass
-class NcclOperation:
+class NcclOperation(Judged):
     """A started collective: one work of a backend, or what was put on a stream in levels."""
 
     channel: NcclChannel
@@ -70,8 +71,6 @@ class NcclOperation:
     peer_bytes: int = 0
     waited_ns: int = 0
     began: float = field(default_factory=time.monotonic)
-    _over: bool = False
-    _failed: CollectiveError | None = None
 
     @property
     def passed(self) -> bool:
@@ -79,33 +78,6 @@ class NcclOperation:
         if not self.launched:
             return False
         return bool(self.work.is_completed()) if self.work is not None else streams.has_passed(self.event)
-
-    @property
-    def done(self) -> bool:
-        """Whether it is over, well or not. Never blocks."""
-        if not self._over:
-            passed = self.passed
-            self._failed = self.channel.verdict(self, passed)
-            self._over = passed or self._failed is not None
-            if passed:
-                self.keep = None
-        return self._over
-
-    @property
-    def failed(self) -> bool:
-        """Whether its group has failed, and it with it. Asks the device only then."""
-        if self._over:
-            return self._failed is not None
-        self.channel.check()
-        return self.channel.aborted() is not None and self.done and self._failed is not None
-
-    @property
-    def code(self) -> int:
-        return native.CODES.index(self._failed.code) if self.done and self._failed is not None else 0
-
-    @property
-    def text(self) -> str:
-        return "" if self._failed is None else str(self._failed)
 
     def follow(self) -> None:
         """The current stream waits for it. A work's own wait() would take a timeout as an order to keep the host."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -28,6 +29,48 @@ class StreamOperation(Operation, Protocol):
     def failed(self) -> bool:
         """Whether its group has failed, and it with it. Asks no event: that would be a step of the host."""
         ...
+
+
+class Judged(ABC):
+    """What operations on a device share: whether they are over and how they ended, asked of their channel until it is
+    known."""
+
+    channel: Any  # its verdict(operation, passed): the error of an operation, or None
+    keep: Any  # memory that it reads and writes
+    _over = False
+    _failed: CollectiveError | None = None
+
+    @property
+    @abstractmethod
+    def passed(self) -> bool:
+        """Whether the device is done with it, well or not."""
+
+    @property
+    def done(self) -> bool:
+        """Whether it is over, well or not. Never blocks."""
+        if not self._over:
+            passed = self.passed  # before the look: what it reports was written before it passed
+            self._failed = self.channel.verdict(self, passed)
+            self._over = passed or self._failed is not None
+            if passed:
+                self.keep = None
+        return self._over
+
+    @property
+    def failed(self) -> bool:
+        """Whether its group has failed, and it with it. Asks the device only then."""
+        if self._over:
+            return self._failed is not None
+        self.channel.check()
+        return self.channel.aborted() is not None and self.done and self._failed is not None
+
+    @property
+    def code(self) -> int:
+        return native.CODES.index(self._failed.code) if self.done and self._failed is not None else 0
+
+    @property
+    def text(self) -> str:
+        return "" if self._failed is None else str(self._failed)
 
 
 class StreamWork(Work):
