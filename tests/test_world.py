@@ -424,14 +424,14 @@ def _fail_while_serving(rank: int, n: int, port: int, how: signal.Signals) -> st
 
     distlib.roll_call._Chair.step = step  # type: ignore[method-assign]
     with pytest.raises(RuntimeError) as caught:
-        distlib.init("gloo", timedelta(seconds=2))
+        distlib.init("gloo", timedelta(seconds=6))
     return str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("how", "kind", "words"),
     [
-        (signal.SIGSTOP, "stopped", "stopped answering for 2 s. Fix: see whether rank 0"),
+        (signal.SIGSTOP, "stopped", "stopped answering for 6 s. Fix: see whether rank 0"),
         (signal.SIGKILL, "signal", "lost the rendezvous at 127.0.0.1"),
     ],
 )
@@ -446,7 +446,7 @@ def _die_during_init(rank: int, n: int) -> str:
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     with pytest.raises(RuntimeError) as caught:
-        distlib.init("gloo", timedelta(seconds=1))
+        distlib.init("gloo", timedelta(seconds=4))
     return str(caught.value)
 
 
