@@ -178,7 +178,7 @@ def test_a_stage_that_is_silent_is_noticed_by_all_ranks(how: str) -> None:
             said = told if how == "is killed" else ("ran into the timeout of 2000 ms",)
             assert any(words in error.text for words in said), error
         waited = [text for stage, (_, text, _) in errors.items() if stage != culprit]
-        assert any(f"stage {culprit} -> " in text for text in waited), waited
+        assert any(f"stage {culprit} -> " in text for text in waited), (waited, ranks)
 
 
 def test_between_hosts_all_ranks_hear_who_it_was() -> None:
