@@ -285,7 +285,7 @@ class Runtime:
     def _fail(self, at: str, error: BaseException) -> NoReturn:
         """Ends the step on all ranks of the pipeline and of its replicas, each naming what it was at."""
         kind = "" if isinstance(error, CollectiveError) else f"{type(error).__name__}: "
-        text = f"rank {self._group.ranks[self._rank]}, {at}: {kind}{error}"
+        text = f"rank {self._group.ranks[self._rank]}, {at}: {kind}{error}{self._lost(str(error))}"
         heard = isinstance(error, CollectiveError) and error.code == "aborted"
         told = str(error) if heard else text
         self._ended = text
@@ -298,6 +298,12 @@ class Runtime:
         if isinstance(error, Exception):
             raise StageError(text) from error
         raise error
+
+    def _lost(self, text: str) -> str:
+        """Which stages went with the ranks that, says `text`, ended: whoever saw it first may know of no stages."""
+        gone = [rank for rank in self._group.cpu_channel.ended() if f"rank {self._group.ranks[rank]} (pid" in text]
+        stages = [str(stage) for stage, rank in enumerate(self._placement) if rank in gone]
+        return f"; with it went stage {', '.join(stages)}" if stages else ""
 
 
 def _place(action: Action) -> tuple[int, int]:
