@@ -36,6 +36,11 @@ PYTHON
             [[ -n $plugin ]] || fail "no libnccl-net.so in LD_LIBRARY_PATH=${LD_LIBRARY_PATH:-}"
             # The driver's library comes with the host: an image does not have it while it is built.
             ! ldd "$plugin" | grep 'not found' | grep -v 'libcuda\.so' || fail "$plugin misses libraries, see above"
+            # It opens CUDA's runtime by this name. Base images have only libcudart.so.13; NCCL then uses TCP, and says nothing.
+            if grep -q -a 'libcudart\.so' "$plugin"; then
+                python -c 'import ctypes; ctypes.CDLL("libcudart.so")' ||
+                    fail "$plugin opens libcudart.so, which is not there: link it to libcudart.so.13"
+            fi
             echo "$plugin"
             ;;
         mpi)

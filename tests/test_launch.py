@@ -284,3 +284,16 @@ def test_the_smoke_test_looks_at_the_plugin(programs: Path, missing: str | None,
     done = subprocess.run([LAUNCH / "smoke_test.sh", "efa"], env=environ, capture_output=True, text=True, timeout=30)
     assert (done.returncode == 0) == (complaint == "") and complaint in done.stderr, done
     assert ("smoke test passed" in done.stdout) == (complaint == "")
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_the_smoke_test_looks_for_the_runtime_that_the_plugin_opens(programs: Path, is_there: bool) -> None:
+    loads = "exit 0" if is_there else "exit 1"  # where python cannot load libcudart.so
+    for name, text in (("fi_info", "libfabric: 2.4"), ("ldd", "libm.so.6 => /lib"), ("torchrun", "fine")):
+        (programs / name).write_text(f"#!/bin/sh\necho '{text}'\n")
+        (programs / name).chmod(0o755)
+    (programs / "python").write_text(f'#!/bin/sh\ncase "$*" in *libcudart.so*) {loads} ;; esac\n')
+    (programs / "libnccl-net.so").write_bytes(b"\0libcudart.so\0")
+    environ = {"PATH": f"{programs}:/usr/bin:/bin", "LD_LIBRARY_PATH": str(programs)}
+    done = subprocess.run([LAUNCH / "smoke_test.sh", "efa"], env=environ, capture_output=True, text=True, timeout=30)
+    assert (done.returncode == 0) == is_there and ("opens libcudart.so" in done.stderr) != is_there, done

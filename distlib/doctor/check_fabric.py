@@ -77,6 +77,7 @@ def _plugin(facts: Facts) -> Iterator[Problem]:
             why=_SLOW,
             fix=f"export NCCL_NET_PLUGIN={name} on every host.",
         )
+    yield from _faults(facts)
     for path, version in fabric.plugins.items():
         if version and version_numbers(version) < OLDEST_PLUGIN:
             yield warning(
@@ -85,6 +86,24 @@ def _plugin(facts: Facts) -> Iterator[Problem]:
                 why="It needs settings by hand to use RDMA, and does not know NCCL's newer interfaces.",
                 fix="Install a current release of aws-ofi-nccl, and take the old one's folder from LD_LIBRARY_PATH.",
             )
+
+
+def _faults(facts: Facts) -> Iterator[Problem]:
+    """Plugins that cannot be loaded, once for each reason."""
+    faults, cuda = facts.fabric.faults, (facts.versions.cuda or "").partition(".")[0]
+    for reason in dict.fromkeys(faults.values()):
+        fix = f"Install what it misses (ldd tells), or the plugin of an EFA installer made for CUDA {cuda}."
+        if reason.startswith("libcudart.so:"):
+            fix = (
+                f"Give the CUDA runtime that name: ln -s libcudart.so.{cuda} /usr/local/cuda/lib64/libcudart.so && "
+                "ldconfig, as Dockerfile.cuda does; base images and wheels have it with a number only."
+            )
+        yield warning(
+            "fabric",
+            what=f"NCCL cannot load {', '.join(path for path, why in faults.items() if why == reason)}: {reason}",
+            why=_SLOW,
+            fix=fix,
+        )
 
 
 def _libfabric(facts: Facts) -> Iterator[Problem]:
@@ -145,8 +164,8 @@ def _finds(wanted: str, plugins: dict[str, str]) -> bool:
 def _taken(facts: Facts) -> Iterator[Problem]:
     """What NCCL said during the self-test beside what is here."""
     fabric, said = facts.fabric, facts.fabric.said
-    if said is None or fabric.closed:
-        return  # a closed device is told of already
+    if said is None or fabric.closed or fabric.faults:
+        return  # why is told already
     if "efa" in fabric.devices.values() and fabric.plugins and not said.has_ofi_line:
         yield warning(
             "fabric",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import re
@@ -32,17 +33,40 @@ import ctypes, sys
 version = ctypes.CDLL(sys.argv[1]).fi_version()
 print(f"libfabric: {version >> 16}.{version & 0xffff}")
 """
+# By this name the plugin for EFA opens CUDA's runtime; wheels and NVIDIA's base images have it with a number only:
+# https://github.com/aws/aws-ofi-nccl/issues/244
+_RUNTIME = "libcudart.so"
+# Also in a process of its own. The runtime that torch has loaded here is loaded there first, as it will be for NCCL.
+_TRY_PLUGINS = """
+import ctypes, json, sys
+name, loaded, *plugins = sys.argv[1:]
+if loaded:
+    ctypes.CDLL(loaded)
+faults = {}
+for plugin in plugins:
+    try:
+        ctypes.CDLL(plugin)
+        with open(plugin, "rb") as file:
+            if b"\\0" + name.encode() + b"\\0" in file.read():
+                ctypes.CDLL(name)
+    except OSError as error:
+        faults[plugin] = str(error)
+print(json.dumps(faults))
+"""
 
 
 def fabric(environ: Mapping[str, str], root: Path = Path("/")) -> Fabric:
     """RDMA devices, NCCL's network plugins, libfabric, and variables that steer them. `root`: of the file system."""
     folders = _folders(environ, root)
     devices = _entries(root / "sys/class/infiniband")
+    drivers = {d.name: os.path.basename(os.path.realpath(d / "device" / "driver")) for d in devices}
+    plugins = {str(p): plugin_version(p) for f in folders for p in sorted(f.glob("libnccl-net*.so"))}
     return Fabric(
-        devices={d.name: os.path.basename(os.path.realpath(d / "device" / "driver")) for d in devices},
+        devices=drivers,
         ports={d.name: state for d in devices if (state := _port(d))},
         closed=[d.name for d in devices if not _is_open_to_us(d, root)],
-        plugins={str(p): plugin_version(p) for f in folders for p in sorted(f.glob("libnccl-net*.so"))},
+        plugins=plugins,
+        faults=_faults(list(plugins)) if plugins and "efa" in drivers.values() else {},
         libfabric=_libfabric(folders),
         gpudirect=[name for name in _MODULES if (root / "sys/module" / name).is_dir()],
         gdrcopy=(root / "dev/gdrdrv").exists(),
@@ -83,6 +107,13 @@ def plugin_version(library: Path) -> str:
             return match[1].decode() if match else ""
     except (OSError, ValueError):  # ValueError: an empty file cannot be mapped
         return ""
+
+
+def _faults(plugins: list[str]) -> dict[str, str]:
+    """Why plugins cannot be loaded, in the loader's words."""
+    loaded = re.search(r"\s(/\S*/libcudart\.so\S*)$", text_of(Path("/proc/self/maps")), re.MULTILINE)
+    said = output_of(sys.executable, "-I", "-c", _TRY_PLUGINS, _RUNTIME, loaded[1] if loaded else "", *plugins)
+    return json.loads(said.splitlines()[-1]) if said else {}
 
 
 def _libfabric(folders: list[Path]) -> str | None:

@@ -136,6 +136,7 @@ class Fabric(BaseModel):
     ports: dict[str, str] = {}  # state by device: "ACTIVE, 400 Gb/sec, InfiniBand"
     closed: list[str] = []  # devices that this process may not use
     plugins: dict[str, str] = {}  # libnccl-net*.so on the library path -> version of aws-ofi-nccl; "": another plugin
+    faults: dict[str, str] = {}  # of those plugins: what keeps them from being loaded
     libfabric: str | None = None
     gpudirect: list[str] = []  # kernel modules that let a network card read a GPU's memory
     gdrcopy: bool = False  # its device is here
