@@ -25,7 +25,7 @@ from distlib.doctor.fabric import fabric, plugin_version
 from distlib.doctor.facts import GIB, Fabric, Gpu, Gpus, NcclSaid, Node, Report, SelfTest
 from distlib.doctor.nccl_log import parse, recorded
 from distlib.doctor.show import lines
-from distlib.doctor.variables import OBSOLETE
+from distlib.doctor.variables import BETTER_LEFT_ALONE, OBSOLETE
 
 H200 = Gpu(name="H200", memory=141 * GIB, capability="9.0", identity="GPU-1")
 EFA = {"rdmap0": "efa"}
@@ -193,6 +193,16 @@ def test_each_obsolete_variable_is_told_of(name: str) -> None:
     variable, value = name.replace("*", "FORK_SAFE"), OBSOLETE[name] or "1"
     (problem,) = check(facts(fabric__variables={variable: value}))
     assert variable in problem.what and problem.fix == f"Unset {variable}."
+
+
+@pytest.mark.parametrize("name", BETTER_LEFT_ALONE)
+def test_what_nccl_chooses_better_is_told_of(name: str) -> None:
+    (problem,) = check(facts(fabric__variables={name: "8"}))
+    assert problem.what == f"{name} is set" and f"Unset {name}" in problem.fix
+
+
+def test_channels_are_told_of_by_the_names_that_nccl_reads() -> None:
+    assert {"NCCL_MIN_NCHANNELS", "NCCL_MIN_CTAS"} <= set(BETTER_LEFT_ALONE)
 
 
 # ---- which GPUs the CUDA part runs on ----------------------------------------------------------------------
