@@ -40,8 +40,7 @@ OBSOLETE = {
 
 QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"  # hardware queues that a process' streams share; distlib.init() takes all 32
 
-# NCCL and its plugin choose these better than old recipes do. The last is how recipes for EFA call the second; NCCL does
-# not read it.
+# NCCL and its plugin choose these better than old recipes do. NCCL does not read the last: so recipes call the second.
 BETTER_LEFT_ALONE = ("NCCL_BUFFSIZE", "NCCL_MIN_NCHANNELS", "NCCL_MIN_CTAS", "NCCL_MIN_CHANNELS")
 
 
