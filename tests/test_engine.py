@@ -93,6 +93,58 @@ def test_clipping_loss_scales_and_precisions_reach_every_layout() -> None:
     assert everyone[0] == everyone[1]  # losses, words and norms are the same on all ranks
 
 
+# Stages of ZeRO and MiCS inside of a pipeline whose first and last stage share a weight.
+NORMS: list[dict[str, Any]] = [
+    {"stage": 0},
+    {"stage": 1, "partition_size": 2, "schedule": "zb-h1"},
+    {"stage": 1, "partition_size": 2, "ownership": "whole"},
+    {"stage": 2, "partition_size": 1},
+    {"stage": 3, "partition_size": 2, "schedule": "zb-v"},
+    {"stage": 3, "partition_size": 1, "schedule": "interleaved"},
+]
+
+
+def _measured(rank: int, n: int, plans: list[dict[str, Any]]) -> list[dict[str, list[float]]]:
+    """By plan: losses and norms before clipping, with torch's optimizer and ours, with a scaled loss and without."""
+    found = []
+    with distlib.init():
+        case = CASES["tied"]
+        for plan in plans:
+            by_way: dict[str, list[float]] = {}
+            for name, make in (("torch", lambda p: torch.optim.AdamW(p, lr=1e-2)), ("distlib", _adamw)):
+                for scaled in (False, True):
+                    engine = _engine(case, {"pipeline": 2, "microbatches": 4, "clip": 0.3, **plan}, make)
+                    if scaled:
+                        engine.scaler = distlib.optim.GradScaler(init_scale=1024.0)
+                    values = by_way[f"{name}, scaled {scaled}"] = []
+                    for step in range(3):
+                        batch = case.batch(2 * ROWS, step)
+                        inputs, target = (t.chunk(engine.data_size)[engine.data_rank] for t in batch)
+                        values.append(float(engine.train_step(inputs, target)))
+                        assert engine.grad_norm is not None
+                        values.append(float(engine.grad_norm))
+            found.append(by_way)
+    return found
+
+
+@pytest.mark.parametrize(("n", "plans"), [(4, NORMS), (8, [{"stage": 3, "partition_size": 2}])])
+def test_norms_over_sharded_stages_are_those_of_one_process(n: int, plans: list[dict[str, Any]]) -> None:
+    case, expected = CASES["tied"], []
+    model = case.made()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(3):
+        inputs, target = case.batch(2 * ROWS, step)
+        loss = case.loss(model(inputs), target)
+        loss.backward()
+        expected += [loss.item(), float(nn.utils.clip_grad_norm_(model.parameters(), 0.3))]
+        optimizer.step()
+        optimizer.zero_grad()
+    for found in run_ranks(n, _measured, plans, timeout=110):
+        for plan, by_way in zip(plans, found, strict=True):
+            for way, values in by_way.items():
+                assert values == pytest.approx(expected, rel=1e-4), (plan, way)
+
+
 def _pieces(rank: int, n: int, folder: str) -> None:
     with distlib.init():
         case = CASES["language"]

@@ -19,8 +19,10 @@ from torch import nn
 from torch._subclasses import FakeTensor
 
 import distlib
+from distlib import reach
+from distlib.comm import group as group_module
 from distlib.comm.work import CollectiveError
-from distlib.pipeline import reach
+from distlib.optim import global_norm
 from distlib.pipeline.micro_batches import Whole, divide, moved
 
 pytestmark = needs_fake_device
@@ -212,3 +214,70 @@ def killed(rank: int, n: int) -> str:
 def test_a_rank_that_ends_is_named() -> None:
     first, second = run_ranks_raw(2, killed, timeout=60)
     assert (first.value, second.kind) == ("told", "exit"), f"{first}"
+
+
+# ------------------------------------------------------------ norms and decisions over stages
+
+
+def agreed(rank: int, n: int, place: str) -> list[float]:
+    """Norms over all stages, and the loss scale after steps of which one met an infinity on the last stage only. On the
+    device no group carries its tensors."""
+    device = device_here(place)
+
+    def connect(group: Any, device: torch.device) -> Any:
+        raise ValueError(f"no way for tensors on {device}, for a test")
+
+    group_module.connect = connect
+    case, found = CASES["tied"], []
+    with process_group(rank, n), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = distlib.PipelineParallel(
+            case.made(), 2, "1f1b", MICRO, case.loss, example_inputs=case.batch(ROWS, 0)[0], device=device
+        )
+        assert place == "cpu" or not model._runtime._transport.direct
+        for made in (
+            torch.optim.SGD(model.parameters(), lr=1e-2),
+            distlib.optim.SGD(model.parameters(), lr=1e-2, max_norm=0.3),
+        ):
+            scaler = distlib.optim.GradScaler(init_scale=1024.0)
+            for step in range(3):
+                made.zero_grad()
+                model.train_step(*case.batch(ROWS, step), loss_scale=float(scaler.scale(torch.ones(()))))
+                if step == 1 and rank == n - 1:
+                    next(p.grad for p in model.parameters() if p.grad is not None).view(-1)[0] = float("inf")
+                if isinstance(made, torch.optim.SGD):
+                    scaler.unscale_(made)
+                    found += [float(global_norm(model.parameters(), order)) for order in (1.0, 2.0, float("inf"))]
+                    model.clip_grad_norm_(0.3)
+                scaler.step(made)
+                scaler.update()
+                found.append(scaler.get_scale())
+    return found
+
+
+def alone() -> list[float]:
+    """The same of one process that knows of nothing, in fp32 without a scaler."""
+    case, found = CASES["tied"], []
+    model = case.made()
+    for ours in (False, True):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        for step in range(3):
+            optimizer.zero_grad()
+            inputs, target = case.batch(ROWS, step)
+            case.loss(model(inputs), target).backward()
+            if step != 1:
+                for order in (1.0, 2.0, float("inf")) if not ours else ():
+                    found.append(float(nn.utils.clip_grad_norm_(model.parameters(), 1e9, order)))
+                nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+                optimizer.step()
+            elif not ours:
+                found += [float("inf")] * 3
+            found.append(1024.0 if step == 0 else 512.0)
+    return found
+
+
+def test_norms_and_skipped_steps_are_those_of_one_process_where_no_group_carries_the_device() -> None:
+    expected = alone()
+    for place in ("cpu", "fake"):
+        for found in run_ranks(2, agreed, place, timeout=60):
+            assert found == pytest.approx(expected, rel=1e-4), place

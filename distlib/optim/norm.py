@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from distlib import reach
 from distlib.comm.group import Group
 from distlib.optim import kernels
 from distlib.shards import shard_of
@@ -15,7 +16,8 @@ from distlib.shards import shard_of
 def global_norm(parameters: torch.Tensor | Iterable[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
     """The norm of the gradients of all parameters as one vector: a 0-dim fp64 tensor, the same bits on every rank.
 
-    It is on the parameters' device; the host does not wait for a GPU.
+    It is on the parameters' device; the host does not wait for a GPU, unless a group carries no tensors of it: then one
+    number goes through host memory.
 
     parameters: a tensor or several; those without a gradient count as zero. Gradients of a sharded parameter are summed
     (norm_type inf: maximized) over its Shard's group: every rank of that group must call this with the pieces of the
@@ -118,7 +120,7 @@ def _over_groups(
 
 def _over(group: Group | None, value: torch.Tensor, op: str) -> torch.Tensor:
     if group is not None and group.size > 1:
-        group.all_reduce(value, op)
+        reach.all_reduce(group, value, op)
     return value
 
 

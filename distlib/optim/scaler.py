@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from distlib import reach
 from distlib.comm.group import Group
 from distlib.optim import norm
 from distlib.optim.flat import FlatOptimizer
@@ -85,7 +86,7 @@ class GradScaler(torch.amp.GradScaler):
         """By device, as torch keeps it: 1 where any rank found an infinity, else 0."""
         group = self._ranks(optimizer)
         if group is not None and group.size > 1:
-            group.all_reduce(found, "max")
+            reach.all_reduce(group, found, "max")
         return {found.device: found}
 
     def _ranks(self, optimizer: torch.optim.Optimizer) -> Group | None:

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store
 
+from distlib import reach
 from distlib.comm.group import Group
-from distlib.pipeline import reach
 from distlib.pipeline.actions import Kind, Schedule, ScheduleError
 from distlib.pipeline.division import Division
 from distlib.pipeline.ghost import places

@@ -16,8 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from distlib import reach
 from distlib.comm.group import Group
-from distlib.pipeline import reach
 from distlib.pipeline.direct import DirectTransport
 from distlib.pipeline.program import Spec
 from distlib.pipeline.staged import StagedTransport

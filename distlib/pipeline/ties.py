@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from distlib import reach
 from distlib.comm.group import Group
-from distlib.pipeline import reach
 from distlib.shards import shard_of
 
 

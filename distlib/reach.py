@@ -48,13 +48,13 @@ def _settle(group: Group, device: torch.device) -> str:
     return ""
 
 
-def all_reduce(group: Group, tensor: Tensor) -> None:
-    """Sums `tensor` over the ranks, in place, wherever it lies."""
+def all_reduce(group: Group, tensor: Tensor, op: str = "sum") -> None:
+    """Reduces `tensor` over the ranks, in place, wherever it lies."""
     if not why_not(group, tensor.device):
-        group.all_reduce(tensor)
+        group.all_reduce(tensor, op)
         return
     copy = tensor.cpu()
-    group.all_reduce(copy)
+    group.all_reduce(copy, op)
     tensor.copy_(copy)
 
 
