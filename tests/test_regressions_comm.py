@@ -77,7 +77,7 @@ def test_what_is_left_of_a_closed_group_writes_to_no_memory_of_others() -> None:
 
 def makes_groups(rank: int, n: int, first: int) -> list[int]:
     shared, used = store(), []
-    for i in range(12):
+    for i in range(5):
         dist.init_process_group("distlib", store=dist.PrefixStore(str(i), shared), rank=rank, world_size=n)
         x = torch.ones(1 << 20)
         dist.all_reduce(x)
@@ -99,8 +99,7 @@ def makes_groups(rank: int, n: int, first: int) -> list[int]:
 @pytest.mark.parametrize("first", [0, 1])
 def test_a_destroyed_group_gives_back_its_memory_whoever_leaves_first(first: int) -> None:
     for used in run_ranks(2, makes_groups, first):
-        # What another rank may still look at goes with the next group or, where the ranks cross, with the one after.
-        assert max(used) <= 2 * used[0], f"bytes in use after each group: {used}"
+        assert max(used) == used[0], f"bytes in use after each group: {used}"
 
 
 # ---------------------------------------------------------------- messages that nobody waits for

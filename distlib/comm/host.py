@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -49,7 +50,7 @@ class HostChannel:
     """
 
     by_streams = has_levels = False
-    _graveyard: list[HostChannel] = []  # closed here, but maybe still read by others
+    _graveyard: deque[HostChannel] = deque()  # closed here, but maybe still read by others
 
     def __init__(
         self,
@@ -81,7 +82,7 @@ class HostChannel:
         )
         self._mailbox: Any = None
         self._labels: dict[str, int] = {"": 0}
-        HostChannel._graveyard = [c for c in HostChannel._graveyard if not c._reaped()]
+        HostChannel._bury()
 
     @staticmethod
     def allocate_control(size: int) -> Any:
@@ -190,8 +191,23 @@ class HostChannel:
         if self._mailbox is not None:
             self._mailbox.close()
         self._group.close()
-        if not self._reaped():
-            HostChannel._graveyard.append(self)
+        HostChannel._graveyard.append(self)
+        HostChannel._bury()
+
+    @classmethod
+    def _bury(cls) -> None:
+        """Lets go of closed channels that no rank reads any more.
+
+        When a channel is opened, each rank says of earlier ones that it reads them no more (GONE, in the core). When it
+        is closed after a collective, all have said so: a rank keeps what is one channel's, whoever is quicker.
+        """
+        for _ in range(len(cls._graveyard)):
+            try:
+                channel = cls._graveyard.popleft()
+            except IndexError:  # another thread is burying the rest
+                return
+            if not channel._reaped():
+                cls._graveyard.append(channel)
 
     def _reaped(self) -> bool:
         if not self._group.reap():
