@@ -23,6 +23,8 @@ from test_device_collectives import Case, Player
 import distlib
 from distlib import native
 from distlib.comm import gloo, hierarchical, nccl_levels, nccl_notes
+from distlib.comm.batches import Bracket, exchange
+from distlib.comm.channel import Collective, Message
 from distlib.comm.group import Group
 from distlib.comm.nccl import NcclChannel, connect_nccl
 from distlib.comm.nccl_notes import Note, verdict
@@ -33,16 +35,68 @@ CPU = torch.device("cpu")
 TWO_HOSTS = {"DISTLIB_NODES": "2"}
 
 
-def gloo_group(
-    store: dist.Store, rank: int, size: int, name: str, global_ranks: list[int], timeout: timedelta
-) -> Any:
-    """In the place of NCCL's."""
-    assert len(global_ranks) == size
-    return gloo.process_group(store, rank, size, timeout.total_seconds(), "127.0.0.1")
+class Unfussy:
+    """gloo's work, with what NCCL's does not have left out."""
+
+    def __init__(self, works: list[Any]) -> None:
+        self._works = works
+
+    def wait(self) -> bool:
+        return all([work.wait() for work in self._works])
+
+    def is_completed(self) -> bool:
+        return all(work.is_completed() for work in self._works)
+
+    def exception(self) -> Any:
+        return None
+
+    def is_success(self) -> bool:
+        raise NotImplementedError("WorkNCCL::isSuccess() is deprecated")
+
+    def _source_rank(self) -> int:
+        raise RuntimeError("sourceRank() may only be called on work objects that correspond to a recv call.")
+
+
+class UnfussyGloo:
+    """gloo's group, as NCCL's would take the calls: some dtypes only, no tags, messages together in brackets."""
+
+    HAS = {torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool, torch.float64}
+    HAS |= {torch.float16, torch.bfloat16, torch.float32}
+
+    def __init__(
+        self, store: dist.Store, rank: int, size: int, name: str, global_ranks: list[int], timeout: timedelta
+    ) -> None:
+        assert len(global_ranks) == size
+        self._pg = gloo.process_group(store, rank, size, timeout.total_seconds(), "127.0.0.1")
+        self._bracket: list[Any] | None = None
+        self.brackets = 0
+
+    def _start_coalescing(self) -> None:
+        self._bracket = []
+
+    def _end_coalescing(self) -> Any:
+        started, self._bracket = self._bracket, None
+        self.brackets += 1
+        return Unfussy(started) if started else None
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._pg, name)
+
+        def checked(*args: Any) -> Any:
+            for leaf in torch.utils._pytree.tree_leaves(args):
+                if isinstance(leaf, torch.Tensor) and leaf.dtype not in self.HAS:
+                    raise TypeError(f"Input tensor data type is not supported for NCCL process group: {leaf.dtype}")
+            assert name not in ("send", "recv") or args[2] == 0, "a tag"
+            work = call(*args)
+            if self._bracket is None or not isinstance(work, dist.Work):
+                return Unfussy([work]) if isinstance(work, dist.Work) else work
+            return self._bracket.append(work)
+
+        return checked
 
 
 @contextmanager
-def nccl_group(rank: int, n: int, make: Callable[..., Any] = gloo_group, timeout: float = 20.0) -> Iterator[Group]:
+def nccl_group(rank: int, n: int, make: Callable[..., Any] = UnfussyGloo, timeout: float = 20.0) -> Iterator[Group]:
     with process_group(rank, n, timeout=timeout):
         world = Group.of()
         channel = connect_nccl(world, CPU, make)
@@ -64,6 +118,8 @@ def same_results(rank: int, n: int, cases: list[Case]) -> None:
 def test_every_kind_gives_what_the_cpu_gives(env: dict[str, str]) -> None:
     ints = [Case(kind, torch.int64, op, 999, root=1) for kind in KINDS for op in ("sum", "max")]
     strided = [Case(kind, torch.int64, numel=50, strided=True) for kind in KINDS if kind != "ring"]
+    moved = ["all_gather", "broadcast", "gather", "scatter", "ring"]
+    ints += [Case(kind, dtype, numel=33, root=1) for kind in moved for dtype in (torch.int16, torch.float8_e5m2)]
     averages = [Case(kind, torch.float32, "avg", 0) for kind in ("all_reduce", "reduce", "reduce_scatter")]
     run_ranks(4, same_results, [*ints, *strided, *averages], env=env)
 
@@ -84,6 +140,42 @@ def averages(rank: int, n: int) -> None:
 
 def test_an_all_to_all_and_averages_of_a_backend_that_has_none() -> None:
     run_ranks(4, averages)
+
+
+def messages(rank: int, n: int) -> tuple[str, list[tuple[str, int]]]:
+    with nccl_group(rank, n) as group:
+        distlib.ledger().reset()
+        got = torch.zeros(3)
+        if rank == 0:
+            group.send(torch.arange(3.0), 1)
+        else:
+            work = group.recv(got, 0, async_op=True)
+            assert work is not None and work.wait() and work.source_rank() == 0 and got.tolist() == [0.0, 1.0, 2.0]
+        # Each first sends what the other takes later: one by one, long ones would wait for ever.
+        back = torch.zeros(5, dtype=torch.int16)
+        mine = torch.full((5,), rank, dtype=torch.int16)
+        works = exchange(group, [Message(mine, 1 - rank, 0, True), Message(back, 1 - rank, 0, False)])
+        assert len(works) == 1 and works[0].wait() and back.tolist() == [1 - rank] * 5
+        assert group.cpu_channel.pg.brackets == 1  # type: ignore[attr-defined]
+        assert exchange(group, []) == []
+        with pytest.raises(ValueError, match="peer=7 is not a rank"):
+            exchange(group, [Message(back, 7, 0, False)])
+        with pytest.raises(ValueError, match="must be contiguous"):
+            exchange(group, [Message(torch.zeros(4, 2)[:, 0], 1 - rank, 0, False)])
+        with pytest.raises(ValueError) as caught:
+            exchange(group, [Message(back, 1 - rank, 5, False)])
+        for start in (group.send, group.recv):
+            with pytest.raises(ValueError, match="tag=5, which NCCL would ignore"):
+                start(got, 1 - rank, tag=5)
+        group.sweep()
+        rows = [(r.op, r.bytes) for r in distlib.ledger().rows]
+        return str(caught.value), rows
+
+
+def test_messages_over_nccl_start_together_and_tags_are_refused() -> None:
+    found = run_ranks(2, messages)
+    assert all("tag=5, which NCCL would ignore" in text for text, _ in found)
+    assert dict(found[0][1]) == {"send": 12 + 10} and dict(found[1][1]) == {"recv": 0, "send": 10}
 
 
 # ---------------------------------------------------------------- levels
@@ -160,28 +252,43 @@ def test_one_host_has_no_levels() -> None:
 
 
 class Stuck:
-    """A process group whose works never end, until it is aborted."""
+    """A process group whose works never end, but those of barriers. Aborted, all look as if they were done: so NCCL's
+    do, whose kernels end early."""
 
     def __init__(self, store: Any, rank: int, size: int, name: str, ranks: list[int], timeout: timedelta) -> None:
         self.aborted = False
 
-    def allreduce(self, tensors: Any, op: Any) -> Stuck:
-        return self
+    def allreduce(self, tensors: Any, op: Any) -> Any:
+        return StuckWork(self)
+
+    def barrier(self, options: Any) -> Any:
+        return StuckWork(self, done=True)
+
+    def _start_coalescing(self) -> None: ...
+
+    def _end_coalescing(self) -> Any:
+        return StuckWork(self)
+
+    def send(self, tensors: Any, dst: int, tag: int) -> None: ...
+
+    recv = send
+
+    def abort(self) -> None:
+        self.aborted = True
+
+    shutdown = abort
+
+
+class StuckWork(Unfussy):
+    def __init__(self, group: Stuck, done: bool = False) -> None:
+        self._group, self._done = group, done
 
     def wait(self) -> bool:
         """As NCCL's: it orders streams, and returns."""
         return True
 
     def is_completed(self) -> bool:
-        return self.aborted
-
-    def is_success(self) -> bool:
-        return False
-
-    def abort(self) -> None:
-        self.aborted = True
-
-    shutdown = abort
+        return self._done or self._group.aborted
 
 
 def late(rank: int, n: int, how: str) -> tuple[str, float]:
@@ -226,6 +333,36 @@ def test_a_late_collective_ends_all_ranks_with_one_sentence(how: str) -> None:
     if how == "disagrees":
         assert "ranks disagree: " in text and "101 elements" in text
     assert seconds < 10
+
+
+def judged_after_an_end(rank: int, n: int, how: str) -> str:
+    nccl_notes.ASK_EVERY, nccl_notes.PATIENCE = 0.2, 1.5
+    with nccl_group(rank, n, Stuck, timeout=1.0) as group:
+        before = group._start(Collective("barrier"), [], None, True, None)
+        x = torch.ones(3)
+        if how == "batch":
+            work = exchange(group, [Message(x, 1 - rank, 0, True), Message(x.clone(), 1 - rank, 0, False)])[0]
+        elif how == "bracket":
+            channel = group.cpu_channel
+            assert isinstance(channel, NcclChannel)
+            work = Bracket(group, channel).end(channel.pg._end_coalescing)
+        else:
+            work = group.all_reduce(x, async_op=True)
+        assert before is not None and work is not None
+        until = time.monotonic() + 15
+        while not group.cpu_channel.aborted() and time.monotonic() < until:
+            time.sleep(0.02)
+        with pytest.raises(CollectiveError) as caught:
+            work.wait()
+        assert work.is_completed() and not work.is_success()
+        assert before.wait() and before.is_success()
+        return str(caught.value)
+
+
+@pytest.mark.parametrize("how", ["collective", "batch", "bracket"])
+def test_what_an_abort_ended_has_failed_though_its_work_looks_done(how: str) -> None:
+    texts = run_ranks(2, judged_after_an_end, how)
+    assert texts[0] == texts[1] and "#2 of group 'world' was not done within 1.0 s" in texts[0], texts
 
 
 def test_the_verdict_names_ranks_by_what_they_did() -> None:

@@ -58,6 +58,16 @@ class Collective:
 
 
 @dataclass(frozen=True)
+class Message:
+    """One of several messages that start together. peer: the group rank at its other end."""
+
+    tensor: torch.Tensor
+    peer: int
+    tag: int
+    sending: bool
+
+
+@dataclass(frozen=True)
 class Traffic:
     """Bytes of this rank in one collective over one kind of link: as counted, and as the formula says."""
 

@@ -160,10 +160,9 @@ class Group:
         self._device_channel(torch.empty(0, device=device).device)  # with its number
 
     def nccl_on(self, device: torch.device) -> Any:
-        """torch's NCCL group of this group, where NCCL is used; every rank must call, as `connect` may be needed."""
+        """This group's NcclChannel, where NCCL is used; every rank must call, as `connect` may be needed."""
         channel = self._device_channel(device)
-        nccl = channel.nccl if isinstance(channel, DeviceChannel) else None
-        return None if nccl is None else nccl.pg
+        return channel.nccl if isinstance(channel, DeviceChannel) else None
 
     def _device_channel(self, device: torch.device) -> Channel:
         if device.type == "cpu" or self.counts_only or isinstance(self._channel, C10dChannel):

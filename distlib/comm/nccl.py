@@ -22,13 +22,13 @@ from torch._C import _distributed_c10d as c10d
 
 from distlib import streams
 from distlib.comm.c10d import OPS, C10dChannel, method_of
-from distlib.comm.channel import BETWEEN_HOSTS, SAME_HOST, Channel, Collective, Traffic
+from distlib.comm.channel import BETWEEN_HOSTS, SAME_HOST, Channel, Collective, Message, Traffic
 from distlib.comm.gloo import expected_sent
 from distlib.comm.hierarchical import expected_moved, why_flat
 from distlib.comm.nccl_levels import DeviceLevels
 from distlib.comm.nccl_notes import Note, Notes
 from distlib.comm.stream_work import Judged
-from distlib.comm.tensors import as_one
+from distlib.comm.tensors import as_bytes, as_one
 from distlib.comm.watch import watch
 from distlib.comm.work import CollectiveError
 from distlib.topology import Topology
@@ -67,6 +67,7 @@ class NcclOperation(Judged):
     work: Any = None
     event: streams.Event = None
     launched: bool = False
+    ended_well: bool = False  # seen done before its group failed
     source: int = -1
     peer_bytes: int = 0
     waited_ns: int = 0
@@ -79,6 +80,11 @@ class NcclOperation(Judged):
             return False
         return bool(self.work.is_completed()) if self.work is not None else streams.has_passed(self.event)
 
+    @property
+    def work_failed(self) -> bool:
+        """Whether the backend says so of its work."""
+        return self.work is not None and self.work.exception() is not None
+
     def follow(self) -> None:
         """The current stream waits for it. A work's own wait() would take a timeout as an order to keep the host."""
         if self.work is None:
@@ -88,9 +94,6 @@ class NcclOperation(Judged):
             self.work.wait()
         except RuntimeError as error:
             self.channel.failed(self, error)
-            return
-        if self.what.startswith("recv"):
-            self.source = self.work._source_rank()
 
     def wait(self, seconds: float) -> bool:
         """Keeps the host until it is over, at most so long."""
@@ -230,7 +233,11 @@ class NcclChannel(C10dChannel):
         pg: Any = self.pg
         options: Any
         if c.kind == "barrier":
-            return pg.barrier()
+            options = c10d.BarrierOptions()
+            options.device = self.device  # else the backend guesses by rank
+            if self.device.index is not None and self.device.type != "cpu":
+                options.device_ids = [self.device.index]
+            return pg.barrier(options)
         if c.kind == "all_reduce":
             return pg.allreduce(c.send, op)
         if c.kind in ("reduce", "broadcast"):
@@ -239,12 +246,7 @@ class NcclChannel(C10dChannel):
             if c.kind == "reduce":
                 options.reduceOp = op
                 return pg.reduce(c.send, options)
-            return pg.broadcast(c.send, options)
-        if c.kind == "all_gather":
-            whole = as_one(c.recv)
-            if whole is not None:  # else the backend copies once more
-                return method_of(pg, "_allgather_base", "all_gather_single")(whole, c.send[0].view(-1))
-            return pg.allgather([c.recv], c.send)
+            return pg.broadcast([as_bytes(t) for t in c.send], options)
         if c.kind == "reduce_scatter":
             options = c10d.ReduceScatterOptions()
             options.reduceOp = op
@@ -253,30 +255,86 @@ class NcclChannel(C10dChannel):
                 call = method_of(pg, "_reduce_scatter_base", "reduce_scatter_single")
                 return call(c.recv[0].view(-1), whole, options)
             return pg.reduce_scatter(c.recv, [c.send], options)
+        send, recv = [as_bytes(t) for t in c.send], [as_bytes(t) for t in c.recv]
+        if c.kind == "all_gather":
+            whole = as_one(recv)
+            if whole is not None:  # else the backend copies once more
+                return method_of(pg, "_allgather_base", "all_gather_single")(whole, send[0].view(-1))
+            return pg.allgather([recv], send)
         if c.kind == "gather":
             options = c10d.GatherOptions()
             options.rootRank = c.root
-            return pg.gather([c.recv] if c.recv else [], c.send, options)
+            return pg.gather([recv] if recv else [], send, options)
         if c.kind == "scatter":
             options = c10d.ScatterOptions()
             options.rootRank = c.root
-            return pg.scatter(c.recv, [c.send] if c.send else [], options)
-        return pg.alltoall(c.recv, c.send)
+            return pg.scatter(recv, [send] if send else [], options)
+        return pg.alltoall(recv, send)
 
     def send(self, tensor: torch.Tensor, dst: int, tag: int, timeout: float) -> NcclOperation:
+        self._require_no_tag(tag)
         rows = self._by_link({dst: tensor.nbytes})
         operation = self._begin(f"send to rank {self._labels[dst]}", timeout, tensor, rows, None)
         with self._launching(operation):
-            operation.work = self.pg.send([tensor], dst, tag)
+            operation.work = self.pg.send([as_bytes(tensor)], dst, tag)
         return operation
 
     def recv(self, tensor: torch.Tensor, src: int | None, tag: int, timeout: float) -> NcclOperation:
         if src is None:
             raise ValueError(f"recv on {self.device}: name the rank that sends; only on the CPU it may be any")
+        self._require_no_tag(tag)
         operation = self._begin(f"recv from rank {self._labels[src]}", timeout, tensor, self._by_link({}), None)
+        operation.source = src  # NCCL's works do not say
         with self._launching(operation):
-            operation.work = self.pg.recv([tensor], src, tag)
+            operation.work = self.pg.recv([as_bytes(tensor)], src, tag)
         return operation
+
+    def exchange(self, messages: Sequence[Message], timeout: float) -> NcclOperation:
+        """Starts messages together, as one kernel: none of them waits until another was taken. If nothing else was
+        started in the group before, all its ranks must call."""
+        for message in messages:
+            self._require_no_tag(message.tag)
+        ways = [f"{'to' if m.sending else 'from'} rank {self._labels[m.peer]}" for m in messages]
+        sent: dict[int, int] = {}
+        for m in messages:
+            sent[m.peer] = sent.get(m.peer, 0) + (m.tensor.nbytes if m.sending else 0)
+        tensors = [m.tensor for m in messages]
+        operation = self._begin(f"messages {', '.join(ways)}", timeout, tensors, self._by_link(sent), None)
+        with self._launching(operation):
+            self._bracket(True)
+            try:
+                for m in messages:
+                    (self.pg.send if m.sending else self.pg.recv)([as_bytes(m.tensor)], m.peer, 0)
+            finally:
+                work = self._bracket(False)
+            self._took(operation, work)
+        return operation
+
+    def ended_bracket(self, calls: Sequence[str], keep: Any, end: Callable[[], Any], timeout: float) -> NcclOperation:
+        """Looks after what torch's callers put between start and end of a bracket. NCCL starts it all in `end`."""
+        operation = self._begin(f"together: {', '.join(calls) or 'nothing'}", timeout, keep, [], None)
+        with self._launching(operation):
+            self._took(operation, end())
+        return operation
+
+    def _took(self, operation: NcclOperation, work: Any) -> None:
+        """The work of a bracket; None: there was nothing in it, or it is on the current stream."""
+        operation.work = work
+        if work is None:
+            operation.event = streams.record(streams.current(self.device))
+
+    def _bracket(self, begin: bool) -> Any:
+        """Begins or ends what goes as one kernel."""
+        whose = (self.device,) if isinstance(self.pg, dist.ProcessGroup) else ()
+        return (self.pg._start_coalescing if begin else self.pg._end_coalescing)(*whose)
+
+    def _require_no_tag(self, tag: int) -> None:
+        if tag:
+            raise ValueError(
+                f"a message of group '{self.name}' on {self.device} was given tag={tag}, which NCCL would ignore: it "
+                "delivers messages between two ranks in the order in which they were started. Leave the tag out; or "
+                "send copies on the CPU, where tags choose"
+            )
 
     # ------------------------------------------------------------ accounts
 
@@ -305,10 +363,11 @@ class NcclChannel(C10dChannel):
     # ------------------------------------------------------------ faults
 
     def verdict(self, operation: NcclOperation, passed: bool) -> CollectiveError | None:
-        """The error of an operation that was not seen complete before the group failed."""
+        """The error of an operation that was not seen complete before the group failed. Afterwards nobody can tell: an
+        abort ends kernels early, and their works look as if they were done."""
         if not passed:
             self.check()
-        if self._broken is None or (passed and operation.work is not None and operation.work.is_success()):
+        if self._broken is None or (passed and operation.ended_well):
             return None
         return CollectiveError(str(self._broken), self._broken.code)
 
@@ -374,6 +433,8 @@ class NcclChannel(C10dChannel):
             if self._cpu is not None:
                 self._cpu.abort(text)
                 text = self._cpu.aborted() or text
+            for operation in self._under_way:
+                operation.ended_well = operation.passed and not operation.work_failed
             self._broken = CollectiveError(text, code)
         for pg in [self.pg, *([] if self._levels is None else self._levels.process_groups())]:
             pg.abort()

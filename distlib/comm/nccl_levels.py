@@ -25,7 +25,7 @@ from distlib.comm.c10d import OPS, method_of
 from distlib.comm.channel import Collective
 from distlib.comm.gloo import flat
 from distlib.comm.hierarchical import wire_dtype
-from distlib.comm.tensors import as_one
+from distlib.comm.tensors import as_bytes, as_one
 from distlib.cuda import blocks, library
 from distlib.topology import Topology
 
@@ -70,13 +70,13 @@ class DeviceLevels:
     # ------------------------------------------------------------ all-gather
 
     def _all_gather(self, c: Collective) -> None:
-        mine, homes = flat(c.send[0]), [flat(t) for t in c.recv]
+        mine, homes = flat(as_bytes(c.send[0])), [flat(as_bytes(t)) for t in c.recv]
         step = self._step(mine.element_size(), mine.numel())
         begins = list(range(0, mine.numel(), step))
 
         def between(i: int) -> tuple[Any, torch.Tensor]:
             part = mine[begins[i] : begins[i] + step]
-            rows = self._buffer(f"rows{i % 2}", self._hosts * part.numel(), c.dtype)
+            rows = self._buffer(f"rows{i % 2}", self._hosts * part.numel(), mine.dtype)
             return method_of(self._rail_pg, "_allgather_base", "all_gather_single")(rows, part), rows
 
         under_way = between(0)
@@ -86,7 +86,7 @@ class DeviceLevels:
                 under_way = between(i + 1)
             work.wait()
             length = rows.numel() // self._hosts
-            whole = self._buffer(f"whole{i % 2}", self._local * rows.numel(), c.dtype)
+            whole = self._buffer(f"whole{i % 2}", self._local * rows.numel(), mine.dtype)
             method_of(self._inside_pg, "_allgather_base", "all_gather_single")(whole, rows).wait()
             self._place_rows(homes, whole, begin, length)
 

@@ -25,9 +25,11 @@ def _own(group: Any) -> Any:
 
 
 def patch_torch() -> None:
-    """Two functions ask for gloo by name before they call a method that this backend has too; two methods of DDP give
-    what we return to C++, which needs objects that Python cannot make."""
+    """Two functions ask for gloo by name before they call a method that this backend has too; a third starts messages
+    together for torch's own class alone; two methods of DDP give what we return to C++, which needs objects that Python
+    cannot make."""
     torch_barrier, torch_timeout = c10d.monitored_barrier, c10d._set_pg_timeout
+    torch_batch = c10d.batch_isend_irecv
 
     @functools.wraps(torch_barrier)
     def barrier(group: Any = None, timeout: Any = None, wait_all_ranks: bool = False) -> Any:
@@ -49,6 +51,12 @@ def patch_torch() -> None:
             own.set_timeout(timeout)
         else:
             torch_timeout(timeout, group)
+
+    @functools.wraps(torch_batch)
+    def batch_isend_irecv(p2p_op_list: list[Any]) -> list[Any]:
+        c10d._check_p2p_op_list(p2p_op_list)
+        own = _own(p2p_op_list[0].group)
+        return torch_batch(p2p_op_list) if own is None else own.batch_isend_irecv(p2p_op_list)
 
     builtin_hook = DistributedDataParallel._register_builtin_comm_hook
 
@@ -76,6 +84,7 @@ def patch_torch() -> None:
     DistributedDataParallel._register_builtin_comm_hook = register_builtin_hook
     dist.monitored_barrier = c10d.monitored_barrier = barrier
     c10d._set_pg_timeout = set_pg_timeout
+    dist.batch_isend_irecv = c10d.batch_isend_irecv = batch_isend_irecv
 
 
 def gather_into(input: torch.Tensor, group_size: int, group: Any, *, out: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 torch lets a backend from Python be a ProcessGroup (a C++ `Backend` cannot be subclassed without torch's headers), and
 uses that object in place of its own. So everything torch or its C++ parts ask of a process group is answered here, and
-goes to the Group, whatever device its tensors are on. Only what torch brackets as one operation goes to NCCL itself.
+goes to the Group, whatever device its tensors are on. Only the calls that torch brackets as one operation go to NCCL
+themselves; what comes of them is looked after by the Group, too (batches.py).
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from distlib.comm.batches import Bracket, exchange
 from distlib.comm.c10d import OPS
+from distlib.comm.channel import Message
 from distlib.comm.group import Group
+from distlib.comm.joined import joined
 from distlib.comm.monitored import monitored_barrier
 from distlib.comm.patches import patch_functional
 from distlib.comm.sparse import all_reduce_sparse
@@ -61,7 +65,8 @@ def _collective(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def dispatch(self: ProcessGroup, *args: Any, **kwargs: Any) -> Any:
-        if self._bracketed:
+        if self._bracket is not None:
+            self._bracket.called(method.__name__)
             return getattr(dist.ProcessGroup, method.__name__)(self, *args, **kwargs)
         return method(self, *args, **kwargs)
 
@@ -90,7 +95,8 @@ class ProcessGroup(dist.ProcessGroup):
         )
         self._sequence = 0
         self._lock = threading.Lock()
-        self._has_nccl = self._bracketed = False
+        self._has_nccl = False
+        self._bracket: Bracket | None = None
         self._backend = _Backend(self.distlib_group)
 
     # ------------------------------------------------------------ identity
@@ -154,7 +160,7 @@ class ProcessGroup(dist.ProcessGroup):
                 device = torch.device("cuda", torch.cuda.current_device())
             nccl = self.distlib_group.nccl_on(device)
             if nccl is not None and not self._has_nccl:
-                self._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, nccl)
+                self._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, nccl.pg)
                 self._has_nccl = True
             return self._has_nccl
 
@@ -187,7 +193,7 @@ class ProcessGroup(dist.ProcessGroup):
     @_collective
     def allreduce_coalesced(self, tensors: list[torch.Tensor], opts: Any = None) -> Work:
         name = op_name(_op(opts, None))
-        return _last(
+        return joined(
             [self._run(self.distlib_group.all_reduce, t, name, opts=_asynchronous(opts)) for t in tensors], tensors
         )
 
@@ -224,14 +230,14 @@ class ProcessGroup(dist.ProcessGroup):
         for i, tensor in enumerate(inputs):
             pieces = [of_rank[i] for of_rank in outputs]
             works.append(self._run(self.distlib_group.all_gather, pieces, tensor, opts=_asynchronous(opts)))
-        return _last(works, [t for of_rank in outputs for t in of_rank])
+        return joined(works, [t for of_rank in outputs for t in of_rank])
 
     @_collective
     def all_gather_single_coalesced(
         self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], opts: Any = None
     ) -> Work:
         run = functools.partial(self._run, self.distlib_group.all_gather, opts=_asynchronous(opts))
-        return _last([run(out, given) for out, given in zip(outputs, inputs, strict=True)], outputs)
+        return joined([run(out, given) for out, given in zip(outputs, inputs, strict=True)], outputs)
 
     @_collective
     def gather(
@@ -269,7 +275,7 @@ class ProcessGroup(dist.ProcessGroup):
     ) -> Work:
         name = op_name(_op(opts, None))
         run = functools.partial(self._run, self.distlib_group.reduce_scatter, op=name, opts=_asynchronous(opts))
-        return _last([run(out, given) for out, given in zip(outputs, inputs, strict=True)], outputs)
+        return joined([run(out, given) for out, given in zip(outputs, inputs, strict=True)], outputs)
 
     @_collective
     def all_to_all_single(
@@ -315,6 +321,10 @@ class ProcessGroup(dist.ProcessGroup):
 
     def recv_anysource(self, tensors: list[torch.Tensor], tag: int = 0) -> Work:
         return self._run(self.distlib_group.recv, _only("recv_anysource", tensors), None, tag)
+
+    def batch_isend_irecv(self, ops: list[Any]) -> list[Work]:
+        """torch's function of this name (patches.py), for its P2POps: messages that do not wait for each other."""
+        return exchange(self.distlib_group, [Message(o.tensor, o.group_peer, o.tag, o.op is dist.isend) for o in ops])
 
     # Names up to torch 2.12.
     _allgather_base = all_gather_single
@@ -373,70 +383,18 @@ class ProcessGroup(dist.ProcessGroup):
         if torch.device(device).type != "cuda" or not self._connect_nccl(torch.device(device)):
             raise self._refuse("_start_coalescing without NCCL")
         super()._start_coalescing(device)
-        self._bracketed = True
+        self._bracket = Bracket(self.distlib_group, self.distlib_group.nccl_on(device))
 
     def _end_coalescing(self, device: torch.device) -> Any:
-        self._bracketed = False
-        return super()._end_coalescing(device)
+        bracket, self._bracket = self._bracket, None
+        assert bracket is not None, "torch ends only what it has started"
+        return bracket.end(functools.partial(super()._end_coalescing, device))
 
     def _register_on_completion_hook(self, hook: Any) -> None:
         raise self._refuse("on-completion hooks")
 
     def _enable_collectives_timing(self) -> None:
         raise self._refuse("_enable_collectives_timing; distlib.ledger() counts and times collectives")
-
-
-class _All(Work):
-    """Several works as one."""
-
-    def __init__(self, works: list[Work], result: list[torch.Tensor]) -> None:
-        super().__init__(works[-1].operation, result)
-        self._works = works
-
-    def wait(self, timeout: timedelta | None = None) -> bool:
-        for work in self._works:
-            work.wait(timeout)
-        return super().wait(timeout)
-
-    def complete(self) -> None:
-        """A group's operations end in order: when the last is done, all are."""
-        for work in self._works:
-            work.complete()
-        super().complete()
-
-
-class _AllOnStreams(StreamWork):
-    """The same on a device, where works of different sizes may be on different streams."""
-
-    def __init__(self, works: list[Work], result: list[torch.Tensor]) -> None:
-        super().__init__(works[-1].operation, result)
-        self._works = works
-
-    def wait(self, timeout: timedelta | None = None) -> bool:
-        return all(work.wait(timeout) for work in self._works)
-
-    def is_completed(self) -> bool:
-        return all(work.is_completed() for work in self._works)
-
-    def exception(self) -> BaseException | None:
-        return next((error for work in self._works if (error := work.exception()) is not None), None)
-
-    def is_success(self) -> bool:
-        return self.is_completed() and self.exception() is None
-
-    def get_future(self) -> torch.futures.Future[Any]:
-        """The current stream waits for all: whoever waits for the future waits for that stream."""
-        self.wait()
-        stream = self.operation.stream
-        future: torch.futures.Future[Any] = torch.futures.Future(devices=[] if stream is None else [stream.device])
-        future.set_result(self._result)
-        return future
-
-
-def _last(works: list[Work], result: list[torch.Tensor]) -> Work:
-    if not works:
-        return finished(list(result))
-    return (_AllOnStreams if isinstance(works[-1], StreamWork) else _All)(works, list(result))
 
 
 class _Timed:

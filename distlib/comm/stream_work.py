@@ -73,6 +73,12 @@ class Judged(ABC):
         return "" if self._failed is None else str(self._failed)
 
 
+def devices_of(operation: Any) -> list[torch.device]:
+    """The devices whose streams a future of an operation's results has to know."""
+    device = operation.channel.device
+    return [] if device.type == "cpu" else [device]
+
+
 class StreamWork(Work):
     """A started collective on a device. `wait()` orders the stream that is current then, as torch's NCCL works do;
     what goes wrong later is raised by whatever asks next: a wait, `is_completed()`, or the next start."""
@@ -108,8 +114,7 @@ class StreamWork(Work):
             if self._future is not None:
                 return self._future
         stream = self.operation.stream
-        devices = [] if stream is None else [stream.device]
-        start: torch.futures.Future[Any] = torch.futures.Future(devices=devices)
+        start: torch.futures.Future[Any] = torch.futures.Future(devices=devices_of(self.operation))
         # A failure must come out of a callback, as in Work.get_future.
         self._future = start.then(self._value_on_stream)
         with streams.on(stream):

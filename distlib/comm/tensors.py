@@ -55,6 +55,15 @@ def as_one(pieces: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return first.as_strided((each * len(pieces),), (1,), start)
 
 
+_NCCL = {torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool}
+_NCCL |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor that is only moved, as NCCL takes it: one of a dtype that it does not have is bytes to it."""
+    return tensor if tensor.dtype in _NCCL else tensor.view(-1).view(torch.uint8)
+
+
 def outputs(
     what: str, size: int, output: torch.Tensor | Sequence[torch.Tensor], each: int
 ) -> tuple[list[torch.Tensor], Callable[[], None] | None]:
