@@ -26,7 +26,8 @@ MOST_STATES = 20_000  # beginnings that are remembered exactly; above it bytes a
 class Choice:
     """What one block may do. Bytes above what is there when its forward begins; seconds of its forward and backward.
 
-    kept: from its forward to its backward. forward, backward: the peaks within them; backward includes `kept`.
+    kept: from its forward to its backward. forward, backward: the peaks within them; backward includes `kept`. Where a
+    pipeline divides the backward: split: the peak of the input pass; deferred: from then to the weight pass.
     """
 
     name: str
@@ -34,6 +35,8 @@ class Choice:
     forward: int
     backward: int
     seconds: float
+    split: int = 0
+    deferred: int = 0
 
     @property
     def peak(self) -> int:
