@@ -84,6 +84,27 @@ def test_any_layout_packs_and_unpacks_as_torch_does(
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair[0]}-{pair[1]}".replace("torch.", ""))
+def test_rows_of_several_chunks_are_moved_from_any_alignment_to_any(
+    card: torch.device, pair: tuple[torch.dtype, torch.dtype]
+) -> None:
+    """Long enough for several words under way at once, and for what remains of them."""
+    sizes, shifts = [16384 + 4099, 9001, 5000, 4096 + 17], [0, 1, 2, 3]
+    for gap in range(9):
+        given = tensors(sizes, shifts, pair[0], card)
+        offsets = [gap + i * (2 * 16384 + gap) for i in range(len(sizes))]
+        flat, expected = (torch.full((4 * 2 * 16384 + 99,), 7.0, dtype=pair[1], device=card) for _ in range(2))
+        table = PackTable(given, flat, offsets)
+        table.pack()
+        pack_plainly(given, expected, offsets)
+        assert same_bits(flat, expected), gap
+        back = [torch.zeros_like(t) for t in given]
+        plain = [torch.zeros_like(t) for t in given]
+        PackTable(back, flat, offsets).unpack(0.5)
+        unpack_plainly(plain, flat, offsets, 0.5)
+        assert all(same_bits(a, b) for a, b in zip(back, plain, strict=True)), gap
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair[0]}-{pair[1]}".replace("torch.", ""))
 def test_awkward_numbers_are_rounded_as_torch_rounds_them(
     card: torch.device, pair: tuple[torch.dtype, torch.dtype]
 ) -> None:

@@ -41,6 +41,25 @@ def test_nvcc_compiles_what_the_headers_declare() -> None:
     assert made.distlib_cuda_error_text(ctypes.c_int64(2)) == b"out of memory"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)  # compiles
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+def test_memory_is_moved_in_whole_words(tmp_path: Path) -> None:
+    """In what nvcc makes of pack: elements one by one are those at both ends of a run, never those between."""
+    assert NVCC is not None
+    code = tmp_path / "bucket.ptx"
+    source = build.CUDA / "bucket.cu"
+    command = [NVCC, *build.NVCC_FLAGS, f"-I{build.ROOT / 'csrc'}", "-ptx", str(source), "-o", str(code)]
+    subprocess.run(command, check=True, timeout=200)
+    kernels = re.findall(r"\.entry (\S+?)\((.*?)\n\}", code.read_text(), re.DOTALL)
+    found = {name: body for name, body in kernels if "Scaled" not in name}
+    assert len(found) == 8, sorted(found)  # four sizes moved, four casts
+    for name, body in found.items():
+        single = len(re.findall(r"\bst\.global\.[ubf]\d+", body))
+        words = len(re.findall(r"\bst\.global\.v[24]\.", body))
+        assert single == 4 and words >= 4, (name, single, words)  # before and behind, of both alignments
+
+
 def test_the_emulated_library_exports_the_same() -> None:
     made = ctypes.CDLL(str(build.library()))
     assert {name for name in declared() if not hasattr(made, name)} == set()

@@ -52,7 +52,52 @@ struct alignas(sizeof(Raw) * N < 16 ? sizeof(Raw) * N : 16) Several {
   Raw at[N];
 };
 
-// Loads by words of `Width` bytes, to which `from` must be aligned.
+// A word of global memory in one instruction. By its name: the compiler takes some copies of four numbers apart.
+template <class Word>
+__device__ __forceinline__ Word load_word(const Word* from) {
+  return *from;
+}
+
+template <class Word>
+__device__ __forceinline__ void store_word(Word* to, const Word& word) {
+  *to = word;
+}
+
+#ifndef DISTLIB_CUDA_ON_CPU
+__device__ __forceinline__ uint2 load_word(const uint2* from) {
+  uint2 word;
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];"
+               : "=r"(word.x), "=r"(word.y)
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
+  return word;
+}
+
+__device__ __forceinline__ uint4 load_word(const uint4* from) {
+  uint4 word;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
+  return word;
+}
+
+__device__ __forceinline__ void store_word(uint2* to, const uint2& word) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "r"(word.x), "r"(word.y)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_word(uint4* to, const uint4& word) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w)
+               : "memory");
+}
+#endif
+
+// Loads by words of `Width` bytes, to which `from` must be aligned. All of global memory.
 template <int Width, class Raw, int N>
 __device__ __forceinline__ Several<Raw, N> load_several(const Raw* from) {
   using Word = typename WordOf<Width>::type;
@@ -60,7 +105,7 @@ __device__ __forceinline__ Several<Raw, N> load_several(const Raw* from) {
   Several<Raw, N> result;
 #pragma unroll
   for (int i = 0; i < static_cast<int>(sizeof(Raw) * N / Width); ++i)
-    reinterpret_cast<Word*>(&result)[i] = reinterpret_cast<const Word*>(from)[i];
+    reinterpret_cast<Word*>(&result)[i] = load_word(reinterpret_cast<const Word*>(from) + i);
   return result;
 }
 
@@ -70,7 +115,7 @@ __device__ __forceinline__ void store_several(Raw* to, const Several<Raw, N>& va
   static_assert(sizeof(Raw) * N % Width == 0, "whole words");
 #pragma unroll
   for (int i = 0; i < static_cast<int>(sizeof(Raw) * N / Width); ++i)
-    reinterpret_cast<Word*>(to)[i] = reinterpret_cast<const Word*>(&values)[i];
+    store_word(reinterpret_cast<Word*>(to) + i, reinterpret_cast<const Word*>(&values)[i]);
 }
 
 // How many of `count` elements lie before the first that is aligned to `bytes`.
@@ -109,9 +154,9 @@ __device__ __forceinline__ double block_sum(double value) {
 // the launch, and again after it.
 __device__ __forceinline__ bool is_last_block(unsigned* counter) {
   __shared__ bool last;
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
+    __threadfence();  // one thread's, behind the barrier, is for all of the block: a fence waits for what was stored
     last = atomicAdd(counter, 1u) == gridDim.x - 1;
     if (last) *counter = 0;
     __threadfence();
