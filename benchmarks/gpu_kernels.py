@@ -12,13 +12,15 @@ from __future__ import annotations
 import gc
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import report
 import torch
-from report import Bar, Report, Row
+from gpu_report import Check, GpuReport
+from report import Bar, Row
 
 from distlib.cuda import blocks, library
 from distlib.cuda.bucket import PackTable
@@ -307,6 +309,7 @@ class Clock:
     """Times calls on a device: by events on a GPU; by the clock of the host where calls return when they are done."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._on_gpu = device.type == "cuda"
         self._cache = 0
         if self._on_gpu:
@@ -342,21 +345,32 @@ class Clock:
         return begin.elapsed_time(end) / 1e3
 
 
-def measured(device: torch.device, sizes: Sizes, rounds: int) -> Iterator[tuple[Row, str]]:
-    """The rows of all cases, and their rates in words. RuntimeError where a result is wrong."""
-    clock = Clock(device)
-    for make in CASES:
-        case = make(device, sizes)
-        case.variants[OURS]()
-        if not case.check():
-            raise RuntimeError(f"{case.what}: the result differs from torch's")
-        row = Row(case.what, 1, clock.rounds(case, rounds), case.bars)
-        rates = ", ".join(f"{name} {case.bytes / row.median(name) / 1e9:.0f}" for name in row.samples)
-        yield row, f"{case.what}: GB/s of {case.bytes / 2**30:.2f} GiB: {rates}."
-        del case, row
+def measured(make: Callable[[torch.device, Sizes], Case], clock: Clock, sizes: Sizes, rounds: int) -> tuple[Row, str]:
+    """The row of a case, and its rates in words. RuntimeError where its result is wrong."""
+    case = make(clock.device, sizes)
+    case.variants[OURS]()
+    if not case.check():
+        raise RuntimeError(f"{case.what}: the result differs from torch's")
+    row = Row(case.what, 1, clock.rounds(case, rounds), case.bars)
+    rates = ", ".join(f"{name} {case.bytes / row.median(name) / 1e9:.0f}" for name in row.samples)
+    return row, f"{case.what}: GB/s of {case.bytes / 2**30:.2f} GiB: {rates}."
+
+
+def results(device: torch.device, sizes: Sizes, rounds: int, title: str, about: str) -> Iterator[GpuReport]:
+    """The report as it grows. A case that fails is told about, and the others go on."""
+    clock, rows, notes, checks = Clock(device), [], [about], []
+    for number, make in enumerate(CASES, 1):
+        try:
+            row, rates = measured(make, clock, sizes, rounds)
+            rows.append(row)
+            notes.append(rates)
+        except RuntimeError as error:  # also where memory does not suffice, or a kernel fails
+            traceback.print_exc()
+            checks.append(Check(f"case {number} of {len(CASES)}", 1, str(error).split("\n")[0], "is right", False))
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+        yield GpuReport("gpu_kernels", title, rows, notes, checks)
 
 
 def missing() -> str:
@@ -377,15 +391,17 @@ def main() -> int:
         return 1
     device = torch.device("cuda", torch.cuda.current_device())
     sizes = sizes_for(torch.cuda.mem_get_info(device)[0], options.quick)
-    rows, notes = zip(*measured(device, sizes, options.rounds or (5 if options.quick else 15)), strict=True)
     name = torch.cuda.get_device_name(device)
     title = f"Kernels on one {name}: {sizes.tensors} tensors of {sizes.bucket * 4 / 2**30:.2f} GiB in fp32"
     about = (
         f"torch {torch.__version__}, CUDA {torch.version.cuda}. A step with bf16 gradients: torch's fused one needs "
         "them cast to fp32 before, and its parameters cast after."
     )
-    report.publish(Report("gpu_kernels", title, list(rows), [*notes, about]), options)
-    return 0
+    around = report.surroundings()
+    for found in results(device, sizes, options.rounds or (5 if options.quick else 15), title, about):
+        report.save(found, around, options.out)
+    report.publish(found, options)
+    return 1 if found.checks else 0
 
 
 if __name__ == "__main__":

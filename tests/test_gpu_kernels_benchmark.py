@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gpu_kernels
 import pytest
 import torch
 from cuda_cards import a_card
-from gpu_kernels import COPY, OURS, Sizes
+from gpu_kernels import COPY, OURS, Case, Sizes
 from hypothesis import given
 from hypothesis import strategies as st
+from report import Row
 
 
 @given(st.integers(1, 500), st.integers(0, 1 << 30))
@@ -49,10 +52,10 @@ def test_every_case_is_right_and_rated_on_the_emulated_card(monkeypatch: pytest.
 
     monkeypatch.setattr(gpu_kernels, "copy_of", watched)
     with a_card("emulated") as device:
-        found = list(gpu_kernels.measured(device, Sizes(6000, 40, 5000), rounds=4))
-    assert len(found) == len(gpu_kernels.CASES)
+        *_, found = gpu_kernels.results(device, Sizes(6000, 40, 5000), 4, "", "about")
+    assert len(found.rows) == len(gpu_kernels.CASES) and not found.checks
     limits = {}
-    for (row, words), bytes in zip(found, copied, strict=True):
+    for row, words, bytes in zip(found.rows, found.notes[1:], copied, strict=True):
         assert {OURS, COPY} <= set(row.samples) and all(len(taken) == 4 for taken in row.samples.values())
         assert f"{row.what}: GB/s of {bytes / 2**30:.2f} GiB" in words and bytes > 0
         assert all(math.isfinite(row.value(bar)) for bar in row.bars)
@@ -60,7 +63,7 @@ def test_every_case_is_right_and_rated_on_the_emulated_card(monkeypatch: pytest.
     # The bars of the table.
     assert limits["pack fp32 to bf16"] == [0.88, 2.0]
     assert limits["pack fp32"] == limits["unpack fp32"] == [0.9, 1.1]
-    steps = [[bar.at_least for bar in row.bars] for row, _ in found if row.what.startswith("AdamW")]
+    steps = [[bar.at_least for bar in row.bars] for row in found.rows if row.what.startswith("AdamW")]
     assert steps == [[0.9, 1.0], [0.9, 1.3], [None]]
 
 
@@ -69,7 +72,7 @@ def test_a_step_that_does_nothing_is_no_measurement(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(gpu_kernels, "CASES", [gpu_kernels.step(kind)])
     monkeypatch.setattr(gpu_kernels.DeviceTable, "step", lambda self, rule, scalars: None)
     with a_card("emulated") as device, pytest.raises(RuntimeError, match="AdamW.* differs from torch's"):
-        list(gpu_kernels.measured(device, Sizes(600, 4, 100), rounds=1))
+        one_of(gpu_kernels.CASES[0], device)
 
 
 @pytest.mark.parametrize("name", ["pack_with_norm", "quantize", "dequantize", "reorder"])
@@ -82,7 +85,24 @@ def test_a_wrong_result_is_no_measurement(monkeypatch: pytest.MonkeyPatch, name:
         if name == "quantize":
             monkeypatch.setattr(gpu_kernels.blocks, "quantize", lambda values: torch.zeros(1, dtype=torch.uint8))
         with pytest.raises(RuntimeError, match="differs from torch's"):
-            list(gpu_kernels.measured(device, Sizes(600, 4, 100), rounds=1))
+            one_of(gpu_kernels.CASES[0], device)
+
+
+def one_of(make: Callable[..., Any], device: torch.device) -> tuple[Row, str]:
+    return gpu_kernels.measured(make, gpu_kernels.Clock(device), Sizes(600, 4, 100), 1)
+
+
+def test_a_case_that_fails_is_told_about_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(device: torch.device, sizes: Sizes) -> Case:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nMore about it")
+
+    monkeypatch.setattr(gpu_kernels, "CASES", [fails, gpu_kernels.reorder])
+    with a_card("emulated") as device:
+        first, last = gpu_kernels.results(device, Sizes(600, 4, 100), 2, "", "about")
+    assert [(check.what, check.measured, check.met) for check in last.checks] == [
+        ("case 1 of 2", "CUDA out of memory.", False)
+    ]
+    assert len(last.rows) == 1 and last.cells()[-1][-1] == "NOT met"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so nothing is missing")
