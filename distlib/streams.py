@@ -6,10 +6,20 @@ On the CPU, where work is done when a call returns, there are none: `None` stand
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import logging
+import threading
+import weakref
 from collections.abc import Iterator
 from typing import TypeAlias
 
 import torch
+
+log = logging.getLogger("distlib")
+_POOL = 32  # streams of one priority that torch makes for a GPU; then it hands out the first again
+_PRIORITIES = {True: (-1, -2, -3), False: (0,)}  # of urgent ones and others
+_lent: weakref.WeakValueDictionary[tuple[torch.device, int], torch.Stream] = weakref.WeakValueDictionary()
+_thread = threading.local()
 
 Stream: TypeAlias = "torch.Stream | None"
 Event: TypeAlias = "torch.Event | None"
@@ -33,8 +43,44 @@ def current(device: torch.device) -> Stream:
 
 
 def new(device: torch.device, urgent: bool = False) -> Stream:
-    """A stream of its own. urgent: what it holds goes before what others hold, where the device can do that."""
-    return None if device.type == "cpu" else torch.Stream(device, priority=-1 if urgent else 0)
+    """A stream of its own. urgent: what it holds goes before what others hold, where the device can do that.
+
+    torch's come from a ring, and where two that wait for other ranks are one, ranks can wait for each other without
+    end: so those that somebody still holds from here are passed over.
+    """
+    if device.type == "cpu":
+        return None
+    for priority in _PRIORITIES[urgent]:
+        for _ in range(_POOL):
+            stream = torch.Stream(device, priority=priority)
+            key = stream.device, stream.stream_id
+            if key not in _lent:
+                _lent[key] = stream
+                return stream
+    log.warning("more than %d streams of %s are in use: two groups share one", len(_lent), device)
+    return stream
+
+
+def attend(device: torch.device) -> None:
+    """Lets a thread that computes nothing ask about `device`. That becomes its current one: else the first question
+    would make a context on device 0. And its questions do not end the capture of a CUDA graph in another thread."""
+    if device.type == "cpu":
+        return
+    torch.accelerator.set_device_index(device.index or 0)
+    if device.type == "cuda" and not getattr(_thread, "is_apart", False):
+        _thread.is_apart = True
+        _keep_apart_from_captures()
+
+
+def _keep_apart_from_captures() -> None:
+    """By default a capture forbids all threads of the process to ask whether an event has passed."""
+    mode = ctypes.c_int(1)  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+    try:
+        code = ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+    except OSError as error:
+        code = error
+    if code:
+        log.warning("CUDA graphs cannot be captured while collectives are under way (%s)", code)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,12 @@ The device is tests/fake_device: an access that no event orders raises at the li
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import threading
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import fake_device
 import pytest
@@ -24,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 import distlib
 from distlib import native, streams
 from distlib.comm.group import Group
+from distlib.comm.watch import Watch
 
 pytestmark = [
     needs_fake_device,
@@ -125,6 +131,111 @@ def lets_go_of_tensors(rank: int, n: int) -> None:
 
 def test_tensors_that_nobody_else_holds_live_until_their_collective_is_done() -> None:
     run_ranks(2, lets_go_of_tensors, env=SMALL)
+
+
+def messages_without_end(rank: int, n: int) -> int:
+    device = device_here("fake")
+    made = 0
+    new = streams.new
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal made
+        made += 1
+        return new(*args, **kwargs)
+
+    with process_group(rank, n):
+        group = Group.of()
+        x = torch.ones(5, device=device)
+        group.all_reduce(x)
+        streams.new = counted
+        for _ in range(40):
+            group.send(x, 1) if rank == 0 else group.recv(x, 0)
+        return made
+
+
+def test_all_messages_of_a_way_have_one_stream() -> None:
+    """torch's pool has 32: a stream more for each message would soon be one of another group."""
+    assert run_ranks(2, messages_without_end, env=SMALL) == [1, 1]
+
+
+class Pooled:
+    """A stream of a pool, as torch's are on GPUs."""
+
+    pool = 32
+
+    def __init__(self, made: dict[int, int], device: torch.device, priority: int) -> None:
+        made[priority] = made.get(priority, 0) + 1
+        self.device, self.stream_id = device, 100 * -priority + made[priority] % self.pool
+
+
+def test_a_stream_is_not_handed_out_again_while_somebody_has_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made: dict[int, int] = {}
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch, "Stream", functools.partial(Pooled, made))
+    held = [streams.new(gpu, urgent=True) for _ in range(3 * Pooled.pool)]
+    assert len({stream.stream_id for stream in held}) == len(held) and not caplog.records
+    assert streams.new(gpu, urgent=True).stream_id in {stream.stream_id for stream in held}
+    assert "two groups share one" in caplog.text
+    free = held.pop(40).stream_id
+    assert streams.new(gpu, urgent=True).stream_id == free
+    assert streams.new(gpu).stream_id == 1
+
+
+class Looked:
+    """A channel of a device that is not the first."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seen: list[int] = []
+
+    def look(self) -> bool:
+        self.seen.append(torch.accelerator.current_device_index())
+        return False
+
+    def abort(self, text: str) -> None:
+        raise AssertionError(text)
+
+
+def watched_on(rank: int, n: int) -> None:
+    fake_device.load(2)
+    looked, watch = Looked(torch.device("fake", 1)), Watch()
+    watch.add(looked)
+    until = time.monotonic() + 10
+    while not looked.seen and time.monotonic() < until:
+        time.sleep(0.01)
+    assert looked.seen[0] == 1 and torch.accelerator.current_device_index() == 0
+
+
+def test_the_watch_asks_on_the_groups_own_device() -> None:
+    """A thread starts on device 0, and would make a context there: memory of a GPU that is another rank's."""
+    run_ranks(1, watched_on)
+
+
+def test_a_thread_that_asks_does_not_end_a_capture_of_another(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    modes, indices = [], []
+    driver = SimpleNamespace(cuThreadExchangeStreamCaptureMode=lambda mode: modes.append(mode._obj.value))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: {"libcuda.so.1": driver}[name])
+    monkeypatch.setattr(torch.accelerator, "set_device_index", indices.append)
+
+    def asks() -> None:
+        streams.attend(torch.device("cpu"))
+        for index in (2, 3):
+            streams.attend(torch.device("cuda", index))
+
+    for _ in range(2):
+        thread = threading.Thread(target=asks)
+        thread.start()
+        thread.join()
+    assert modes == [1, 1] and indices == [2, 3, 2, 3]  # once a thread: thread-local
+    driver.cuThreadExchangeStreamCaptureMode = lambda mode: 801
+    thread = threading.Thread(target=asks)
+    thread.start()
+    thread.join()
+    assert "CUDA graphs cannot be captured" in caplog.text and "801" in caplog.text
 
 
 def two_devices(rank: int, n: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import fake_device
@@ -21,9 +22,11 @@ from torch._subclasses import FakeTensor
 import distlib
 from distlib import reach
 from distlib.comm import group as group_module
-from distlib.comm.work import CollectiveError
+from distlib.comm.work import CollectiveError, finished
 from distlib.optim import global_norm
+from distlib.pipeline.direct import DirectTransport
 from distlib.pipeline.micro_batches import Whole, divide, moved
+from distlib.pipeline.program import Spec
 
 pytestmark = needs_fake_device
 
@@ -281,3 +284,36 @@ def test_norms_and_skipped_steps_are_those_of_one_process_where_no_group_carries
     for place in ("cpu", "fake"):
         for found in run_ranks(2, agreed, place, timeout=60):
             assert found == pytest.approx(expected, rel=1e-4), place
+
+
+# ------------------------------------------------------------ tags
+
+
+class Noting:
+    """A group of two that notes the tags of messages, and sends nothing."""
+
+    rank, size, ranks = 0, 2, (0, 1)
+
+    def __init__(self, takes_tags: bool) -> None:
+        self.tags: list[int] = []
+        self.takes_tags = lambda device: takes_tags
+
+    def send(self, tensor: torch.Tensor, peer: int, tag: int = 0, **_: Any) -> Any:
+        self.tags.append(tag)
+        return finished([tensor])
+
+    recv = send
+
+
+@pytest.mark.parametrize("takes_tags", [True, False])
+def test_messages_have_tags_only_where_they_are_compared(takes_tags: bool) -> None:
+    """NCCL would ignore them, and refuses."""
+    group: Any = Noting(takes_tags)
+    host: Any = SimpleNamespace(finish=lambda: None, close=lambda: None)
+    transport = DirectTransport(host, group, [0, 1], [(0, 1)], 1.0, torch.device("cpu"))
+    assert group.tags == [0, 0]
+    transport.send(0, 1, 0, [torch.ones(3)])
+    transport.post(1, 0, 0, [Spec.of(torch.ones(3))])
+    transport.take(1, 0, 0)
+    transport.finish()
+    assert len(group.tags) == 4 and all(bool(tag) == takes_tags for tag in group.tags[2:])

@@ -159,6 +159,12 @@ class Group:
         and the fix) or RuntimeError on all ranks where there is no way."""
         self._device_channel(torch.empty(0, device=device).device)  # with its number
 
+    def takes_tags(self, device: torch.device) -> bool:
+        """Whether messages of tensors on `device` may have tags: over NCCL, which has none, they may not. To be asked
+        once the way for such tensors is made."""
+        channel = self._on_devices.get(device.type)
+        return channel.nccl is None if channel is not None else not self._channel.by_streams
+
     def nccl_on(self, device: torch.device) -> Any:
         """This group's NcclChannel, where NCCL is used; every rank must call, as `connect` may be needed."""
         channel = self._device_channel(device)

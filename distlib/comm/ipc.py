@@ -184,7 +184,9 @@ class IpcChannel:
             self._require_open()
             self._messages[peer, sending] += 1
             number = self._messages[peer, sending]
-            stream = self._message_streams.setdefault((peer, sending), streams.new(self.device, urgent=True))
+            if (peer, sending) not in self._message_streams:
+                self._message_streams[peer, sending] = streams.new(self.device, urgent=True)
+            stream = self._message_streams[peer, sending]
             what = f"message {'to' if sending else 'from'} {self._place.rank_name(peer)}"
             operation = DeviceOperation(self, number, what, True, stream, (peer,), tensor, timeout, sending=sending)
             operation.source = -1 if sending else peer

@@ -9,6 +9,10 @@ import threading
 import weakref
 from typing import Protocol
 
+import torch
+
+from distlib import streams
+
 log = logging.getLogger("distlib")
 TICK = 0.05  # seconds between looks while something is under way
 IDLE = 1.0
@@ -16,6 +20,8 @@ IDLE = 1.0
 
 class Watched(Protocol):
     """A channel whose operations end without the host."""
+
+    device: torch.device
 
     def look(self) -> bool:
         """Sees after everything, and never blocks. Whether it wants to be looked at again soon."""
@@ -72,6 +78,7 @@ class Watch:
     @staticmethod
     def _look(one: Watched) -> bool:
         try:
+            streams.attend(one.device)
             return one.look()
         except Exception as error:
             log.exception("the watch over a group's collectives failed")

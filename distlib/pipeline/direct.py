@@ -54,6 +54,7 @@ class DirectTransport:
     ) -> None:
         self._host, self._group, self._device = host, group, device
         self._placement, self._timeout = tuple(placement), timeout
+        self._tagged = group.takes_tags(device)
         self._going: list[tuple[Message, Work]] = []
         self._before: list[tuple[Message, Work]] = []  # of the step before, not known to be away
         self._coming: dict[Message, tuple[int, Tensors, list[Work]]] = {}
@@ -77,7 +78,7 @@ class DirectTransport:
             self._host.send(*message, tensors[:on_host])
         with self._telling(message):
             self._going = [(m, work) for m, work in self._going if not _is_over(work)]
-            tag = _tag(source, target, [Spec.of(tensor) for tensor in tensors[on_host:]])
+            tag = self._tag(source, target, [Spec.of(tensor) for tensor in tensors[on_host:]])
             for tensor in tensors[on_host:]:
                 if tensor.numel():
                     work = self._group.send(
@@ -91,7 +92,7 @@ class DirectTransport:
         message = (source, target, micro_batch)
         if on_host:
             self._host.post(*message, specs[:on_host])
-        tag = _tag(source, target, specs[on_host:])
+        tag = self._tag(source, target, specs[on_host:])
         works = []
         with self._telling(message):
             tensors = tuple(torch.empty(s.shape, dtype=s.dtype, device=self._device) for s in specs[on_host:])
@@ -113,6 +114,13 @@ class DirectTransport:
             for work in works:
                 work.wait()
         return (*states, *tensors)
+
+    def _tag(self, source: int, target: int, specs: Sequence[Spec]) -> int:
+        """Of messages of a channel with these shapes and dtypes: where tags are compared, one that is taken for another
+        is an error."""
+        if not self._tagged:
+            return 0
+        return zlib.crc32(f"{source} {target} {Header.of(0, specs).checksum}".encode()) & (1 << 20) - 1
 
     def finish(self) -> None:
         """The end of a step: raises what is known to have failed. Its messages may be under way still; those of the
@@ -159,8 +167,3 @@ def _is_over(work: Work) -> bool:
     if error is not None:
         raise error
     return True
-
-
-def _tag(source: int, target: int, specs: Sequence[Spec]) -> int:
-    """Of messages of a channel with these shapes and dtypes: one that is taken for another is an error."""
-    return zlib.crc32(f"{source} {target} {Header.of(0, specs).checksum}".encode()) & (1 << 20) - 1
