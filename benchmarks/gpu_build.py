@@ -24,12 +24,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("native", "cuda")
 NAMES = {"native": f"_native{sysconfig.get_config_var('EXT_SUFFIX')}", "cuda": "_cuda.so"}
-SAY_WHETHER_IT_LOADS = """
-import json
+SAY_WHETHER_THEY_WORK = """
+import json, torch
 from distlib import native
-from distlib.cuda import library
-native.core(), library.present()
-print(json.dumps({"native": native.why_not(), "cuda": library.why_not()}))
+from distlib.cuda import blocks, library
+native.core()
+cuda = library.why_not()
+if not cuda and torch.cuda.is_available():
+    try:
+        blocks.quantize(torch.ones(300, device="cuda")).cpu()
+    except RuntimeError as error:  # no code for this card, or made by a CUDA that is newer than the driver
+        cuda = str(error)
+print(json.dumps({"native": native.why_not(), "cuda": cuda}))
 """
 
 
@@ -143,9 +149,9 @@ def build(decision: Decision, jobs: dict[str, str], root: Path = ROOT) -> str:
     return ""
 
 
-def loaded() -> dict[str, str]:
+def useless() -> dict[str, str]:
     """Of each part: why it cannot be used, "" if it can. In a new process: this one may hold an older library."""
-    done = subprocess.run([sys.executable, "-c", SAY_WHETHER_IT_LOADS], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", SAY_WHETHER_THEY_WORK], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         return dict.fromkeys(PARTS, f"distlib cannot be imported: {done.stderr.strip()[-500:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -166,12 +172,12 @@ def main() -> int:
         assert setup is not None, "decided to build"
         jobs["DISTLIB_CUDA_ARCH"] = architecture(setup["find_nvcc"]())
     failure = build(decision, jobs)
-    useless = [f"{NAMES[part]} cannot be used: {why}" for part, why in loaded().items() if why]
-    notes += [failure] * bool(failure) + useless
+    broken = [f"{NAMES[part]} cannot be used: {why}" for part, why in useless().items() if why]
+    notes += [failure] * bool(failure) + broken
     record = {"action": decision.action, **jobs, "notes": notes, "seconds": round(time.monotonic() - begin, 1)}
     options.json.write_text(json.dumps(record, indent=1) + "\n")
     print(*notes, sep="\n")
-    return 1 if failure or useless else 0
+    return 1 if failure or broken else 0
 
 
 if __name__ == "__main__":

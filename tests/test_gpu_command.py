@@ -23,6 +23,9 @@ from gpu_build import Decision, Here, decide
 from gpu_parts import Done, Part, run_all
 from gpu_summary import HEADINGS, append, collected, lines_of, merged, shown
 
+from distlib.cuda import blocks, library
+from distlib.cuda.library import CudaError
+
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 ALONE = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # no worker of xdist
@@ -306,6 +309,20 @@ def test_a_library_tells_whether_it_is_of_these_sources(tree: Path) -> None:
     assert gpu_build.strangers(tree, kept) == []
     (tree / "csrc/cuda/six.cu").write_text('extern "C" int six() { return 7; }\n')
     assert "_cuda.so is not known to be of these sources" in gpu_build.strangers(tree, kept)[0]
+
+
+def test_a_library_that_does_not_run_on_this_card_is_told_by_the_build(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def quantize(values: torch.Tensor) -> torch.Tensor:
+        raise CudaError("distlib_cuda_quantize", 35, "CUDA driver version is insufficient for CUDA runtime version")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: torch.zeros(*shape))
+    monkeypatch.setattr(library, "why_not", lambda: "")
+    monkeypatch.setattr(blocks, "quantize", quantize)
+    exec(gpu_build.SAY_WHETHER_THEY_WORK, {})
+    assert "driver version is insufficient" in json.loads(capsys.readouterr().out)["cuda"]
 
 
 def test_pybind11_is_taken_from_torch_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

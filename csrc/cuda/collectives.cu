@@ -366,6 +366,10 @@ DISTLIB_API int distlib_cuda_group_bytes(const distlib_group* group, uint64_t* b
 DISTLIB_API int distlib_cuda_group_start_at(const distlib_group* group, int64_t device, int64_t epoch) {
   if (!valid(*group)) return cudaErrorInvalidValue;
   if (const int code = cudaSetDevice(static_cast<int>(device))) return code;
+  // CUDA loads a kernel when it is first asked for, and may wait for the device to do so: not while kernels wait there.
+  cudaFuncAttributes unused;
+  if (const int code = cudaFuncGetAttributes(&unused, collective_kernel)) return code;
+  if (const int code = cudaFuncGetAttributes(&unused, message_kernel)) return code;
   DL_LAUNCH(start_kernel, dim3(1), dim3(128), nullptr, *group, static_cast<uint32_t>(epoch));
   const int code = launched();
   return code ? code : static_cast<int>(cudaStreamSynchronize(nullptr));
