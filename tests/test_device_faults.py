@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -12,6 +10,7 @@ from datetime import timedelta
 import pytest
 import torch
 from device_groups import SMALL, card, device_group, emulated
+from endings import ENDINGS, end
 from ranks import run_ranks, run_ranks_raw, shared_files
 
 from distlib import native
@@ -111,23 +110,12 @@ def loses_a_rank(rank: int, n: int, path: str, how: str) -> tuple[str, float]:
         x = one()
         group.all_reduce(x)
         if rank == 1:
-            if how == "raises":
-                raise KeyError("a bug in the user's script")
-            if how == "is killed inside":
-                threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
-                while True:
-                    group.all_reduce(x)
-            if how == "is killed between":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if how == "leaves":
-                group.close()
-                time.sleep(3)
-            os._exit(0)
+            end(how, group, lambda: group.all_reduce(x))
         begin = time.monotonic()
         return error_of(lambda: group.all_reduce(x)), time.monotonic() - begin
 
 
-@pytest.mark.parametrize("how", ["raises", "exits", "is killed inside", "is killed between", "leaves"])
+@pytest.mark.parametrize("how", ENDINGS)
 def test_a_rank_that_ends_or_leaves_is_named_by_all_others_at_once(how: str) -> None:
     before = shared_files()
     outcomes = run_ranks_raw(3, loses_a_rank, emulated(), how, env=SMALL, timeout=40)
@@ -137,7 +125,7 @@ def test_a_rank_that_ends_or_leaves_is_named_by_all_others_at_once(how: str) -> 
         assert ("left the group" if how == "leaves" else "ended") in text, text
         assert seconds < 10, f"{seconds:.1f} s until: {text}"
     assert len({text for text, _ in values}) == 1
-    assert shared_files() == before
+    assert shared_files() <= before  # a test beside this one may take its own away
 
 
 def never_comes(rank: int, n: int, path: str) -> tuple[str, float]:

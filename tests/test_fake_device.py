@@ -18,14 +18,10 @@ from torch.autograd.graph import register_multi_grad_hook
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-pytestmark = pytest.mark.timeout(600)  # the first test may have to compile the device
-
-
-@pytest.fixture(autouse=True, scope="module")
-def built() -> None:
-    why_not = fake_device.why_not()
-    if why_not is not None:
-        pytest.skip(why_not)
+pytestmark = [
+    pytest.mark.timeout(600),  # the first test may have to compile the device
+    pytest.mark.usefixtures("built_fake_device"),
+]
 
 
 def inside(rank: int, n: int, test: Callable[..., Any], args: tuple[Any, ...], devices: int) -> Any:

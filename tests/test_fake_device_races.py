@@ -9,27 +9,15 @@ from typing import Any
 import fake_device
 import pytest
 import torch
-from ranks import run_ranks
+from test_fake_device import on_device
 from torch import nn
 
 from distlib import streams
 
-pytestmark = pytest.mark.timeout(600)  # the first test may have to compile the device
-
-
-@pytest.fixture(autouse=True, scope="module")
-def built() -> None:
-    why_not = fake_device.why_not()
-    if why_not is not None:
-        pytest.skip(why_not)
-
-
-def inside(rank: int, n: int, test: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    return test(fake_device.load(), *args)
-
-
-def on_device(test: Callable[..., Any], *args: Any) -> Any:
-    return run_ranks(1, inside, test, args, timeout=100)[0]
+pytestmark = [
+    pytest.mark.timeout(600),  # the first test may have to compile the device
+    pytest.mark.usefixtures("built_fake_device"),
+]
 
 
 class Setting:

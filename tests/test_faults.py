@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from endings import ENDINGS, end
 from ranks import Outcome, process_group, run_ranks, run_ranks_raw, shared_files, store
 
 import distlib
@@ -106,18 +107,7 @@ def loses_a_rank(rank: int, n: int, how: str) -> tuple[str, float]:
     x = group.registered_empty(1 << 20).fill_(1)
     group.all_reduce(x)
     if rank == 1:
-        if how == "raises":
-            raise KeyError("a bug in the user's script")
-        if how == "is killed inside":
-            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
-            while True:
-                group.all_reduce(x)
-        if how == "is killed between":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if how == "leaves":
-            group.close()
-            time.sleep(3)
-        os._exit(0)
+        end(how, group, lambda: group.all_reduce(x))
     begin = time.monotonic()
 
     def work() -> None:
@@ -128,7 +118,7 @@ def loses_a_rank(rank: int, n: int, how: str) -> tuple[str, float]:
 
 
 @EVERY_WAY
-@pytest.mark.parametrize("how", ["raises", "exits", "is killed inside", "is killed between"])
+@pytest.mark.parametrize("how", ENDINGS[:-1])  # one that leaves: below
 def test_a_rank_that_ends_is_named_by_all_others_at_once(how: str, env: dict[str, str]) -> None:
     outcomes = run_ranks_raw(3, loses_a_rank, how, env=env, timeout=40)
     for outcome in (outcomes[0], outcomes[2]):

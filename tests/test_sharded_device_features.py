@@ -43,6 +43,15 @@ def _weights(model: distlib.ShardedDataParallel) -> list[torch.Tensor]:
     return list(model.full_state_dict().values())
 
 
+def _trained(here: Context, model: distlib.ShardedDataParallel, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The weights after some steps."""
+    for step in range(STEPS):
+        loss_of(model, *here.batch(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return _weights(model)
+
+
 def evaluated_between(here: Context) -> list[torch.Tensor]:
     """Evaluation between micro-steps and after a step; weights that are loaded right after it."""
     model = here.wrap(tiny())
@@ -135,11 +144,7 @@ def checkpointed(here: Context) -> list[torch.Tensor]:
     module.blocks = nn.ModuleList(Checkpointed(block) for block in module.blocks)
     model = here.wrap(module)
     optimizer = distlib.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    for step in range(STEPS):
-        loss_of(model, *here.batch(step)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return _weights(model)
+    return _trained(here, model, optimizer)
 
 
 def policies(here: Context) -> list[torch.Tensor]:
@@ -150,11 +155,7 @@ def policies(here: Context) -> list[torch.Tensor]:
         distlib.checkpoint_activations(module, policy)
         model = here.wrap(module)
         optimizer = distlib.optim.Lion(model.parameters(), lr=1e-3)
-        for step in range(STEPS):
-            loss_of(model, *here.batch(step)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        found += _weights(model)
+        found += _trained(here, model, optimizer)
     return found
 
 
@@ -165,11 +166,7 @@ def adapters(here: Context) -> list[torch.Tensor]:
         block.norm.requires_grad_(True)
     model = here.wrap(module)
     optimizer = distlib.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3, max_norm=0.01)
-    for step in range(STEPS):
-        loss_of(model, *here.batch(step)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return _weights(model)
+    return _trained(here, model, optimizer)
 
 
 def scaled_losses(here: Context) -> list[torch.Tensor]:
@@ -253,11 +250,7 @@ def reentrant(here: Context) -> list[torch.Tensor]:
     module.blocks = nn.ModuleList(Checkpointed(block, True) for block in module.blocks)
     model = here.wrap(module)
     optimizer = distlib.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    for step in range(STEPS):
-        loss_of(model, *here.batch(step)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return _weights(model)
+    return _trained(here, model, optimizer)
 
 
 def half(here: Context) -> list[torch.Tensor]:
@@ -296,13 +289,10 @@ def from_meta(here: Context) -> list[torch.Tensor]:
         module = tiny()
     model = here.wrap(module, init=init)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, foreach=True)
-    for step in range(STEPS):
-        loss_of(model, *here.batch(step)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    weights = _trained(here, model, optimizer)
     report = str(model.memory_report(optimizer))
     assert "optimizer" in report
-    return _weights(model)
+    return weights
 
 
 USES: dict[str, Callable[[Context], list[torch.Tensor]]] = {

@@ -155,9 +155,7 @@ def pack_plainly(
     device_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`PackTable.pack` with torch's operators. Returns (squares, found_inf), of the values as they are stored."""
-    places = _places([t.numel() for t in tensors], flat, offsets)
-    targets = [flat[place : place + t.numel()] for place, t in zip(places, tensors, strict=True)]
-    return _convert(tensors, targets, scale, device_scale)
+    return _convert(tensors, _slices(tensors, flat, offsets), scale, device_scale)
 
 
 def unpack_plainly(
@@ -168,9 +166,13 @@ def unpack_plainly(
     device_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`PackTable.unpack` with torch's operators, as `pack_plainly`."""
+    return _convert(_slices(tensors, flat, offsets), tensors, scale, device_scale)
+
+
+def _slices(tensors: Sequence[torch.Tensor], flat: torch.Tensor, offsets: Sequence[int] | None) -> list[torch.Tensor]:
+    """Each tensor's place in the buffer."""
     places = _places([t.numel() for t in tensors], flat, offsets)
-    sources = [flat[place : place + t.numel()] for place, t in zip(places, tensors, strict=True)]
-    return _convert(sources, tensors, scale, device_scale)
+    return [flat[place : place + t.numel()] for place, t in zip(places, tensors, strict=True)]
 
 
 def _convert(

@@ -13,7 +13,7 @@ import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,22 +25,23 @@ RULES = {"ADAMW": 0, "SGD": 1, "LION": 2}
 _GRADS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Hyper(Protocol):
-    """The scalars of a step, as distlib/optim/kernels.py has them; csrc/cpu/optimizers.hpp gives the formulas."""
+@dataclass(frozen=True)
+class Hyper:
+    """The scalars of a step, as csrc/cpu/optimizers.hpp defines them, which also gives the formulas."""
 
-    rule: str
-    scale: float
-    rate: float
-    decay: float
-    l2: float
-    beta1: float
-    beta2: float
-    eps: float
-    root_scale: float
-    momentum: float
-    dampening: float
-    nesterov: bool
-    first: bool
+    rule: str  # "ADAMW", "SGD", "LION"
+    scale: float = 1.0
+    rate: float = 0.0
+    decay: float = 1.0
+    l2: float = 0.0
+    beta1: float = 0.0
+    beta2: float = 0.0
+    eps: float = 0.0
+    root_scale: float = 1.0
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    first: bool = False
 
 
 _DOUBLES = ("scale", "rate", "decay", "l2", "beta1", "beta2", "eps", "root_scale", "momentum", "dampening")
@@ -209,7 +210,6 @@ class DeviceTable:
             scalars.memory.data_ptr(),
             stream_of(self.device),
         )
-
 
     def _extents(self, *columns: int) -> list[library.Extent]:
         wide = max(self.param.itemsize, 4)

@@ -20,6 +20,7 @@ import torch
 
 from distlib import native
 from distlib.cuda import library
+from distlib.cuda.step import Hyper
 from distlib.cuda.step import step_plainly as step_halves_plainly
 from distlib.optim import device_norm
 from distlib.optim.memory import state_dtype
@@ -27,25 +28,6 @@ from distlib.optim.memory import state_dtype
 COPY_CODES = {torch.bfloat16: 1, torch.float16: 2, torch.int16: 3}
 COPIES = (torch.bfloat16, torch.float16)  # what a step's pass rounds to
 _SQUARED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class Hyper:
-    """The scalars of a step, as csrc/cpu/optimizers.hpp defines them, which also gives the formulas."""
-
-    rule: str  # "ADAMW", "SGD", "LION"
-    scale: float = 1.0
-    rate: float = 0.0
-    decay: float = 1.0
-    l2: float = 0.0
-    beta1: float = 0.0
-    beta2: float = 0.0
-    eps: float = 0.0
-    root_scale: float = 1.0
-    momentum: float = 0.0
-    dampening: float = 0.0
-    nesterov: bool = False
-    first: bool = False
 
 
 class Segment(NamedTuple):
@@ -167,7 +149,7 @@ def step_plainly(hyper: Hyper, segment: Segment) -> None:
     h = hyper
     p, g, m, v, copy = segment
     if copy is not None and copy.dtype is torch.int16:
-        step_halves_plainly(h, p, g, m, v, copy)  # type: ignore[arg-type]
+        step_halves_plainly(h, p, g, m, v, copy)
         return
     g = g.to(p.dtype) * h.scale
     if h.l2 != 0 and h.rule != "LION":
