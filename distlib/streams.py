@@ -55,7 +55,8 @@ def new(device: torch.device, urgent: bool = False) -> Stream:
             stream = torch.Stream(device, priority=priority)
             key = stream.device, stream.stream_id
             if key not in _lent:
-                _lent[key] = stream
+                if type(stream).__weakrefoffset__:  # not in every torch: then they come as the ring has them
+                    _lent[key] = stream
                 return stream
     log.warning("more than %d streams of %s are in use: two groups share one", len(_lent), device)
     return stream

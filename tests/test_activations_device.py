@@ -67,8 +67,8 @@ def test_any_window_and_order_of_offloading_on_a_device() -> None:
     run_ranks(1, _windows, timeout=100)
 
 
-def _ahead(rank: int, n: int) -> tuple[int, int]:
-    """Bytes that a forward reserves whose copies are slow, with and without offloading."""
+def _ahead(rank: int, n: int, slow: str) -> tuple[int, int]:
+    """Bytes that a step reserves whose forward or backward is slow, with and without offloading."""
     device = device_here("fake")
     reserved = []
     for policy in ("keep", "offload"):
@@ -76,20 +76,26 @@ def _ahead(rank: int, n: int) -> tuple[int, int]:
         if policy == "offload":
             distlib.checkpoint_activations(model, policy, resident=0, window="1MiB")
         x = torch.ones(512, 256, device=device)
-        fake_device.lag(1_000_000)
-        torch.accelerator.empty_cache()
-        torch.accelerator.reset_peak_memory_stats()
-        before = torch.accelerator.memory_reserved()
-        output = model(x)
+        model(x).sum().backward()  # gradients have their memory, and the order of need is known
+        torch.accelerator.synchronize()
+        for phase in ("forward", "backward"):
+            fake_device.lag(1_000_000 if phase == slow else 0)
+            if phase == "forward":
+                torch.accelerator.empty_cache()
+                torch.accelerator.reset_peak_memory_stats()
+                before = torch.accelerator.memory_reserved()
+                output = model(x)
+            else:
+                output.sum().backward()
         reserved.append(torch.accelerator.max_memory_reserved() - before)
         fake_device.lag(0)
-        output.sum().backward()
         del output, model
     return reserved[0], reserved[1]
 
 
-def test_memory_is_saved_also_where_the_host_is_far_ahead() -> None:
-    plain, moved = run_ranks(1, _ahead)[0]
+@pytest.mark.parametrize("slow", ["forward", "backward"])
+def test_memory_is_saved_also_where_the_host_is_far_ahead(slow: str) -> None:
+    plain, moved = run_ranks(1, _ahead, slow)[0]
     assert moved < 0.4 * plain, (plain, moved)
 
 
@@ -114,6 +120,8 @@ def _planted(rank: int, n: int, which: str) -> str:
     _, model, x = pair("dropout", device)
     if which == "written":
         PinnedStore.write = _without(PinnedStore.write)  # type: ignore[method-assign]
+    elif which == "lent again":
+        PinnedStore.read = _without(PinnedStore.read)  # type: ignore[method-assign]
     else:
         distlib.activations.stores._Read.wait = lambda self: None  # type: ignore[method-assign]
     distlib.checkpoint_activations(model, "offload", resident=0, window=1)
@@ -125,19 +133,19 @@ def _planted(rank: int, n: int, which: str) -> str:
     return ""
 
 
-def _without(write: Any) -> Any:
-    """`write` whose copies do not wait for what computes their source."""
+def _without(copy: Any) -> Any:
+    """A copy that does not wait for what computes its source, or with the memory that it goes to."""
 
-    def unordered(self: PinnedStore, source: torch.Tensor, offset: int, done: Any) -> Any:
+    def unordered(self: PinnedStore, *args: Any) -> Any:
         follow, distlib.streams.follow = distlib.streams.follow, lambda *_: None
         try:
-            return write(self, source, offset, done)
+            return copy(self, *args)
         finally:
             distlib.streams.follow = follow
 
     return unordered
 
 
-@pytest.mark.parametrize("which", ["written", "read"])
+@pytest.mark.parametrize("which", ["written", "lent again", "read"])
 def test_a_missing_event_is_found(which: str) -> None:
     assert "race: " in run_ranks(1, _planted, which)[0]

@@ -185,16 +185,25 @@ class _Written:
 
 
 class _Read:
-    """A Transfer from the host on the copy stream: the stream that waits is the one current where `wait` is called."""
+    """A Transfer from the host on the copy stream: the stream that waits is the one current where `wait` is called.
 
-    def __init__(self, event: streams.Event, into: torch.Tensor) -> None:
-        self._event = event
-        self._into = into
+    Its memory is that of the stream which computes, so that what is dropped after use is lent again in that stream's
+    order, however far the host is ahead of the device. Where nobody waited, it is marked as in use by the copy stream.
+    """
+
+    def __init__(self, stream: streams.Stream, into: torch.Tensor, home: streams.Stream) -> None:
+        self._event = streams.record(stream)
+        self._into, self._home = into, home
+        self._held = weakref.finalize(self, streams.keep, into, stream)
+        self._held.atexit = False
 
     def wait(self) -> None:
         stream = streams.current(self._into.device)
         streams.wait(stream, self._event)
-        streams.keep(self._into, stream)
+        if stream == self._home:
+            self._held.detach()
+        else:
+            streams.keep(self._into, stream)
 
     def cancel(self) -> bool:
         return False
@@ -236,10 +245,12 @@ class PinnedStore:
         return _Written(self._stream, source, done)
 
     def read(self, offset: int, nbytes: int, device: torch.device) -> tuple[torch.Tensor, Transfer]:
+        home = streams.current(self._device)
+        into = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        streams.follow(self._stream, home)  # which may still work on what had this memory before
         with streams.on(self._stream):  # also behind the write of the same piece: one stream has one order
-            into = torch.empty(nbytes, dtype=torch.uint8, device=device)
             into.copy_(self._piece(offset, nbytes), non_blocking=True)
-        return into, _Read(streams.record(self._stream), into)
+        return into, _Read(self._stream, into, home)
 
     def _piece(self, offset: int, nbytes: int) -> torch.Tensor:
         for start, memory in self._extents:
