@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cuda_cards import CARDS, a_card
+from cuda_cards import CARDS, a_card, some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,7 +36,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.cpu().contiguous().view(torch.uint8), b.cpu().contiguous().view(torch.uint8))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=some(150), deadline=None)
 @given(SIZES, st.integers(0, 9), st.integers(0, 17), st.sampled_from([F32, F16, BF16]))
 def test_quantized_bits_are_those_of_qwz(
     card: torch.device, count: int, shift: int, off: int, dtype: torch.dtype
@@ -100,10 +100,8 @@ def test_many_packed_rows_are_one_launch(card: torch.device) -> None:
             assert same_bits(out, plain)
 
 
-@settings(max_examples=100, deadline=None)
-@given(
-    st.integers(1, 5), st.integers(1, 5), st.integers(0, 200), st.integers(0, 17), st.integers(0, 17), st.booleans()
-)
+@settings(max_examples=some(100), deadline=None)
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 200), st.integers(0, 17), st.integers(0, 17), st.booleans())
 def test_rows_come_in_the_order_of_ranks(
     card: torch.device, nodes: int, rails: int, row: int, shift: int, other: int, wide: bool
 ) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cuda_cards import CARDS, a_card
+from cuda_cards import CARDS, a_card, some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_optim_kernels import fitting, hypers
@@ -71,7 +71,7 @@ def same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 
 @CORE
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=some(150), deadline=None)
 @given(
     st.lists(st.integers(0, 300), min_size=1, max_size=5),
     st.lists(st.integers(0, 9), min_size=5, max_size=5),
@@ -253,7 +253,7 @@ def test_a_step_of_the_devices_scalars_is_one_of_the_optimizers(card: torch.devi
 
 
 @CORE
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=some(60), deadline=None)
 @given(
     st.lists(
         st.tuples(
@@ -265,9 +265,7 @@ def test_a_step_of_the_devices_scalars_is_one_of_the_optimizers(card: torch.devi
         max_size=6,
     )
 )
-def test_sums_of_squares_have_the_cores_bits(
-    card: torch.device, pieces: list[tuple[int, int, torch.dtype]]
-) -> None:
+def test_sums_of_squares_have_the_cores_bits(card: torch.device, pieces: list[tuple[int, int, torch.dtype]]) -> None:
     generator = torch.Generator().manual_seed(len(pieces))
     host = [torch.randn(n + shift, generator=generator).to(dtype)[shift:] for n, shift, dtype in pieces]
     there = [
