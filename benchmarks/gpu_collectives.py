@@ -13,7 +13,9 @@ reduce-scatter divides.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +31,9 @@ KIB, MIB = 1 << 10, 1 << 20
 SIZES = {"cuda": (64 * KIB, MIB, 16 * MIB), "fake": (4 * KIB,)}
 KINDS = ("all_reduce", "all_gather", "reduce_scatter")
 MAPPED, NCCL = "mapped memory", "NCCL"
-REPEAT = 10  # calls that are timed together
+RUNS = "runs to its end"  # of a check on ranks, not on what they found
+# Calls that are timed together, and rounds at most. Ranks that share a card need milliseconds for every step of a call.
+REPEAT, SHARED_REPEAT, SHARED_ROUNDS = 10, 2, 5
 # Threads of the fake device are fibers: few of them, and small slots, so that a small message goes in pieces too.
 FEW = {"DISTLIB_DEVICE_THREADS": "32", "DISTLIB_DEVICE_BLOCKS": "2", "DISTLIB_DEVICE_STAGING_KB": "1"}
 
@@ -56,14 +60,19 @@ def on_rank(options: argparse.Namespace) -> None:
     try:
         for size in SIZES[options.device]:
             for kind in KINDS:
-                found[f"{kind} {size}"] = _measure(kind, size, groups, device, gloo, options.rounds)
+                found[f"{kind} {size}"] = _measure(kind, size, groups, device, gloo, options)
         write_samples(options.samples, found)
     finally:
         dist.destroy_process_group()
 
 
 def _measure(
-    kind: str, size: int, groups: dict[str, Any], device: torch.device, gloo: dist.ProcessGroup, rounds: int
+    kind: str,
+    size: int,
+    groups: dict[str, Any],
+    device: torch.device,
+    gloo: dist.ProcessGroup,
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
@@ -78,15 +87,18 @@ def _measure(
 
     def repeated(call: Callable[[], object]) -> Callable[[], object]:
         def run() -> None:
-            for _ in range(REPEAT):
+            for _ in range(options.repeat):
                 call()
             torch.cuda.synchronize()
 
         return run
 
     calls = {way: repeated(_call(kind, size, group, device)[0]) for way, group in groups.items()}
-    seconds = interleaved(calls, gloo, rounds).seconds
-    return {"right": right, "seconds": {way: [taken / REPEAT for taken in each] for way, each in seconds.items()}}
+    seconds = interleaved(calls, gloo, options.rounds).seconds
+    return {
+        "right": right,
+        "seconds": {way: [taken / options.repeat for taken in each] for way, each in seconds.items()},
+    }
 
 
 def _is_right(kind: str, size: int, group: Any, device: torch.device) -> bool:
@@ -129,20 +141,27 @@ def _call(kind: str, size: int, group: Any, device: torch.device) -> tuple[Calla
 # ---- the process that starts the ranks --------------------------------------------------------------------
 
 
-def results(device: str, rounds: int) -> GpuReport:
+def results(device: str, rounds: int) -> Iterator[GpuReport]:
+    """The report as it grows. Ranks that fail are told about, and the others go on."""
     from gpu_cards import cards
-    from gpu_report import GpuReport
+    from gpu_report import Check, GpuReport
 
-    rows, checks = _of(device, 2, False, "2 ranks on one card", rounds)
-    several = cards() if device == "cuda" else 1
-    if several > 1:
-        for ranks in sorted({2, several}):
-            more, others = _of(device, ranks, True, "a card each", rounds)
-            rows, checks = rows + more, checks + others
-    notes = [f"Seconds a call, of {REPEAT} in a row; fp32. Two ranks on one card take turns: no statement on latency."]
+    notes = ["Seconds a call, of several in a row; fp32. Two ranks on one card take turns: no statement on latency."]
     if device == "fake":
         notes = ["The device is tests/fake_device: nothing was timed."]
-    return GpuReport("gpu_collectives", "Collectives in mapped memory of GPUs", rows, notes, checks)
+    worlds = [(2, False, "2 ranks on one card")]
+    several = cards() if device == "cuda" else 1
+    if several > 1:
+        worlds += [(ranks, True, "a card each") for ranks in sorted({2, several})]
+    rows, checks = [], []
+    for ranks, spread, where in worlds:
+        try:
+            more, others = _of(device, ranks, spread, where, rounds)
+        except subprocess.CalledProcessError as error:
+            told = f"exit code {error.returncode}, see the log"
+            more, others = [], [Check(f"{where}: {RUNS}", ranks, told, "exit code 0", False)]
+        rows, checks = rows + more, checks + others
+        yield GpuReport("gpu_collectives", "Collectives in mapped memory of GPUs", rows, notes, checks)
 
 
 def _of(device: str, ranks: int, spread: bool, where: str, rounds: int) -> tuple[list[Row], list[Any]]:
@@ -152,7 +171,9 @@ def _of(device: str, ranks: int, spread: bool, where: str, rounds: int) -> tuple
     from report import Bar, Row
 
     environ = dict(FEW) if device == "fake" else {} if spread else one_card()
-    arguments = [f"--device={device}", f"--rounds={rounds}", *(["--nccl"] if spread else [])]
+    repeat = REPEAT if spread else SHARED_REPEAT
+    rounds = rounds if spread else min(rounds, SHARED_ROUNDS)
+    arguments = [f"--device={device}", f"--rounds={rounds}", f"--repeat={repeat}", *(["--nccl"] if spread else [])]
     found = run_ranks(__file__, ranks, arguments, **environ)
     rows = []
     for name, one in found.items():
@@ -166,16 +187,17 @@ def _of(device: str, ranks: int, spread: bool, where: str, rounds: int) -> tuple
     return rows, [Check(f"{', '.join(KINDS)}, {where}: results", ranks, told, "all right", not wrong)]
 
 
-def main() -> None:
+def main() -> int:
     if is_rank():
         parser = argparse.ArgumentParser()
         parser.add_argument("--samples", type=Path, required=True)
         parser.add_argument("--device", required=True)
         parser.add_argument("--rounds", type=int, required=True)
+        parser.add_argument("--repeat", type=int, required=True)
         parser.add_argument("--nccl", action="store_true")
         on_rank(parser.parse_args())
         free_groups()
-        return
+        return 0
     import report
     from gpu_cards import use_checkout
 
@@ -184,8 +206,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args()
     use_checkout()
-    report.publish(results(options.device, options.rounds), options)
+    around = report.surroundings()
+    for found in results(options.device, options.rounds):
+        report.save(found, around, options.out)
+    report.publish(found, options)
+    return 1 if any(RUNS in check.what for check in found.checks) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import gpu_cards
+import gpu_collectives
 import gpu_model
 import gpu_ranks
 import gpu_step
@@ -106,6 +107,27 @@ def test_what_was_measured_before_ranks_failed_is_kept(tmp_path: Path, monkeypat
     assert found["CUDA_LAUNCH_BLOCKING=1: the same bits", 2] == ("6 of 6 curves", True)
 
 
+def test_ranks_that_fail_leave_the_collectives_of_others_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ranks(script: str, n: int, arguments: list[str], **environ: str) -> Any:
+        if n == 4:
+            raise subprocess.CalledProcessError(1, "python")
+        spread = "--nccl" in arguments
+        assert ("--repeat=10" in arguments, "--rounds=10" in arguments) == (spread, spread), arguments
+        seconds = {"mapped memory": [1e-3, 2e-3]} | ({"NCCL": [1e-3, 2e-3]} if spread else {})
+        return {"all_reduce 65536": {"right": dict.fromkeys(seconds, True), "seconds": seconds}}
+
+    monkeypatch.setattr(gpu_collectives, "run_ranks", ranks)
+    monkeypatch.setattr(gpu_cards, "cards", lambda: 4)
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setattr(sys, "argv", ["gpu_collectives.py", f"--out={tmp_path}"])
+    assert gpu_collectives.main() == 1
+    document = json.loads((tmp_path / "gpu_collectives.json").read_text())
+    assert [row["ranks"] for row in document["rows"]] == [2, 2]
+    assert [(check["ranks"], check["met"]) for check in document["checks"]] == [(2, True), (2, True), (4, False)]
+
+
 class Event:
     """torch.cuda.Event's clock: it advances by a millisecond with each record."""
 
@@ -168,9 +190,7 @@ def test_what_surrounds_timed_steps_runs_and_is_told_in_rows(card: Any, monkeypa
     assert text[0][-2] == "<= 1.030x" and "MiB" in text[4][3]
 
 
-@pytest.mark.parametrize(
-    ("gib", "billions"), [(79, 1.0), (139, 1.0), (47, 0.7), (23, 0.39), (15, 0.15), (7, 0.05)]
-)
+@pytest.mark.parametrize(("gib", "billions"), [(79, 1.0), (139, 1.0), (47, 0.7), (23, 0.39), (15, 0.15), (7, 0.05)])
 def test_the_model_is_the_largest_that_the_card_holds(gib: int, billions: float) -> None:
     size = gpu_model.size_for(gib << 30)
     assert size.parameters >= billions * 1e9 and size.memory < gib << 30
