@@ -66,7 +66,7 @@ REFRESH = new=$$( $(2) ); [ "$$(cat $(VENV)/$(1) 2>/dev/null)" = "$$new" ] || { 
 
 venv: $(PY)
 	@$(call REFRESH,stamp-env,$(STAMP_ENV),$(INSTALL_TORCH); $(PIP) install -q $(BUILD_TOOLS); \
-		$(PIP) install -q -c constraints.txt --no-build-isolation -e .; rm -f $(VENV)/stamp-core)
+		$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[plan]'; rm -f $(VENV)/stamp-core)
 	@[ -e distlib/_build_info.py ] || rm -f $(VENV)/stamp-core
 	@$(call REFRESH,stamp-core,$(STAMP_CORE),$(PY) setup.py -q build_ext --inplace)
 

@@ -160,7 +160,7 @@ def together(world: distlib.World) -> Iterator[None]:
     problem = None
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # ImportError: a plan asks for what is not installed
         problem = str(error)
     problems: list[str | None] = [None] * world.size
     dist.all_gather_object(problems, problem)

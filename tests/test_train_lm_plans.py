@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,4 +126,16 @@ def test_plans_that_do_not_fit_are_refused(plan: dict[str, Any], arguments: str,
 def test_a_plan_that_is_missing_ends_every_rank_with_a_line(tmp_path: Path) -> None:
     missing = tmp_path / "none.yaml"
     for rank, outcome in enumerate(run_ranks_raw(2, one_rank, ["--plan", str(missing)])):
-        assert f"SystemExit: train_lm: rank {rank}:" in outcome.text and str(missing) in outcome.text
+        line = f"SystemExit: train_lm: rank {rank}: --plan {missing}: no such file; examples/plans/ has some"
+        assert outcome.text.strip().endswith(line)
+
+
+def without_yaml(rank: int, size: int, arguments: list[str]) -> None:
+    sys.modules["yaml"] = None  # type: ignore[assignment]  # as if it were not installed
+    one_rank(rank, size, arguments)
+
+
+def test_a_plan_in_yaml_without_its_library_ends_every_rank_with_a_line() -> None:
+    for rank, outcome in enumerate(run_ranks_raw(2, without_yaml, ["--plan", str(PLANS / "pipeline.yaml")])):
+        assert f"SystemExit: train_lm: rank {rank}: a plan in YAML needs PyYAML" in outcome.text
+        assert outcome.text.strip().splitlines()[-1].endswith("or write the plan as .json")

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 def plan_of(settings: Settings) -> distlib.Plan:
     """The plan of the run. Raises ValueError for a file that holds none, OSError for one that cannot be read."""
     if settings.plan is not None:
+        if not settings.plan.exists():
+            raise ValueError(f"--plan {settings.plan}: no such file; examples/plans/ has some")
         return distlib.Plan.from_file(settings.plan)
     divided: dict[str, dict[str, Any]] = {
         "replicated": {},
