@@ -7,7 +7,7 @@ next window    what .grad held when it began is added at its end
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -60,11 +60,14 @@ class Window:
         """Parameter i of a flat had a gradient."""
         self._grads[index].used[i] = 1
 
-    def zeroed(self) -> Iterator[tuple[int, int]]:
+    def zeroed(self) -> list[tuple[int, int]]:
         """Between micro-steps: the (flat, parameter)s that the user set to None or to zeros, which start again.
 
-        Raises RuntimeError, by name, where `.grad` was changed in any other way.
+        Where some were written to, the host waits for a device: once, to see whether they are zeros. Raises
+        RuntimeError, by name, where `.grad` was changed in any other way.
         """
+        found: list[tuple[int, int]] = []
+        written: dict[tuple[int, int], torch.Tensor] = {}
         for index, g in enumerate(self._grads):
             grads = self._accumulator.grads(g.flat)
             for i, (piece, grad) in enumerate(zip(g.flat.pieces, grads, strict=True)):
@@ -72,15 +75,27 @@ class Window:
                     continue
                 if piece.grad is None:
                     g.lent[i] = 1
-                elif piece.grad is not grad or bool(grad.any()):
-                    raise RuntimeError(
-                        f"rank {self._rank}: .grad of {g.flat.names[i]!r} was changed between micro-steps under "
-                        "no_sync(), where it holds unfinished sums. Change it after the backward that averages "
-                        "gradients; zero_grad() may come at any time"
-                    )
-                g.used[i] = 0
-                self._carried.pop((index, i), None)
-                yield index, i
+                elif piece.grad is not grad:
+                    raise self._changed(index, i)
+                else:
+                    written[index, i] = grad
+                found.append((index, i))
+        if written:
+            remain = torch.stack([grad.any() for grad in written.values()]).tolist()
+            for (index, i), left in zip(written, remain, strict=True):
+                if left:
+                    raise self._changed(index, i)
+        for index, i in found:
+            self._grads[index].used[i] = 0
+            self._carried.pop((index, i), None)
+        return found
+
+    def _changed(self, index: int, i: int) -> RuntimeError:
+        return RuntimeError(
+            f"rank {self._rank}: .grad of {self._grads[index].flat.names[i]!r} was changed between micro-steps under "
+            "no_sync(), where it holds unfinished sums. Change it after the backward that averages gradients; "
+            "zero_grad() may come at any time"
+        )
 
     def lend(self) -> None:
         """A micro-step is over: every parameter has a `.grad`, used on this rank or not."""
