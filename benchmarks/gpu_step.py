@@ -156,6 +156,9 @@ def step_checks(steps: dict[str, Any]) -> list[Check]:
     seen = len(steps["control"])
     what = f"the same with {STEADY} waits on purpose: they are seen"
     checks.append(Check(what, 1, str(seen), f">= {STEADY}", seen >= STEADY))
+    if "traced control" in steps:
+        seen = len(steps["traced control"])
+        checks.append(Check(f"{what} in a profile", 1, str(seen), f">= {STEADY}", seen >= STEADY))
     return checks
 
 
@@ -208,11 +211,14 @@ def offload_checks(offload: dict[str, Any]) -> list[Check]:
     losses = offload["losses"]
     same = losses["offload"] == losses["plain"]
     checks = [Check("activation offload: the same loss", 1, "equal" if same else str(losses), "equal", same)]
+    what = f"activation offload, {_blocks(offload)}: hidden behind compute"
+    if "not seen" in offload:
+        checks.append(Check(what, 1, offload["not seen"]))
     if "hidden" in offload:
         share, copying, _ = offload["hidden"]
         rate = 2 * offload["moved"] / copying / 1e9
         told = f"{share:.0%} of {copying * 1e3:.0f} ms of copies, {rate:.0f} GB/s"
-        checks.append(Check(f"activation offload, {_blocks(offload)}: hidden behind compute", 1, told))
+        checks.append(Check(what, 1, told))
     return checks
 
 

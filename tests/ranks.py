@@ -111,8 +111,9 @@ def run_ranks_raw(
 
 
 def shared_files() -> set[str]:
-    """Names in /dev/shm, but those of Open MPI: a test that runs beside this one may have started it."""
-    return {name for name in os.listdir("/dev/shm") if not name.startswith(("sm_segment.", "ompi."))}
+    """Names in /dev/shm, but those of Open MPI and of CUDA's driver: a test that runs beside this one may have started
+    them."""
+    return {name for name in os.listdir("/dev/shm") if not name.startswith(("sm_segment.", "ompi.", "cuda.shm."))}
 
 
 def store(timeout: float = 60) -> Any:
@@ -185,6 +186,8 @@ class Pool:
                 raise
             finally:
                 del rendezvous
+        if "error" in reply:
+            raise RuntimeError(reply["error"])
         outcomes = [_outcome(fields) for fields in reply["outcomes"]]
         self.strays = reply["strays"] if all(o.kind in ("value", "exception") for o in outcomes) else []
         return outcomes

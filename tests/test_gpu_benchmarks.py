@@ -184,6 +184,11 @@ def test_what_surrounds_timed_steps_runs_and_is_told_in_rows(card: Any, monkeypa
     offload = gpu_ranks.offload(card, 3)
     checks = [*gpu_step.step_checks(steps), *gpu_step.offload_checks(offload)]
     assert ("50% of 0 ms of copies, 1 GB/s", None) in [(check.measured, check.met) for check in checks]
+    assert (steps["traced control"], checks[3].met) == ([], False), "a profile that sees no waits proves nothing"
+    monkeypatch.setattr(gpu_trace, "trace", lambda call: call())
+    monkeypatch.setattr(gpu_trace, "hidden_share", lambda events: gpu_trace.waits([]))
+    (unseen,) = [c for c in gpu_step.offload_checks(gpu_ranks.offload(card, 1)) if "hidden" in c.what]
+    assert "no result of trace()" in unseen.measured and unseen.met is None
     text = GpuReport("x", "x", [*rows, *gpu_step.offload_rows(offload)], [], checks).cells()
     told = [cells[0].split(": ")[-1] for cells in text[:4]]
     assert told == ["step", "step by events", "forward and backward", "optimizer"]
