@@ -13,14 +13,18 @@ import fake_device
 import pytest
 import torch
 from devices import device_here, needs_fake_device
+from hypothesis import given
+from hypothesis import strategies as st
 from ranks import run_ranks
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import distlib
 from distlib import native
 from distlib.cuda import library
 from distlib.cuda.step import join_master
 from distlib.optim import SGD, AdamW, GradScaler, Lion, clip_grad_norm_, global_norm
+from distlib.optim.device import runs
 
 pytestmark = [needs_fake_device, pytest.mark.skipif(native.core() is None, reason=native.why_not())]
 
@@ -89,6 +93,41 @@ def test_steps_have_the_cpus_bits_and_the_host_never_waits() -> None:
             assert s.keys() == t.keys() and all(torch.equal(v, t[k]) for k, v in s.items()), (case, i)
         assert norms == pytest.approx(other_norms, rel=1e-12) if norms[0] is not None else not any(other_norms)
         assert not waits, (case, waits)
+
+
+class Counted(TorchDispatchMode):
+    """How many operators were called."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += op is not torch.ops.aten.detach.default
+        return op(*args, **(kwargs or {}))
+
+
+def _launches(rank: int, n: int) -> list[int]:
+    device = device_here("fake")
+    params = [nn.Parameter(torch.ones(5, device=device)) for _ in range(100)]
+    optimizer, found = SGD(params, lr=0.1), []
+    for absent in ((), (), (40,), (40,)):
+        for i, p in enumerate(params):
+            p.grad = None if i in absent else torch.ones(5, device=device)
+        with Counted() as counted:
+            optimizer.step()
+        found.append(counted.calls)
+    return found
+
+
+def test_a_parameter_without_gradient_does_not_make_a_launch_of_each_other() -> None:
+    first, all_of_them, without, again = run_ranks(1, _launches)[0]
+    assert again <= all_of_them + 12, (first, all_of_them, without, again)
+
+
+@given(st.lists(st.integers(0, 30), unique=True).map(sorted))
+def test_runs_are_the_indices_in_as_few_ranges_as_there_can_be(chosen: list[int]) -> None:
+    found = runs(chosen)
+    assert [i for begin, end in found for i in range(begin, end)] == chosen
+    assert all(a[1] < b[0] for a, b in zip(found, found[1:], strict=False))
 
 
 def _norms(rank: int, n: int) -> None:

@@ -12,6 +12,7 @@ parameters into classes by how often it asked, and by which of the steps it aske
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -90,8 +91,15 @@ class GroupSteps:
             for table in each.tables:
                 table.step(recipe.rule, each.scalars)
         taken = 1 if gate.found_inf is None else 1 - (gate.found_inf != 0).float()
-        if len(chosen) == len(store.params):
-            store.steps.add_(taken)
+        torch._foreach_add_([store.steps[begin:end] for begin, end in runs(chosen)], taken)
+
+
+def runs(chosen: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending indices as ranges [begin, end) of neighbours. Pure."""
+    found: list[tuple[int, int]] = []
+    for i in chosen:
+        if found and found[-1][1] == i:
+            found[-1] = found[-1][0], i + 1
         else:
-            for i in chosen:
-                store.step_views[i].add_(taken)
+            found.append((i, i + 1))
+    return found
