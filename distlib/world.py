@@ -144,6 +144,7 @@ def shutdown() -> None:
 
 def _start(backend: str, timeout: timedelta, nodes: int | None) -> _Live:
     """The steps from a lone process to a world."""
+    _tell_cuda()
     launch = detect()
     nodes_before = os.environ.get("DISTLIB_NODES")
     nodes = _pretended_nodes(nodes, nodes_before, launch.size)
@@ -224,13 +225,20 @@ def _restore_nodes(before: str | None) -> None:
         os.environ["DISTLIB_NODES"] = before
 
 
+def _tell_cuda() -> None:
+    """What kernels that wait for other ranks need. CUDA reads it when this process first asks for a GPU."""
+    # Streams that share a queue of the GPU run in turn. Where a kernel waits for another rank, what that rank waits for
+    # must not be behind it; there are streams for each group, and for each neighbour in a pipeline. CUDA's default: 8.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    # A kernel that is loaded as it is first used may have to wait until all others are over (CUDA's default).
+    if library.present():
+        os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+
+
 def _pick_device(backend: str, launch: Launch) -> torch.device:
     """The GPU at this rank's place among those it sees (one, if its launcher hides the rest), or the CPU."""
     if not _serves_cuda(backend):
         return torch.device("cpu")
-    # Streams that share a queue of the GPU run in turn. Where a kernel waits for another rank, what that rank waits for
-    # must not be behind it; there are streams for each group, and for each neighbour in a pipeline.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # read when this process first uses a GPU; default: 8
     device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device

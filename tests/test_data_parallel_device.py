@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import fake_device
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from devices import device_here, needs_fake_device
 from ranks import process_group, run_ranks
@@ -19,6 +21,8 @@ from test_data_parallel import Tiny, tiny, tokens_of
 from torch import nn
 
 import distlib
+from distlib.comm import group as group_module
+from distlib.comm.c10d import C10dChannel
 from distlib.comm.group import Group
 from distlib.data_parallel.hooks import GradientBucket
 
@@ -155,3 +159,66 @@ def short(module: Tiny, tokens: torch.Tensor) -> torch.Tensor:
 
 def test_a_gradient_that_is_missing_is_told_in_the_same_backward() -> None:
     run_ranks(2, unused)
+
+
+class DeviceOnly(C10dChannel):
+    """Another backend's group that serves the device only, as NCCL's do: all numbers travel on the device."""
+
+    by_streams = True
+
+    def __init__(self, inner: Any) -> None:
+        for name in ("device", "start", "traffic", "aborted", "abort"):
+            setattr(self, name, getattr(inner, name))
+
+
+@contextlib.contextmanager
+def device_only(rank: int, n: int, device: torch.device) -> Iterator[dist.ProcessGroup]:
+    """Its process group: torch's gloo, by name."""
+    with process_group(rank, n):
+        world = Group.of()
+        world.connect(device)
+        pg = dist.new_group(backend="gloo")
+        inner = world._on_devices[device.type]
+        group_module._foreign[pg] = Group("only", rank, world.ranks, world.topology, DeviceOnly(inner), 20.0)
+        yield pg
+
+
+def told_late(rank: int, n: int, how: str) -> list[int]:
+    """Rank 1 has no gradient in one step. Rank 0 hears of it when it looks: in its next forward, or backward."""
+    device = device_here("fake")
+    with device_only(rank, n, device) as pg:
+        module = tiny().to(device)
+        model = distlib.DataParallel(module, bucket_mb=SMALL, process_group=pg)
+        batches = [tuple(t.to(device) for t in tokens_of(rank, step)) for step in range(6)]
+        waits = []
+        for batch in batches[:4]:
+            fake_device.reset()
+            loss = loss_of(model, batch)
+            waits.append(len(fake_device.host_syncs()))
+            fake_device.reset()
+            loss.backward()
+            waits.append(len(fake_device.host_syncs()))
+            model.zero_grad()
+        if how == "backward":
+            later = loss_of(model, batches[5])  # a forward before the report is there to be read
+        text = "received no gradient in this backward: .*\\(on rank 1\\)"
+        if rank == 1:
+            module.forward = functools.partial(short, module)
+            with pytest.raises(RuntimeError, match=text):
+                loss_of(model, batches[4]).backward()
+            vars(module).pop("forward")
+        else:
+            loss_of(model, batches[4]).backward()
+            with pytest.raises(RuntimeError, match=text):
+                later.backward() if how == "backward" else loss_of(model, batches[5])
+        model.zero_grad()
+        loss_of(model, batches[5]).backward()  # all go on
+        model._reducer.settle()
+        return waits[4:]  # of steps in which nothing is new
+
+
+@pytest.mark.parametrize("how", ["forward", "backward"])
+def test_a_report_on_the_device_is_read_when_the_host_comes_back(how: str) -> None:
+    """Not at the end of the backward, where the host would wait for all of it."""
+    for waits in run_ranks(2, told_late, how):
+        assert waits == [1, 0] * 2, waits

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import os
+import warnings
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from distlib import world
+from distlib.comm import device as device_module
 from distlib.comm.device import Facts, Plan, Way, ipc_to, plan, settle
 from distlib.comm.ipc import sums_slices
 from distlib.cuda import library
@@ -95,3 +101,44 @@ def test_two_ranks_never_sum_slices_and_more_ranks_do_so_sooner() -> None:
         first = next(size for size in range(0, 1 << 20, 1024) if sums_slices(size, n))
         assert not sums_slices(first - 1024, n)
         assert n == 3 or first <= next(size for size in range(0, 1 << 20, 1024) if sums_slices(size, n - 1))
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_kernels_are_loaded_at_the_start_where_some_of_them_wait(
+    present: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything asks for a GPU: later, CUDA does not read it any more. What is set stays."""
+
+    def asked() -> None:
+        raise InterruptedError(os.environ.get("CUDA_MODULE_LOADING"), os.environ["CUDA_DEVICE_MAX_CONNECTIONS"])
+
+    monkeypatch.setattr(library, "present", lambda: present)
+    monkeypatch.setattr(world, "detect", asked)
+    for given in (None, "LAZY"):
+        monkeypatch.setenv("CUDA_MODULE_LOADING", "to be restored")
+        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "to be restored")
+        monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+        if given is None:
+            monkeypatch.delenv("CUDA_MODULE_LOADING")
+        else:
+            monkeypatch.setenv("CUDA_MODULE_LOADING", given)
+        with pytest.raises(InterruptedError) as caught:
+            world._start("auto", world.DEFAULT_TIMEOUT, None)
+        assert caught.value.args == (given or ("EAGER" if present else None), "32")
+
+
+@pytest.mark.parametrize("mode", [1, 2])
+def test_a_driver_that_loads_kernels_late_is_warned_of(mode: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tell(where: ctypes._CArgObject) -> int:  # type: ignore[name-defined]
+        where._obj.value = mode
+        return 0
+
+    driver = SimpleNamespace(cuModuleGetLoadingMode=tell)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: {"libcuda.so.1": driver}[name])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        device_module._warn_if_lazy(torch.device("cpu"))
+        assert not said
+        device_module._warn_if_lazy(torch.device("cuda", 0))
+    assert [str(w.message) for w in said if "CUDA_MODULE_LOADING=EAGER" in str(w.message)] or mode == 1
+    assert len(said) == mode - 1

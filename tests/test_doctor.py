@@ -155,6 +155,7 @@ PROBLEMS: list[tuple[dict[str, Any], str, str]] = [
         "warning gpu: CUDA_DEVICE_MAX_CONNECTIONS=1",
         "Unset CUDA_DEVICE_MAX_CONNECTIONS",
     ),
+    ({"fabric__variables": {"CUDA_MODULE_LOADING": "lazy"}}, "warning gpu: CUDA_MODULE_LOADING=lazy", "sets EAGER"),
     ({"settings": {"DISTLIB_NODE": "2"}}, "error settings: DISTLIB_NODE is no setting", "mean DISTLIB_NODES?"),
     (
         {"settings": {"DISTLIB_XYZZY_PLUGH": "2"}},

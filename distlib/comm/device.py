@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -186,6 +188,20 @@ def connect(group: Group, device: torch.device) -> DeviceChannel:
     return DeviceChannel(device, way, ipc, nccl)
 
 
+def _warn_if_lazy(device: torch.device) -> None:
+    """Says that CUDA loads kernels only as they are first used, which may take until all kernels that wait are over."""
+    mode = ctypes.c_int(0)
+    if device.type != "cuda" or ctypes.CDLL("libcuda.so.1").cuModuleGetLoadingMode(ctypes.byref(mode)):
+        return
+    if mode.value == 2:  # CU_MODULE_LAZY_LOADING
+        warnings.warn(
+            "CUDA loads kernels as they are first used (CUDA_MODULE_LOADING). While one of distlib's waits for another "
+            "rank, that may take until it is over: ranks that call groups in different orders may stop until the "
+            "timeout. Call distlib.init() before anything else uses a GPU, or set CUDA_MODULE_LOADING=EAGER",
+            stacklevel=2,
+        )
+
+
 def _connect_ipc(group: Group, device: torch.device, labels: list[int]) -> Any:
     from distlib.comm.ipc import IpcChannel
     from distlib.comm.ipc_memory import SharedMemory, text_exchange
@@ -207,6 +223,8 @@ def _connect_ipc(group: Group, device: torch.device, labels: list[int]) -> Any:
     except BaseException:
         links.close()
         raise
+    if group.rank == 0:
+        _warn_if_lazy(device)
     return IpcChannel(group.name, group.rank, labels, device, memory, links, group.cpu_channel)
 
 

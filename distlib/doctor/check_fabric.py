@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from distlib.doctor.facts import Facts, Problem, warning
-from distlib.doctor.variables import BETTER_LEFT_ALONE, QUEUES, is_obsolete
+from distlib.doctor.variables import BETTER_LEFT_ALONE, LOADING, QUEUES, is_obsolete
 from distlib.doctor.words import version_numbers
 
 OLDEST_LIBFABRIC = (1, 18)
@@ -232,4 +232,12 @@ def _variables(facts: Facts) -> Iterator[Problem]:
             why="Streams that share a queue of a GPU run in turn: kernels that wait for other ranks hold up those that "
             "the other ranks wait for, and pipelines may stop.",
             fix=f"Unset {QUEUES}: distlib.init() then takes all 32.",
+        )
+    if variables.get(LOADING, "").upper() == "LAZY" and facts.build.cuda_built:
+        yield warning(
+            "gpu",
+            what=f"{LOADING}={variables[LOADING]}",
+            why="A kernel that is first used while one of distlib's waits for another rank may be loaded only when "
+            "that one is over: ranks that call groups in different orders may then stop.",
+            fix=f"Unset {LOADING}: distlib.init() then sets EAGER where distlib's kernels are used.",
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from distlib.doctor.facts import Fabric
 from distlib.doctor.tools import find, output_of, text_of
-from distlib.doctor.variables import QUEUES
+from distlib.doctor.variables import LOADING, QUEUES
 
 _LIBRARY_FOLDERS = (  # where EFA's installer and deep-learning images put them, besides LD_LIBRARY_PATH
     "/opt/amazon/ofi-nccl/lib",
@@ -70,7 +70,9 @@ def fabric(environ: Mapping[str, str], root: Path = Path("/")) -> Fabric:
         libfabric=_libfabric(folders),
         gpudirect=[name for name in _MODULES if (root / "sys/module" / name).is_dir()],
         gdrcopy=(root / "dev/gdrdrv").exists(),
-        variables={n: v for n, v in sorted(environ.items()) if n.startswith(("FI_", "NCCL_", "RDMAV_", QUEUES))},
+        variables={
+            n: v for n, v in sorted(environ.items()) if n.startswith(("FI_", "NCCL_", "RDMAV_", QUEUES, LOADING))
+        },
     )
 
 

@@ -34,18 +34,19 @@ def gather() -> Facts:
 
     What takes longest is the same for all ranks of a host, and left to the first of them.
     """
-    launched = launch(os.environ)
+    environ = dict(os.environ)  # as it was given: torch sets some variables itself when it first uses a GPU
+    launched = launch(environ)
     return Facts(
         versions=versions(),
         gpus=gpus(whole_host=launched.local_rank == 0),
         build=build(),
         launched=launched,
-        machine=machine.machine(arena_bytes(os.environ)),
+        machine=machine.machine(arena_bytes(environ)),
         limits=machine.limits(),
         kernel=machine.kernel(),
-        network=network(os.environ, os.environ.get("MASTER_ADDR")),
-        fabric=fabric(os.environ),
-        settings={name: value for name, value in sorted(os.environ.items()) if name.startswith("DISTLIB_")},
+        network=network(environ, environ.get("MASTER_ADDR")),
+        fabric=fabric(environ),
+        settings={name: value for name, value in sorted(environ.items()) if name.startswith("DISTLIB_")},
         namesakes=namesakes(sys.path),
     )
 

@@ -39,6 +39,7 @@ OBSOLETE = {
 }
 
 QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"  # hardware queues that a process' streams share; distlib.init() takes all 32
+LOADING = "CUDA_MODULE_LOADING"  # whether kernels are loaded at the start, or as they are first used; init(): EAGER
 
 # NCCL and its plugin choose these better than old recipes do. NCCL does not read the last: so recipes call the second.
 BETTER_LEFT_ALONE = ("NCCL_BUFFSIZE", "NCCL_MIN_NCHANNELS", "NCCL_MIN_CTAS", "NCCL_MIN_CHANNELS")
