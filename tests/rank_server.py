@@ -5,7 +5,7 @@ One thread, one call at a time. Messages on the control socket are pickles after
     in:  {"sys_path", "cwd"}                                                    once, at the start
     out: {"ready": pid} or {"error": traceback}
     in:  {"n", "function", "environ", "sys_path", "cwd", "timeout", "grace"}    a call
-    out: {"outcomes": [dict per rank], "strays": [text]}
+    out: {"outcomes": [dict per rank], "strays": [text]} or {"error": text}
 
 A single byte during a call cancels it (the ranks' stacks still come back); end of file ends the server.
 """
@@ -16,8 +16,10 @@ import contextlib
 import ctypes
 import faulthandler
 import gc
+import importlib
 import os
 import pickle
+import pkgutil
 import select
 import signal
 import socket
@@ -25,6 +27,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from typing import IO, Any, NoReturn
 
 import psutil
@@ -41,10 +44,41 @@ WARM = (
     "torch.distributed.pipelining",
     "torch.nn.parallel",
     "torch._dynamo",  # imported by the first optimizer
+    "torch.utils.serialization",  # by the first torch.save
     "distlib",
 )
+OUTER = ("bench", "cli", "doctor", "integrations", "_")  # what of distlib no rank imports, or few do
 TICK = 0.02  # seconds between looks at ranks that say nothing
 OUTPUT_TAIL = 16_384  # bytes of a rank's stdout and stderr that are reported
+
+
+def import_rooms() -> dict[str, str | None]:
+    """Imports distlib's own modules. Returns the settings that were read on the way, with their values here."""
+    import distlib
+    from distlib import settings
+
+    read: dict[str, str | None] = {}
+
+    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(name: str, *rest: Any) -> Any:
+            read[name] = os.environ.get(name)
+            return function(name, *rest)
+
+        return noted
+
+    readers = {name: getattr(settings, name) for name in ("integer", "switch")}
+    for name, function in readers.items():
+        setattr(settings, name, noting(function))
+    try:
+        for module in pkgutil.walk_packages(distlib.__path__, "distlib."):
+            if not module.name.split(".")[1].startswith(OUTER):
+                importlib.import_module(module.name)
+    finally:
+        for name, function in readers.items():
+            setattr(settings, name, function)
+    if "distlib._native" in sys.modules:
+        raise RuntimeError("a module of distlib loads the core when it is imported: ranks could no more choose it")
+    return read
 
 
 def send(channel: socket.socket, message: object) -> None:
@@ -276,8 +310,11 @@ def _end_strays() -> list[str]:
     return strays
 
 
-def _call(call: dict[str, Any], control: socket.socket) -> dict[str, Any]:
-    """Runs one call to its end."""
+def _call(call: dict[str, Any], control: socket.socket, read: dict[str, str | None]) -> dict[str, Any]:
+    """Runs one call to its end. read: settings that can no more be others, see import_rooms."""
+    for name, value in read.items():
+        if call["environ"].get(name) != value:
+            return {"error": f"{name} was read when distlib was imported, before the ranks were forked: read it later"}
     ranks: list[Rank] = []
     try:
         for number in range(call["n"]):
@@ -312,7 +349,8 @@ def serve(control: socket.socket) -> None:
     os.chdir(setting["cwd"])
     try:
         for name in WARM:
-            __import__(name)
+            importlib.import_module(name)
+        read = import_rooms()
         sys.modules["torch"].set_num_threads(1)
         threads = psutil.Process().num_threads()
         if threads != 1:
@@ -329,7 +367,7 @@ def serve(control: socket.socket) -> None:
             sys.dont_write_bytecode, sys.pycache_prefix = False, compiled
         while True:
             try:
-                send(control, _call(receive(control), control))
+                send(control, _call(receive(control), control, read))
             except (EOFError, BrokenPipeError, ConnectionResetError):
                 return
 

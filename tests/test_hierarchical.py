@@ -18,10 +18,9 @@ from test_spanning import sum_by_host
 
 import distlib
 from distlib import native
-from distlib.comm import spanning
 from distlib.comm.arithmetic import reduce_by_torch
 from distlib.comm.group import Group
-from distlib.comm.hierarchical import CHUNK_BYTES, PAYS_FROM, expected_moved, pays, why_flat
+from distlib.comm.hierarchical import PAYS_FROM, chunk_bytes, expected_moved, pays, why_flat
 from distlib.comm.work import CollectiveError
 from distlib.topology import Topology
 
@@ -71,7 +70,7 @@ def by_host(group: Group, tensors: list[torch.Tensor], op: str) -> torch.Tensor:
 
 
 def every_size_and_layout(rank: int, n: int) -> None:
-    assert CHUNK_BYTES == 64 << 10, "so that the sizes here are many chunks"
+    assert chunk_bytes() == 64 << 10, "so that the sizes here are many chunks"
     with process_group(rank, n):
         group = Group.of()
         for numel in SIZES:
@@ -290,7 +289,8 @@ def differ(rank: int, n: int, what: str) -> str:
         group = Group.of()
         piece = 50_000 + (what == "size" and rank == 3)
         if what == "chunk" and rank == 3:
-            spanning.CHUNK_BYTES = 128 << 10  # as if DISTLIB_CHUNK_KB were set there
+            os.environ["DISTLIB_CHUNK_KB"] = "128"
+            chunk_bytes.cache_clear()  # as if it had been set there from the start
         begin = time.monotonic()
         with pytest.raises(CollectiveError) as caught:
             group.all_gather(torch.zeros(n * piece), torch.zeros(piece), hierarchical=what != "way" or rank != 3)

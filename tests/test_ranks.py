@@ -171,6 +171,20 @@ def test_ranks_see_the_callers_environment_and_the_calls(monkeypatch: pytest.Mon
     assert seen == [("a", "c", None, "0"), ("a", "c", None, "1")]
 
 
+def _what_is_there(rank: int, n: int) -> list[str]:
+    return [name for name in ("distlib.engine", "distlib.comm.group", "distlib._native") if name in sys.modules]
+
+
+def test_ranks_start_with_distlib_imported_and_its_core_not_loaded() -> None:
+    assert run_ranks(1, _what_is_there) == [["distlib.engine", "distlib.comm.group"]]
+
+
+def test_a_setting_that_was_read_before_ranks_were_forked_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="DISTLIB_DEVICE_CHUNK_KB was read when distlib was imported"):
+        run_ranks(1, _what_is_there, env={"DISTLIB_DEVICE_CHUNK_KB": "128"})
+    assert run_ranks(1, _square, 1, env={"DISTLIB_CHUNK_KB": "128"})[0][0] == 1
+
+
 def _sum_over_gloo(rank: int, n: int, by_environment: bool) -> float:
     if by_environment:
         dist.init_process_group("gloo")

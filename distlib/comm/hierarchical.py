@@ -14,6 +14,7 @@ rounded once. Long pieces go in chunks, so that the network works on the next wh
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,10 +32,15 @@ from distlib.comm.memory import arena_empty, is_registered
 from distlib.comm.work import CollectiveError
 from distlib.topology import Topology
 
-CHUNK_BYTES = settings.integer("DISTLIB_CHUNK_KB", 4096, 64, "KiB") << 10
 LAG = 2  # chunks whose transfers are under way beside the one that memory works on
 PAYS_FROM = 512 << 10  # bytes of the whole: measured on 2 x 2 ranks at 1 and 10 Gbit/s, even at 256 KiB, ahead at 1 MiB
 _TAG = 1  # of all messages on a rail: they arrive in the order in which they were sent
+
+
+@functools.cache
+def chunk_bytes() -> int:
+    """Bytes in which a tensor travels between hosts: DISTLIB_CHUNK_KB when it was first asked for."""
+    return settings.integer("DISTLIB_CHUNK_KB", 4096, 64, "KiB") << 10
 
 
 @dataclass
@@ -148,7 +154,7 @@ class Levels:
         self._place = topology.local_ranks(rank).index(rank)
         # Every rank sends to the next host first, so that no host is everybody's first.
         self._others = [(self._host + i) % self._hosts for i in range(1, self._hosts)]
-        self._row_bytes = CHUNK_BYTES // min(topology.size, 16) // 64 * 64
+        self._row_bytes = chunk_bytes() // min(topology.size, 16) // 64 * 64
         self._memory: dict[str, torch.Tensor] = {}
 
     # ------------------------------------------------------------ all-gather

@@ -24,10 +24,10 @@ from torch._C import _distributed_c10d as c10d
 from distlib.comm.channel import BETWEEN_HOSTS, SAME_HOST, Collective, Traffic
 from distlib.comm.gloo import GlooChannel, Seat, Sent, flat
 from distlib.comm.hierarchical import (
-    CHUNK_BYTES,
     LAG,
     Levels,
     Moved,
+    chunk_bytes,
     reduce_by_host,
     reduce_rows,
     run_inside,
@@ -110,7 +110,7 @@ def expected_moved(count: int, dtype: torch.dtype, topology: Topology, rank: int
 
 def _chunks(count: int, dtype: torch.dtype) -> list[int]:
     """The lengths of the chunks of so many elements."""
-    step = max(1, CHUNK_BYTES // dtype.itemsize)
+    step = max(1, chunk_bytes() // dtype.itemsize)
     return [min(step, count - begin) for begin in range(0, count, step)]
 
 
@@ -151,7 +151,7 @@ class SpanningChannel(GlooChannel):
         return super().start(collective, timeout, sync)
 
     def chunk_bytes(self, c: Collective) -> int:
-        return CHUNK_BYTES if c.hierarchical or c.kind == "all_reduce" else 0
+        return chunk_bytes() if c.hierarchical or c.kind == "all_reduce" else 0
 
     def _guarded(self, c: Collective, timeout: float, run: Callable[[Collective, timedelta], object]) -> object:
         try:

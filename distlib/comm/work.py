@@ -81,7 +81,7 @@ class _Completions:
         self._idle = 0
         self._pid = 0
         self._lock = threading.Lock()
-        self._queue: Any = native.core() or _Queue()
+        self._queue: Any = None  # the core's, or a _Queue; from the first future on: no import loads the core
 
     def watch(self, work: Work) -> bool:
         """True if `work` will be told; False if its operation is done already."""
@@ -92,6 +92,7 @@ class _Completions:
                 if self._pid != os.getpid():
                     # A thread that is still in the core when the interpreter ends would take the process with it.
                     atexit.register(self._stop)
+                    self._queue = self._queue or native.core() or _Queue()
                     self._pid, self._threads, self._idle = os.getpid(), [], 0
                     self._start()
         if work.operation.notify(id):
