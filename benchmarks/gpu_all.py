@@ -64,26 +64,45 @@ def why_not() -> str:
 
 
 def run(out: Path) -> dict:
-    """Runs all parts and writes `out`/gpu.json. Returns what it holds."""
-    from gpu_parts import run_all
-    from gpu_summary import collected, merged
+    """Runs all parts and writes `out`/gpu.json, also what is known after each part. Returns what it holds."""
+    from gpu_parts import Done, run_all
     from report import surroundings
 
     use_checkout()
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # hangs are aborted
-    selection = gpu_tests.select()
-    dones = run_all(parts_of(selection, WORK), TOTAL, WORK / "logs", _tell)
+    selection, around = gpu_tests.select(), surroundings()
+    parts = parts_of(selection, WORK)
+    dones: list[Done] = []
+
+    def write() -> dict:
+        ahead = [Done(part.name, "left out", why="the run ended before it") for part in parts[len(dones) :]]
+        document = found([*dones, *ahead], selection.notes, around)
+        unfinished = out / f"gpu.json.{os.getpid()}"
+        unfinished.write_text(json.dumps(document, indent=1) + "\n")
+        os.replace(unfinished, out / "gpu.json")
+        return document
+
+    def tell(done: Done) -> None:
+        dones.append(done)
+        write()
+        _tell(done)
+
+    run_all(parts, TOTAL, WORK / "logs", tell)
+    return write()
+
+
+def found(dones: list[Done], notes: list[str], around: dict[str, str]) -> dict:
+    """What parts have left in WORK, as one document."""
+    from gpu_summary import collected, merged
+
     dones, documents = collected(dones, {name: WORK / name for name in BENCHMARKS})
     built = WORK / "build.json"
     build = json.loads(built.read_text()) if built.exists() else {}
-    notes = [*build.get("notes", []), *selection.notes]
     tests = gpu_outcomes.read(WORK / "outcomes.jsonl")
-    document = merged(dones, documents, tests, build, notes, surroundings())
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "gpu.json").write_text(json.dumps(document, indent=1) + "\n")
-    return document
+    return merged(dones, documents, tests, build, [*build.get("notes", []), *notes], around)
 
 
 def _tell(done: Done) -> None:

@@ -186,9 +186,14 @@ def test_the_command_writes_one_document_and_one_table(
             *benchmarks,
         ]
 
+    so_far: list[dict[str, Any]] = []
     monkeypatch.setattr(gpu_all, "parts_of", parts_of)
+    monkeypatch.setattr(gpu_all, "_tell", lambda done: so_far.append(json.loads((tmp_path / "gpu.json").read_text())))
     monkeypatch.setattr(sys, "argv", ["gpu_all.py", f"--out={tmp_path}", "--commit=1234567"])
     assert gpu_all.main() == 0
+    assert [document["ok"] for document in so_far] == [False] * 4 + [True], "should the run itself be ended"
+    assert [len(document["bars"]) for document in so_far] == [0, 0, 1, 2, 3]
+    assert so_far[2]["parts"][3]["why"] == "the run ended before it"
     out = capsys.readouterr().out
     assert "1 passed" in out and "cuda: keep" in out and "carried here" in out and out.count("a kernel") == 3
     document = json.loads((tmp_path / "gpu.json").read_text())

@@ -66,8 +66,11 @@ __device__ __forceinline__ void convert_groups(Each& each, const typename Each::
   const char* const words = reinterpret_cast<const char*>(from + head) - skip;
   to += head;
   const auto load = [&](uint64_t group) {
-    if constexpr (Shifted) return load_shifted<From, kGroup>(words + group * kBytes, skip);
-    if constexpr (!Shifted) return load_several<kBytes, From, kGroup>(from + head + group * kGroup);
+    if constexpr (Shifted) {
+      return load_shifted<From, kGroup>(words + group * kBytes, skip);
+    } else {
+      return load_several<kBytes, From, kGroup>(from + head + group * kGroup);
+    }
   };
   const auto finish = [&](const Several<From, kGroup>& values, uint64_t group) {
     Several<To, kGroup> results;
