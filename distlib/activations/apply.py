@@ -69,7 +69,7 @@ def checkpoint_activations(
     """
     _require_consistent(policy, budget, example_inputs, loss, folder, resident, window)
     found = find_blocks(module, blocks)
-    _require_plain(found)
+    require_plain(found)
     custom = None if isinstance(policy, str) else policy
     name = "budget" if budget is not None else policy if isinstance(policy, str) else "selective"
     offloader = None
@@ -90,7 +90,7 @@ def checkpoint_activations(
     wrapped = []
     for i, (its_name, block) in enumerate(found.items()):
         wrapped.append(Wrapped(block, its_name, "keep" if i >= len(found) - kept else name, setting))
-    report.attach(module, wrapped)
+    report.attach(wrapped, module)
     try:
         if budget is not None:
             if torch.device("meta") in devices:
@@ -132,7 +132,8 @@ def _require_consistent(
         raise ValueError(f'window={window!r} has no effect without policy="offload", or budget= with folder=')
 
 
-def _require_plain(found: Mapping[str, nn.Module]) -> None:
+def require_plain(found: Mapping[str, nn.Module]) -> None:
+    """Blocks that can be wrapped: ValueError by name else."""
     for name, block in found.items():
         if isinstance(block.__dict__.get("forward"), Wrapped):
             raise ValueError(

@@ -46,6 +46,10 @@ class LiveBytes(TorchDispatchMode):
         self._add(leaf for leaf in tree_leaves(result) if has_storage(leaf) and storage_key(leaf) not in given)
         return result
 
+    def adopt(self, tensors: Iterable[Any]) -> None:
+        """Counts memory that no operation made, as what came in a message."""
+        self._add(tensor for tensor in tensors if has_storage(tensor))
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

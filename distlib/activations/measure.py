@@ -10,10 +10,10 @@ gradients go to copies of the parameters' handles, random numbers and buffers ar
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from distlib.activations.budget import Chain, Choice
 from distlib.activations.clock import Span
-from distlib.activations.live import LiveBytes, has_storage
+from distlib.activations.live import LiveBytes, has_storage, storage_key
 from distlib.activations.offload import Offloader
 from distlib.activations.wrapped import Wrapped, on_first_gradient, same_random
 
@@ -38,6 +38,26 @@ class Profile:
     outside: int = 0  # peak behind the last block's forward and before its backward
     floor: int = 0  # peak before the first block's forward and behind its backward
     seconds: float = 0.0  # outside of the blocks
+
+
+@dataclass(frozen=True)
+class Alone:
+    """Of one block alone: bytes above what is there at its begin, its inputs included. kept: behind its forward.
+    forward, backward: at their peaks. begin: when its backward begins; None if it has none. deferred: what is left of a
+    divided backward until its weight pass."""
+
+    kept: int
+    forward: int
+    backward: int
+    begin: int | None
+    deferred: int
+
+
+class Queue(Protocol):
+    """What divides a backward: as `distlib.pipeline.split_backward.WeightQueue`."""
+
+    def backward(self, tensors: torch.Tensor) -> None: ...
+    def run(self) -> object: ...
 
 
 class _Sink(torch.autograd.Function):
@@ -114,15 +134,7 @@ class Measurement:
             for one in self._wrapped:
                 one.kind = "full"
             profile = self._profile()
-            signatures = {one: self._signature(one) for one in profile.order}
-            measured: dict[Any, list[Choice]] = {}
-            choices = []
-            for one in profile.order:
-                signature = signatures[one]
-                if signature not in measured:
-                    measured[signature] = self._measure(one, kinds, offloader)
-                choices.append(measured[signature])
-                self._captured[one] = None  # its memory goes
+            choices = self._choices(profile.order, kinds, offloader)
         fixed, kept = [], 0
         for entry, of_block in zip(profile.entry, choices, strict=True):
             fixed.append(entry - kept)
@@ -130,6 +142,18 @@ class Measurement:
             kept += full.kept
             profile.seconds -= full.seconds
         return Chain(choices, fixed, profile.outside - kept, profile.floor), profile.order, max(0.0, profile.seconds)
+
+    def _choices(
+        self, order: Sequence[Wrapped], kinds: Sequence[str], offloader: Offloader | None
+    ) -> list[list[Choice]]:
+        """Of each block; blocks that are alike are measured once."""
+        signatures = {one: self._signature(one) for one in order}
+        measured: dict[Any, list[Choice]] = {}
+        for one in order:
+            if signatures[one] not in measured:
+                measured[signatures[one]] = self._measure(one, kinds, offloader)
+            self._captured[one] = None  # its memory goes
+        return [measured[signatures[one]] for one in order]
 
     # ------------------------------------------------------------ the whole module
 
@@ -142,21 +166,13 @@ class Measurement:
         def see(one: Wrapped, args: Any, kwargs: Any) -> None:
             if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
                 return
-            if one in seen:
-                raise ValueError(
-                    f"block {one.name!r} runs more than once in a forward: a budget plans blocks that run once. Use "
-                    'policy="full" or "selective", or name other blocks (blocks=)'
-                )
+            self._require_first(one, seen)
             if not seen:
                 profile.floor = max(profile.floor, live.peak)
             seen.add(one)
             profile.order.append(one)
             profile.entry.append(live.live)
-            if one not in self._captured:
-                known = {self._signature(other) for other in self._captured}
-                self._captured[one] = tree_map(_shape_of, (args, kwargs))
-                if self._signature(one) not in known:  # of equal blocks, one is measured
-                    self._captured[one] = tree_map(_copy, (args, kwargs))
+            self._capture(one, args, kwargs)
 
         first_over = False
 
@@ -170,11 +186,7 @@ class Measurement:
         try:
             self._run(own)  # allocates what is allocated once, and tells the order
             last, first = profile.order[-1:], profile.order[:1]
-            missing = [one.name for one in self._wrapped if one not in seen]
-            if missing:
-                raise ValueError(
-                    f"blocks {missing} do not run in the forward of example_inputs: leave them out (blocks=)"
-                )
+            self._require_all(seen)
             seen.clear()
             profile.order, profile.entry = [], []
 
@@ -207,6 +219,26 @@ class Measurement:
         profile.seconds = min(self._timed(lambda: self._run(own)) for _ in range(self._rounds))
         return profile
 
+    def _require_first(self, one: Wrapped, seen: Collection[Wrapped]) -> None:
+        if one in seen:
+            raise ValueError(
+                f"block {one.name!r} runs more than once in a forward: a budget plans blocks that run once. Use "
+                'policy="full" or "selective", or name other blocks (blocks=)'
+            )
+
+    def _require_all(self, seen: Collection[Wrapped]) -> None:
+        missing = [one.name for one in self._wrapped if one not in seen]
+        if missing:
+            raise ValueError(f"blocks {missing} do not run in the forward of example_inputs: leave them out (blocks=)")
+
+    def _capture(self, one: Wrapped, args: Any, kwargs: Any) -> None:
+        """Its inputs, to run it alone on; of equal blocks, one is measured."""
+        if one not in self._captured:
+            known = {self._signature(other) for other in self._captured}
+            self._captured[one] = tree_map(_shape_of, (args, kwargs))
+            if self._signature(one) not in known:
+                self._captured[one] = tree_map(_copy, (args, kwargs))
+
     def _run(self, own: dict[str, torch.Tensor]) -> None:
         args, kwargs = self._inputs
         self._loss(functional_call(self._module, own, args, kwargs)).backward()
@@ -231,11 +263,11 @@ class Measurement:
 
     def _measure(self, one: Wrapped, kinds: Sequence[str], offloader: Offloader | None) -> list[Choice]:
         own = handles(one.block)
-        bytes_of: dict[str, tuple[int, int, int]] = {}
+        bytes_of: dict[str, dict[str, int]] = {}
         for kind in kinds:
             one.kind = kind
             self._alone(one, own, offloader)  # selective and offload learn from it
-            bytes_of[kind] = self._alone(one, own, offloader)
+            bytes_of[kind] = self._bytes(one, own, offloader)
         seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
         again: dict[str, list[float]] = {kind: [] for kind in kinds}
         for _ in range(self._rounds):
@@ -248,8 +280,13 @@ class Measurement:
         for kind in kinds:
             more = statistics.median(s - keep for s, keep in zip(seconds[kind], seconds["keep"], strict=True))
             # On a busy machine differences drown; what is recomputed takes its time in any case.
-            choices.append(Choice(kind, *bytes_of[kind], base + max(more, min(again[kind]))))
+            choices.append(Choice(kind, seconds=base + max(more, min(again[kind])), **bytes_of[kind]))
         return choices
+
+    def _bytes(self, one: Wrapped, own: dict[str, torch.Tensor], offloader: Offloader | None) -> dict[str, int]:
+        """Those of a Choice."""
+        alone = self._alone(one, own, offloader)
+        return {"kept": alone.kept, "forward": alone.forward, "backward": alone.backward}
 
     def _seconds(self, one: Wrapped, own: dict[str, torch.Tensor], offloader: Offloader | None) -> float:
         """Of one forward and backward. A block that offloads is done with its forward when all is written: the disk may
@@ -272,11 +309,13 @@ class Measurement:
         assert found[0] is not None and found[1] is not None
         return found[0] + found[1]
 
-    def _alone(self, one: Wrapped, own: dict[str, torch.Tensor], offloader: Offloader | None) -> tuple[int, int, int]:
-        """Forward and backward of one block. Returns bytes kept, and at the peaks of forward and backward, above what
-        is there at the begin, its inputs included."""
+    def _alone(
+        self, one: Wrapped, own: dict[str, torch.Tensor], offloader: Offloader | None, queue: Queue | None = None
+    ) -> Alone:
+        """Forward and backward of one block. queue: divides the backward."""
         leaves = tree_map(_leaf, self._captured[one])
         live = LiveBytes()
+        begins: list[int] = []
         with live:
             inputs = tree_map(_enter, leaves)
             start = live.live
@@ -288,10 +327,20 @@ class Measurement:
             forward, kept = live.peak - start, live.live - start
             live.reset_peak()
             sink = _sink(output)
+            on_first_gradient(output, lambda _: begins.append(live.live))
             del output  # the next block has it no more when the backward comes here
-            if sink is not None:
+            if sink is not None and queue is None:
                 sink.backward()
-            return max(0, kept), forward, live.peak - start
+            elif sink is not None and queue is not None:
+                queue.backward(sink)
+            backward, deferred = live.peak - start, 0
+            del sink
+            if queue is not None:
+                grads = [leaf.grad for leaf in tree_leaves(leaves) if isinstance(leaf, torch.Tensor)]
+                given = {storage_key(g): g.untyped_storage().nbytes() for g in grads if g is not None}
+                deferred = max(0, live.live - sum(given.values()))
+                queue.run()
+            return Alone(max(0, kept), forward, backward, begins[0] - start if begins else None, deferred)
 
 
 def _sink(output: Any) -> torch.Tensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from distlib.activations.clock import Span
 from distlib.activations.live import LiveBytes
 from distlib.activations.size import show_size
-from distlib.activations.wrapped import Account, Wrapped, on_first_gradient
+from distlib.activations.wrapped import Account, Record, Wrapped, on_first_gradient
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,13 @@ class ActivationReport:
         predicted: block name -> Prediction; empty unless there is a budget.
         predicted_step: the Whole that the plan was chosen for, or None.
         measured_peak: bytes of the last step inside `measuring()`, or None.
+        in_flight: in a pipeline, stage -> the most micro-batches of it that this rank holds at once. Bytes and seconds
+            of blocks, and seconds of a step, are then of one micro-batch; the peak is the rank's.
     """
 
-    def __init__(self, policy: str) -> None:
+    def __init__(self, policy: str, in_flight: Mapping[int, int] | None = None) -> None:
         self.policy = policy
+        self.in_flight = None if in_flight is None else dict(in_flight)
         self.budget: int | None = None
         self.predicted: dict[str, Prediction] = {}
         self.predicted_step: Whole | None = None
@@ -61,6 +64,7 @@ class ActivationReport:
         self._accounts = (Account(), Account())
         self._step: Span | None = None
         self._hooks: list[Any] = []
+        self._live: LiveBytes | None = None  # while a step is measured
 
     # ------------------------------------------------------------ what it says
 
@@ -92,8 +96,9 @@ class ActivationReport:
 
     @property
     def step_seconds(self) -> float | None:
-        """From the module's first forward to the end of backward in the last step; None before there was one."""
-        return self._step.seconds if self._step is not None else None
+        """From the module's first forward to the end of backward in the last step; None before there was one, and in a
+        pipeline, where ranks wait for each other in between."""
+        return self._step.seconds if self._step is not None and self.in_flight is None else None
 
     def refresh(self) -> None:
         """Counts bytes again in the next step, as for another batch size. That step runs every forward twice."""
@@ -106,9 +111,12 @@ class ActivationReport:
         """Around one step: counts every tensor that is made in it, to fill `measured_peak` (bytes). Such a step is
         slow: do not time it. Gradients must be there before (one step earlier; `zero_grad(set_to_none=False)`), as they
         would count."""
-        live = LiveBytes()
-        with live:
-            yield live
+        live = self._live = LiveBytes()
+        try:
+            with live:
+                yield live
+        finally:
+            self._live = None
         self.measured_peak = live.peak
 
     def remove(self) -> None:
@@ -131,7 +139,7 @@ class ActivationReport:
         for one in self._wrapped:
             record, counted = one.record, self._counted
             forward, again, backward = (
-                _seconds(spans) for spans in (record.forwards, record.recomputations, record.backwards)
+                self._seconds(spans) for spans in (record.forwards, record.recomputations, record.backwards)
             )
             cells = [one.name or "(module)", record.kind]
             cells += [show_size(record.baseline), show_size(record.kept)] if counted else ["", ""]
@@ -152,12 +160,19 @@ class ActivationReport:
             console.print(self.__rich__())
         return capture.get()
 
+    def _seconds(self, spans: Sequence[Span]) -> float | None:
+        """Of a step; of a micro-batch, on average, in a pipeline."""
+        found = [s for s in (span.seconds for span in spans) if s is not None]
+        return sum(found) / (1 if self.in_flight is None else len(found)) if found else None
+
     def _title(self) -> str:
         within = f" within {show_size(self.budget)}" if self.budget is not None else ""
         return f"Activations: {self.policy}{within}"
 
     def _summary(self) -> str:
         lines = []
+        for stage, count in (self.in_flight or {}).items():
+            lines.append(f"stage {stage}: at most {count} micro-batches are held at once")
         if self._counted:
             saved, baseline = self.saved_bytes, self.baseline_bytes
             part = f" ({saved / baseline:.0%})" if baseline else ""
@@ -167,27 +182,35 @@ class ActivationReport:
         if self.predicted_step is not None:
             peak = "" if self.measured_peak is None else f", measured {show_size(self.measured_peak)}"
             seconds = "" if self.step_seconds is None else f", measured {self.step_seconds * 1e3:.1f} ms"
+            of = "" if self.in_flight is None else " of a micro-batch"
             lines.append(f"peak of a step: predicted {show_size(self.predicted_step.peak)}{peak}")
-            lines.append(f"forward and backward: predicted {self.predicted_step.seconds * 1e3:.1f} ms{seconds}")
+            lines.append(f"forward and backward{of}: predicted {self.predicted_step.seconds * 1e3:.1f} ms{seconds}")
         elif self.step_seconds is not None:
             lines.append(f"forward and backward: {self.step_seconds * 1e3:.1f} ms")
         return "\n".join(lines)
 
     # ------------------------------------------------------------ what it is told
 
-    def attach(self, module: nn.Module, wrapped: Sequence[Wrapped]) -> None:
-        """These blocks of this module are reported on."""
+    def attach(self, wrapped: Sequence[Wrapped], *modules: nn.Module) -> None:
+        """These blocks of these modules are reported on."""
         self._wrapped = list(wrapped)
-        self._hooks = [
-            module.register_forward_pre_hook(_Begins(self), with_kwargs=True),
-            module.register_forward_hook(_Ends(self), with_kwargs=True),
-        ]
+        for module in modules:
+            self._hooks.append(module.register_forward_pre_hook(_Begins(self), with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(_Ends(self), with_kwargs=True))
 
-    def entered(self) -> bool:
+    def arrived(self, tensors: Iterable[Any]) -> None:
+        """These came from another rank, and count as activations while they live."""
+        if self._live is not None:
+            self._live.adopt(tensors)
+
+    def entered(self, record: Record) -> bool:
         if self.paused:
             return False
         if self._backward_ran:
             self._begin_step()
+        if record.counted and self.in_flight is not None:
+            return False
+        record.counted = self._counting
         self._counted = self._counted or self._counting
         return self._counting
 
@@ -265,6 +288,7 @@ class ActivationReport:
             **self.__dict__,
             "_accounts": (Account(), Account()),
             "_step": None,
+            "_live": None,
             "_hooks": [],
             "_counting": True,
             "_counted": False,
@@ -297,11 +321,6 @@ class _Ends:
     def _backward_begins(self, _: Any) -> None:
         self._report.backward_runs()
         torch.autograd.Variable._execution_engine.queue_callback(self._report.step_ends)
-
-
-def _seconds(spans: Sequence[Span]) -> float | None:
-    found = [span.seconds for span in spans]
-    return sum(s for s in found if s is not None) if found else None
 
 
 def _ms(seconds: float | None) -> str:

@@ -43,6 +43,7 @@ class Record:
         """A new step begins, in which bytes are counted."""
         self.baseline = 0  # bytes that it would keep if it kept everything
         self.kept = 0  # bytes that it keeps in memory
+        self.counted = False
 
     def clear(self) -> None:
         """A new step begins."""
@@ -80,7 +81,7 @@ class Account:
 class Watcher(Protocol):
     """Who is told of blocks' calls: the report."""
 
-    def entered(self) -> bool:
+    def entered(self, record: Record) -> bool:
         """A block's forward begins. Returns whether bytes are to be counted in it."""
         ...
 
@@ -145,7 +146,7 @@ class Wrapped:
             self.seen(self, args, kwargs)
         if not torch.is_grad_enabled() or not self._has_gradient(tensors):
             return self._inner(*args, **kwargs)
-        counts = self.setting.watcher.entered()
+        counts = self.setting.watcher.entered(self.record)
         if counts:
             self._count_baseline(args, kwargs)
         device = next((tensor.device for tensor in tensors), torch.device("cpu"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -16,8 +17,9 @@ from distlib.comm.group import Group
 from distlib.data_parallel import DataParallel
 from distlib.engine.engine import Engine, Stepper
 from distlib.engine.micro_steps import MicroSteps
+from distlib.engine.stage_budget import keep_within
 from distlib.optim import GradScaler
-from distlib.pipeline.build import device_for, example_of, materialise
+from distlib.pipeline.build import Held, device_for, example_of, materialise
 from distlib.pipeline.micro_batches import Weigh
 from distlib.pipeline.runtime import LossFunction
 from distlib.pipeline.wrapper import PipelineParallel
@@ -79,9 +81,33 @@ def parallelize(
     if plan.stage == 0 and plan.pipeline == 1 and all(p.device.type != "meta" for p in module.parameters()):
         module.to(device)  # all of it stays on this rank: activation memory is measured where it computes
 
+    budget = plan.activations.budget
+    shares = plan.pipeline > 1 and budget is not None
+    if budget is not None and example_inputs is None:
+        raise ValueError("activations.budget needs example_inputs= of parallelize: blocks are measured on them")
+
+    def share(held: Held) -> None:
+        """One budget for all of this rank's stages."""
+        if plan.stage == 0:
+            for part in held.modules.values():
+                part.to(device)  # they stay on this rank: activation memory is measured where it computes
+        assert budget is not None
+        report = keep_within(
+            held,
+            budget,
+            blocks,
+            folder=plan.activations.folder,
+            window=plan.activations.window,
+            loss_fn=loss_fn,
+            around=lambda: autocast(plan, device),
+            replicas=groups["data_parallel"],
+        )
+        reports.append(report)
+
     def prepare(part: nn.Module) -> nn.Module:
         """Of the whole model, or of each of this rank's stages."""
-        reports.extend(keep_less(plan, part, module, blocks, example_inputs))
+        if not shares:
+            reports.extend(keep_less(plan, part, module, blocks, example_inputs))
         return replicate(plan, part, whole, groups["data_parallel"], initialize, device)
 
     model: Stepper
@@ -94,6 +120,7 @@ def parallelize(
             process_group=groups["pipeline"],
             world=dist.group.WORLD,
             data_parallel=prepare,
+            keep_less=share if shares else None,
             weigh=weigh,
             init=initialize,
             device=device,
@@ -119,6 +146,12 @@ def make_groups(mesh: Mesh, place: Place, plan: Plan) -> dict[str, dist.ProcessG
             if ranks == own:
                 found[name] = made
     return found
+
+
+def autocast(plan: Plan, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The context of forward and loss."""
+    dtype = options.autocast(plan)
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def seed(plan: Plan, place: Place) -> None:

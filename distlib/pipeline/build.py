@@ -6,6 +6,7 @@ import copy
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, ClassVar
 
@@ -21,10 +22,11 @@ from distlib.pipeline.division import Division
 from distlib.pipeline.ghost import places
 from distlib.pipeline.micro_batches import MicroBatch, divide, moved, rows_of
 from distlib.pipeline.passes import fuse
+from distlib.pipeline.record import record
 from distlib.pipeline.schedules import generate
 from distlib.pipeline.simulate import Costs
 from distlib.pipeline.split_backward import Report, prepare
-from distlib.pipeline.stages import StageModule
+from distlib.pipeline.stages import Part, StageModule, cut, edges
 from distlib.pipeline.ties import Tie
 from distlib.shards import PartOfModel, Shard, mark, shard_of
 from distlib.world import before_shutdown
@@ -211,6 +213,33 @@ def split_backwards(modules: Mapping[int, StageModule], schedule: Schedule) -> d
     """Prepares the stages whose backward the schedule divides."""
     divided = {a.stage for line in fuse(schedule).actions for a in line if a.kind is Kind.W}
     return {stage: prepare(part) for stage, part in modules.items() if stage in divided}
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a rank holds of a pipeline before data parallelism wraps it.
+
+    rank: in the pipeline. schedule: of compute actions. modules: of this rank's stages; reports: of those whose
+    backward is divided. example: a micro-batch. compute_dtype: as of PipelineParallel.
+    """
+
+    rank: int
+    division: Division
+    schedule: Schedule
+    modules: Mapping[int, StageModule]
+    reports: Mapping[int, Report]
+    example: MicroBatch | None
+    compute_dtype: torch.dtype | None
+
+    def recorded(self) -> tuple[Schedule, tuple[Part, ...]]:
+        """The table as it will run for the example, and the stages' parts of it; under the caller's autocast."""
+        assert self.example is not None
+        with torch.set_grad_enabled(True):
+            program = record(
+                self.division.ghost, self.example.args, self.example.kwargs, self.division.leaves, self.compute_dtype
+            )
+        parts = cut(program, [stage for _, stage in self.division.calls], self.schedule.stages)
+        return fuse(self.schedule.with_edges(edges(parts))), parts
 
 
 # ---------------------------------------------------------------- weights of several stages

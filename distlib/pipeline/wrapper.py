@@ -56,6 +56,8 @@ class PipelineParallel(nn.Module):
         world: all ranks that train the model together, where there are replicas of the pipeline: they divide it alike.
         costs: for split="auto": "measured" (one rank runs each kind of module) or "estimated" (operations counted).
         data_parallel: wraps the module of each stage of this rank, for replicas of the pipeline.
+        keep_less: told of this rank's stages, all together, before data_parallel wraps them: to change what their
+            blocks keep for backward.
         compute_dtype: where data_parallel computes in another dtype than that of the parameters.
         weigh: from a micro-batch's target, its weight in the step's loss; default: its rows.
         init: initialises a module whose parameters are on the meta device; default: its reset_parameters().
@@ -85,6 +87,7 @@ class PipelineParallel(nn.Module):
         world: dist.ProcessGroup | None = None,
         costs: str = "measured",
         data_parallel: Callable[[nn.Module], nn.Module] | None = None,
+        keep_less: Callable[[build.Held], Any] | None = None,
         compute_dtype: torch.dtype | None = None,
         weigh: Weigh | None = None,
         init: Callable[[nn.Module], Any] | None = None,
@@ -123,6 +126,8 @@ class PipelineParallel(nn.Module):
         if data_parallel is None:
             modules = {stage: part.to(where) for stage, part in modules.items()}
         reports = build.split_backwards(modules, table)
+        if keep_less is not None:
+            keep_less(build.Held(group.rank, found, table, modules, reports, example, compute_dtype))
         parts = {stage: part if data_parallel is None else data_parallel(part) for stage, part in modules.items()}
         for stage, part in parts.items():
             self.add_module(f"stage_{stage}", part)

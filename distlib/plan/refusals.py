@@ -107,14 +107,6 @@ TABLE = (
     Refusal(
         "pipeline=2 or more",
         lambda p: p.pipeline > 1,
-        ("activations.budget",),
-        "a budget bounds one forward and backward of a whole model; a pipeline's rank holds several micro-batches of a "
-        "part of it",
-        'Choose a policy, such as activations="selective"',
-    ),
-    Refusal(
-        "pipeline=2 or more",
-        lambda p: p.pipeline > 1,
         ("precision.output",),
         "it would cast what goes from stage to stage as well",
         "Cast in loss_fn",
