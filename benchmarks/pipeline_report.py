@@ -15,6 +15,10 @@ class Gap(Bar):
     def operation(self) -> str:
         return f"|{self.first} - {self.second}|"
 
+    @property
+    def axis(self) -> str:
+        return "difference"
+
     def show(self, value: float) -> str:
         return f"{value:.4f}"
 

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # matplotlib, where it is: pictures go to files
 HERE = Path(__file__).parent
@@ -49,6 +50,11 @@ class Bar:
     def text(self) -> str:
         sign = ">=" if self.at_least is not None else "<="
         return f"{sign} {self.show(self.limit)}" if self.limit is not None else "report"
+
+    @property
+    def axis(self) -> str:
+        """What a picture's axis says."""
+        return "seconds" if self.difference else "ratio"
 
     def show(self, value: float) -> str:
         return f"{value:+.3f} s" if self.difference else f"{value:.2f}x"
@@ -126,7 +132,9 @@ def publish(report: Report, options: argparse.Namespace) -> None:
         print(report.title, text_table(HEADINGS, report.cells()), *report.notes, sep="\n")
     around = surroundings()
     save(report, around, options.out)
-    if importlib.util.find_spec("matplotlib"):
+    if not any(True for _ in report.comparisons()):
+        print(f"{report.name}.png is left out: there are no numbers to compare")
+    elif importlib.util.find_spec("matplotlib"):
         _draw(report, options.out / f"{report.name}.png")
     else:
         print(f"{report.name}.png is left out: matplotlib is missing")
@@ -225,12 +233,14 @@ def _append(report: Report, around: dict[str, str]) -> None:
     machine = "; ".join(around[name] for name in ("machine", "cards", "versions") if name in around)
     lines += [f"{around['date']}, commit {around['commit']}; {machine}.", ""]
     lines += [f"| {' | '.join(HEADINGS)} |", f"|{'---|' * len(HEADINGS)}"]
-    lines += [f"| {' | '.join(cells)} |" for cells in report.cells()]
+    lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in report.cells()]
     for note in report.notes:
         lines += ["", note]
-    lines += ["", f"![{report.title}](results/{report.name}.png)", ""]
+    if any(True for _ in report.comparisons()):
+        lines += ["", f"![{report.title}](results/{report.name}.png)"]
+    lines += [""]
     if not RESULTS.exists():
-        RESULTS.write_text("# Results\n\nNewest last. Medians ± half the quartile range, first / second.\n\n")
+        RESULTS.write_text("# Results\n\nMedians ± half the quartile range, first / second.\n\n")
     with RESULTS.open("a") as file:
         file.write("\n".join(lines) + "\n")
 
@@ -241,24 +251,53 @@ def show_time(seconds: float, spread: float) -> str:
     return f"{seconds * scale:.{digits}f}±{spread * scale:.{digits}f} {unit}"
 
 
+_COLOURS = {True: "#4a9a5b", False: "#c0504d", None: "#8c8c8c"}
+_KEY = "black line: the bar; green: met, red: not met, grey: only reported"
+
+
 def _draw(report: Report, path: Path) -> None:
-    """A bar per comparison: green where its limit (black line) is met, red where not, grey without one."""
+    """A bar per comparison, in a panel for each kind of number."""
     import matplotlib.pyplot as plt
 
-    pairs = list(report.comparisons())[::-1]
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.36 * len(pairs)))
+    figure = _figure(report)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _figure(report: Report) -> Any:
+    import matplotlib.pyplot as plt
+
+    panels: dict[tuple[type[Bar], bool], list[tuple[Row, Bar]]] = {}
+    for row, bar in report.comparisons():
+        panels.setdefault((type(bar), bar.difference), []).append((row, bar))
+    counts = [len(pairs) for pairs in panels.values()]
+    figure, grid = plt.subplots(
+        len(panels),
+        1,
+        figsize=(10, 0.6 + sum(0.7 + 0.28 * count for count in counts)),
+        height_ratios=[1 + count for count in counts],
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes, pairs in zip(grid[:, 0], panels.values(), strict=True):
+        _panel(axes, pairs[::-1])
+    figure.suptitle(f"{report.title}\n{_KEY}", fontsize=9)
+    return figure
+
+
+def _panel(axes: Any, pairs: list[tuple[Row, Bar]]) -> None:
+    ends = []
     for height, (row, bar) in enumerate(pairs):
         value = row.value(bar)
-        colour = {True: "#4a9a5b", False: "#c0504d", None: "#8c8c8c"}[bar.met(value)]
-        axes.barh(height, value, color=colour)
+        axes.barh(height, value, color=_COLOURS[bar.met(value)])
+        ends.append(max(value, bar.limit or 0.0, 0.0))
         text = f" {bar.show(value)}" + (f" ({bar.text})" if bar.limit is not None else "")
-        axes.annotate(text, (max(value, bar.limit or 0.0), height), va="center", fontsize=8)
+        axes.annotate(text, (ends[-1], height), va="center", fontsize=8)
         if bar.limit is not None:
             axes.plot([bar.limit] * 2, [height - 0.45, height + 0.45], color="black", linewidth=2)
     labels = [f"{r.what}, {r.ranks} rank{'s' * (r.ranks > 1)}: {b.operation}" for r, b in pairs]
     axes.set_yticks(range(len(pairs)), labels, fontsize=8)
-    axes.margins(x=0.6)  # room for the words behind the longest bar
-    axes.set_title(f"{report.title}\nblack line: the bar", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_ylim(-0.6, len(pairs) - 0.4)
+    axes.set_xlim(right=1.7 * max(ends))  # room for the words behind the longest bar
+    axes.set_xlabel(pairs[0][1].axis, fontsize=8)
