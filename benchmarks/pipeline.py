@@ -1,6 +1,6 @@
 """Pipeline parallelism on one host: bubbles, training steps beside torch's pipelines, activations, and the split.
 
-    python benchmarks/pipeline.py            # all of it, some twelve minutes
+    python benchmarks/pipeline.py            # all of it, some twenty-five minutes
     python benchmarks/pipeline.py --quick    # the same claims from few rounds, and one GPT
 
 Bubbles: stages that sleep, see `pipeline_bubbles.py`. Steps: GPTs on 2 ranks of one thread each, 4 micro-batches of 256
@@ -15,8 +15,10 @@ import functools
 import itertools
 import random
 import statistics
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pipeline_bubbles
 import torch
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 
 import distlib
 from distlib.activations.live import LiveBytes
+from distlib.comm.slots import Slot
 from distlib.pipeline import NAMES, generate, peak_activations, save_png, split_layers
 
 if TYPE_CHECKING:  # ranks draw nothing
@@ -99,6 +102,7 @@ def _steps(options: argparse.Namespace) -> dict[str, Any]:
         "seconds": seconds,
         "splits": {name: str(c.model.division) for name, c in built.items() if isinstance(c, Distlib)},
         "timed": {name: _timed(c, tokens, targets) for name, c in built.items() if isinstance(c, Distlib)},
+        "copies": _copies(first, tokens, targets),
     }
 
 
@@ -111,6 +115,24 @@ def _timed(contender: Distlib, tokens: Tensor, targets: Tensor) -> dict[str, flo
         "span": statistics.median(run.cost for run in runs),
         "bubble": statistics.median(run.bubble for run in runs),
     }
+
+
+def _copies(contender: Distlib, tokens: Tensor, targets: Tensor) -> float:
+    """Seconds of this rank's copies into slots in a step, the median of five: what sending without them would save."""
+    spent: list[float] = []
+    fill = Slot.fill
+
+    def timed(*args: Any) -> None:
+        began = time.perf_counter()
+        fill(*args)
+        spent[-1] += time.perf_counter() - began
+
+    with mock.patch.object(Slot, "fill", timed):
+        for _ in range(5):
+            spent.append(0.0)
+            contender.model.train_step(tokens, targets)
+    contender.optimizer.zero_grad()
+    return statistics.median(spent)
 
 
 class Layer(nn.Module):
@@ -185,7 +207,8 @@ def step_notes(vocabulary: int, found: dict[str, Any]) -> list[str]:
     )
     splits = (f"{name}:\n{words}" for name, words in found["splits"].items() if name != OURS["zb-h1"])
     return [
-        f"Vocabulary {vocabulary:,}, a step without the optimizer: {'; '.join(inside)}. The split that distlib found:",
+        f"Vocabulary {vocabulary:,}, a step without the optimizer: {'; '.join(inside)}. Rank 0 copies activations "
+        f"into shared memory for {found['copies'] * 1e6:.0f} us of a step of 1f1b. The split that distlib found:",
         "```\n" + "\n".join(splits) + "\n```",
     ]
 
@@ -254,8 +277,9 @@ def results(options: argparse.Namespace) -> Report:
         steps += step_notes(vocabulary, found)
     rows += [*activation_rows(part("activations", HELD_RANKS, 1)), split_row()]
     notes = [
-        f"Bubbles: F, B and W of a rank are sleeps of {pipeline_bubbles.F * 1e3:.0f}, {pipeline_bubbles.B * 1e3:.0f} "
-        f"and {pipeline_bubbles.W * 1e3:.0f} ms. A message takes {', '.join(latencies)}, by ping-pong.",
+        "Bubbles: F, B and W of a rank are sleeps of "
+        + " or ".join(", ".join(f"{s * 1e3:.0f}" for s in each) for each in pipeline_bubbles.LENGTHS.values())
+        + f" ms. A message takes {', '.join(latencies)}, by ping-pong.",
         *pictures,
         "Steps: torch's stages have equally many layers, embedding and output layer counted as one each; or, where it "
         "says so, the split that distlib found. ZB1P is ScheduleInterleavedZeroBubble with one stage per rank.",

@@ -5,10 +5,14 @@
 Sleeping needs no core, so that eight ranks fit on two. What is left is the runtime: its messages, its order of actions,
 and what it does between them. The simulator is given the lengths of the sleeps and the latency of a message, which is
 measured apart, by ping-pong over the same transport.
+
+Each schedule runs with sleeps of two lengths: half as long as what a rank of the GPT in `pipeline.py` computes for a
+micro-batch, and a fifth as long, where what the runtime does per action weighs more than in any such training.
 """
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import time
 from collections.abc import Sequence
@@ -28,8 +32,10 @@ from distlib.pipeline.transport import Transport
 if TYPE_CHECKING:  # ranks draw nothing
     from report import Row
 
-F, B, W = 0.020, 0.020, 0.016  # seconds of a rank's share of the model, for a micro-batch
+# Seconds of F, B and W: of a rank's share of the model, for a micro-batch.
+LENGTHS = {"50 ms": (0.050, 0.050, 0.040), "20 ms": (0.020, 0.020, 0.016)}
 WIDTH = 8  # elements of a message, a few bytes: no sleeping rank's core is needed to copy them
+_SET_TIMER_SLACK = 29  # of prctl(2): how much later than asked for the kernel may end a sleep
 NEAR = 0.03  # how far a measured bubble may be from the simulated one
 DRAWN = ("1f1b", "zb-h1", "zb-v")
 
@@ -80,24 +86,31 @@ class Measured:
 
 
 def measure(steps: int) -> dict[str, Any]:
-    """{"latency": seconds of a message, schedule: a `Measured` as a dict}. Every rank must call it."""
+    """{"latency": seconds of a message, lengths: {schedule: a `Measured` as a dict}}. Every rank must call it."""
     group = Group.of(None)
     found: dict[str, Any] = {"latency": latency(group)}
-    for name in NAMES:
-        found[name] = asdict(_measure(name, group.size, found["latency"], steps))
+    _sleep_exactly()
+    for lengths in LENGTHS:
+        found[lengths] = {name: asdict(_measure(name, group.size, lengths, found["latency"], steps)) for name in NAMES}
     return found
 
 
-def schedule_of(name: str, ranks: int, comm: float) -> tuple[Schedule, Costs]:
+def _sleep_exactly() -> None:
+    """Sleeps of this thread, and of those that it starts, end when they should: by default, up to 50 us later."""
+    if ctypes.CDLL(None, use_errno=True).prctl(_SET_TIMER_SLACK, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_TIMERSLACK) failed")
+
+
+def schedule_of(name: str, ranks: int, lengths: str, comm: float) -> tuple[Schedule, Costs]:
     """Twice as many micro-batches as ranks: the least at which zb-v has no bubble. Two stages of a rank have half of
     its work each."""
     virtual = 2 if name in ("interleaved", "zb-v") else 1
-    costs = Costs(F / virtual, B / virtual, W / virtual, comm=comm)
+    costs = Costs(*(seconds / virtual for seconds in LENGTHS[lengths]), comm=comm)
     return generate(name, ranks, 2 * ranks, costs=costs if name == "auto" else None), costs
 
 
-def _measure(name: str, ranks: int, comm: float, steps: int) -> Measured:
-    schedule, costs = schedule_of(name, ranks, comm)
+def _measure(name: str, ranks: int, lengths: str, comm: float, steps: int) -> Measured:
+    schedule, costs = schedule_of(name, ranks, lengths, comm)
     stages = [Sleeper(costs.forward, costs.backward, costs.weight) for _ in range(schedule.stages)]
     model = distlib.PipelineParallel(
         None,
@@ -142,22 +155,24 @@ def latency(group: Group, rounds: int = 60) -> float:
 
 
 def rows_of(ranks: int, found: dict[str, Any]) -> list[Row]:
-    """A row per schedule, with what `measure` returned."""
+    """A row per schedule and lengths, with what `measure` returned."""
     from pipeline_report import Gap, Plain
 
     return [
         Plain(
-            f"bubble, {name}, m={2 * ranks}",
+            f"bubble, {name}, m={2 * ranks}, F of {lengths}",
             ranks,
-            {"measured": found[name]["bubbles"], "simulated": [found[name]["simulated"]]},
+            {"measured": found[lengths][name]["bubbles"], "simulated": [found[lengths][name]["simulated"]]},
             [Gap("measured", "simulated", at_most=NEAR)],
         )
+        for lengths in LENGTHS
         for name in NAMES
     ]
 
 
 def time_line(name: str, ranks: int, found: dict[str, Any]) -> Simulation:
     """What the ranks did when, in the step with the median bubble; for `distlib.pipeline.save_png`."""
-    schedule, _ = schedule_of(name, ranks, found["latency"])
-    lines: Sequence[Any] = found[name]["lines"]
+    lengths = next(iter(LENGTHS))
+    schedule, _ = schedule_of(name, ranks, lengths, found["latency"])
+    lines: Sequence[Any] = found[lengths][name]["lines"]
     return played(schedule, [[(parse(token), start, end) for token, start, end in line] for line in lines])

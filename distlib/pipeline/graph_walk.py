@@ -12,8 +12,9 @@ comes in the input pass: see `_Graph.settle`. The graph, and with it all activat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from distlib.pipeline.deferral import Entry, Hold
 
 Node = Any  # torch.autograd.graph.Node
+Root: TypeAlias = Tensor | GradientEdge  # where a backward starts
 
 
 def _leaf(node: Node) -> Tensor | None:
@@ -50,10 +52,10 @@ def _is_hooked(node: Node) -> bool:
 
 
 class _Graph:
-    """The graph behind some tensors, divided. later: leaves to defer, with their names."""
+    """The graph behind some edges, divided. later: leaves to defer, with their names."""
 
-    def __init__(self, tensors: Sequence[Tensor], later: Mapping[Tensor, str]) -> None:
-        self.roots = [get_gradient_edge(t) for t in tensors]
+    def __init__(self, roots: Sequence[GradientEdge], later: Mapping[Tensor, str]) -> None:
+        self.roots = roots
         self.order = _inputs_first([edge.node for edge in self.roots])
         self.kept: dict[str, str] = {}  # by name, why it is not deferred
         leaves = {node: leaf for node in self.order if (leaf := _leaf(node)) is not None}
@@ -173,25 +175,27 @@ class Part:
                 handle.remove()
 
 
-def _initial(tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor]:
+def _initial(edges: Sequence[GradientEdge], gradients: Sequence[Tensor | None]) -> list[Tensor]:
     found = []
-    for tensor, gradient in zip(tensors, gradients, strict=True):
-        if gradient is None and tensor.numel() != 1:
-            raise RuntimeError(f"the gradient of an output of shape {list(tensor.shape)} is needed: it is no scalar")
-        found.append(torch.ones_like(tensor) if gradient is None else gradient)
+    for edge, gradient in zip(edges, gradients, strict=True):
+        made = edge.node._input_metadata[edge.output_nr]  # of the tensor
+        if gradient is None and math.prod(made.shape) != 1:
+            raise RuntimeError(f"the gradient of an output of shape {list(made.shape)} is needed: it is no scalar")
+        found.append(torch.ones(made.shape, dtype=made.dtype, device=made.device) if gradient is None else gradient)
     return found
 
 
 def input_pass(
-    tensors: Sequence[Tensor], gradients: Sequence[Tensor | None], later: Mapping[Tensor, str], entries: list[Entry]
+    roots: Sequence[Root], gradients: Sequence[Tensor | None], later: Mapping[Tensor, str], entries: list[Entry]
 ) -> dict[str, str]:
-    """Backward of `tensors` without the leaves in `later` (leaf -> name) and those that wait in Hold.
+    """Backward of `roots` without the leaves in `later` (leaf -> name) and those that wait in Hold.
 
     The parts of the weight pass are added to `entries`, in the order of backward: those of Hold come between them.
     Returns by name the leaves of `later` that were not deferred, with the reason: their gradients are there already.
     """
-    graph = _Graph(tensors, later)
-    initial = _initial(tensors, gradients)
+    edges = [get_gradient_edge(root) if isinstance(root, Tensor) else root for root in roots]
+    graph = _Graph(edges, later)
+    initial = _initial(edges, gradients)
     outer = [(e, g) for e, g in zip(graph.roots, initial, strict=True) if graph.deferred and e.node in graph.outer]
     if outer:
         behind = {node for node in _inputs_first([e.node for e, _ in outer])}
@@ -205,7 +209,7 @@ def input_pass(
     now = graph.now
     try:
         if now:
-            torch.autograd.backward(tensors, initial, retain_graph=bool(outer or handles), inputs=now)
+            torch.autograd.backward(edges, initial, retain_graph=bool(outer or handles), inputs=now)
     finally:
         for handle in handles:
             handle.remove()

@@ -24,12 +24,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from distlib.pipeline import deferral, graph_walk
 from distlib.pipeline.deferral import Entry
+from distlib.pipeline.graph_walk import Root
 
 HOWS = ("auto", "deferral", "graph")
 
@@ -220,13 +222,14 @@ class WeightQueue:
         storages = {s.data_ptr(): s.nbytes() for e in self._entries for t in e.tensors for s in (t.untyped_storage(),)}
         return sum(storages.values())
 
-    def backward(self, tensors: Tensor | Sequence[Tensor], gradients: Any = None) -> None:
+    def backward(self, tensors: Root | Sequence[Root], gradients: Any = None) -> None:
         """The input pass: torch.autograd.backward(tensors, gradients) but for weights, which wait.
 
-        tensors: outputs of the stage, or a loss. gradients: theirs, shapes and dtypes alike; None for scalars. Inputs,
-        norm scales and all that cannot wait get their .grad, and hooks fire. Several calls before `run` add up.
+        tensors: outputs of the stage, or a loss, or their gradient edges. gradients: theirs, shapes and dtypes alike;
+        None for scalars. Inputs, norm scales and all that cannot wait get their .grad, and hooks fire. Several calls
+        before `run` add up.
         """
-        tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        tensors = [tensors] if isinstance(tensors, (Tensor, GradientEdge)) else list(tensors)
         if gradients is None:
             gradients = [None] * len(tensors)
         gradients = [gradients] if isinstance(gradients, Tensor) else list(gradients)

@@ -1,7 +1,10 @@
 """One stage on this rank: forwards and backwards of its micro-batches, each as the table asks for it.
 
-received -> leaves -> forward -> sent                       kept per micro-batch: leaves and what was sent
+received -> leaves -> forward -> sent                       kept per micro-batch: leaves, and the graph's ends at sent
 gradients of sent -> backward (BW, or B and later W) -> gradients of leaves
+
+What was sent is not kept, only where it is in autograd's graph: its memory is free as soon as it is away, unless an
+operator saved it.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from distlib.comm.group import Group
 from distlib.pipeline.split_backward import Report, WeightQueue
@@ -49,13 +53,14 @@ class _Enter(torch.autograd.Function):
 class _InFlight:
     """One micro-batch between its forward and the end of its backward.
 
-    leaves: per producer stage, what was received. sent: per consumer stage, what was sent. loss: on the last stage.
+    leaves: per producer stage, what was received. sent: per consumer stage, where in the graph each tensor was made;
+    None for one without a gradient. loss: likewise, on the last stage.
     """
 
     part: Part
     leaves: dict[int, Tensors]
-    sent: dict[int, Tensors]
-    loss: Tensor | None = None
+    sent: dict[int, tuple[GradientEdge | None, ...]]
+    loss: GradientEdge | None = None
     queue: WeightQueue | None = None
 
 
@@ -102,12 +107,13 @@ class Stage:
             sent, output = self.module(part, tuple(entering), args, kwargs)
         by_target = {port.target: tensors for port, tensors in zip(part.sends, sent, strict=True)}
         if train:
-            self._flying[micro_batch] = _InFlight(part, leaves, by_target)
+            ends = {target: tuple(map(_edge, tensors)) for target, tensors in by_target.items()}
+            self._flying[micro_batch] = _InFlight(part, leaves, ends)
         return by_target, output
 
     def set_loss(self, micro_batch: int, loss: Tensor) -> None:
         """On the last stage: what the backward of the micro-batch starts from."""
-        self._flying[micro_batch].loss = loss
+        self._flying[micro_batch].loss = _edge(loss)
 
     # ------------------------------------------------------------ backward
 
@@ -168,27 +174,33 @@ class Stage:
             if group is not None and group.size > 1:
                 group.abort(text)
 
-    def _roots(self, flight: _InFlight, gradients: Mapping[int, Tensors]) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Tensors to start from, with their gradients; a tensor that several stages got comes once, with the sum."""
-        found: dict[int, tuple[Tensor, Tensor | None]] = {}
-        if flight.loss is not None and flight.loss.requires_grad:
-            found[id(flight.loss)] = (flight.loss, None)
-        for target, tensors in flight.sent.items():
+    def _roots(
+        self, flight: _InFlight, gradients: Mapping[int, Tensors]
+    ) -> tuple[list[GradientEdge], list[Tensor | None]]:
+        """Where to start, with gradients; a tensor that several stages got comes once, with the sum."""
+        found: dict[tuple[Any, int], tuple[GradientEdge, Tensor | None]] = {}
+        if flight.loss is not None:
+            found[flight.loss[:2]] = (flight.loss, None)
+        for target, edges in flight.sent.items():
             given = iter(gradients.get(target, ()))
             port = next(port for port in flight.part.sends if port.target == target)
-            for tensor, spec in zip(tensors, port.specs, strict=True):
+            for edge, spec in zip(edges, port.specs, strict=True):
                 if not spec.requires_grad:
                     continue
                 gradient = next(given)
-                before = found.get(id(tensor))
-                if before is not None and before[1] is not None:
-                    gradient = before[1] + gradient
-                found[id(tensor)] = (tensor, gradient)
-        pairs = [pair for pair in found.values() if pair[0].requires_grad]
-        return [tensor for tensor, _ in pairs], [gradient for _, gradient in pairs]
+                if edge is None:
+                    continue
+                _, before = found.get(edge[:2], (edge, None))
+                found[edge[:2]] = (edge, gradient if before is None else before + gradient)
+        return [edge for edge, _ in found.values()], [gradient for _, gradient in found.values()]
 
     def _no_sync(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.replicas is None else self.replicas.no_sync()
+
+
+def _edge(tensor: Tensor) -> GradientEdge | None:
+    """Where a tensor was made in autograd's graph; its values need not live for it."""
+    return get_gradient_edge(tensor) if tensor.requires_grad else None
 
 
 def _gradients_of(leaves: Sequence[Tensor]) -> Tensors:
