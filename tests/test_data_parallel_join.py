@@ -146,17 +146,20 @@ def test_a_forward_without_backward_is_told_to_all() -> None:
     run_ranks(2, _forgets_backward)
 
 
-def _evaluates_within(rank: int, n: int) -> None:
+def _evaluates_within(rank: int, n: int, evaluates: bool) -> list[torch.Tensor]:
     with wrapped(rank, n) as model:
         with model.join():
             for step in range(1 if rank == 1 else 3):
                 loss_of(model, rank, step).backward()
-                with torch.no_grad():
-                    loss_of(model, rank, step)
+                if evaluates:
+                    with torch.no_grad():
+                        loss_of(model, rank, step)
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-def test_forwards_without_gradients_within_join() -> None:
-    run_ranks(2, _evaluates_within)
+def test_forwards_without_gradients_within_join_change_nothing() -> None:
+    without, within = (run_ranks(2, _evaluates_within, evaluates) for evaluates in (False, True))
+    assert without[0] and all(torch.equal(*pair) for pair in zip(without[0], within[0], strict=True))
 
 
 def _disabled(rank: int, n: int) -> None:

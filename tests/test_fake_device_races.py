@@ -276,23 +276,30 @@ def test_two_streams_may_use_two_parts_of_a_tensor_and_both_may_read() -> None:
     on_device(disjoint)
 
 
-def across_streams(device: torch.device) -> None:
-    """Forward on a side stream, backward from the main one: autograd orders them itself."""
-    side = torch.Stream(device)
+def across_streams(device: torch.device, side: streams.Stream) -> list[torch.Tensor]:
+    """Weights after steps with forward on a side stream, backward from the main one: autograd itself orders them."""
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     for _ in range(3):
         streams.follow(side, streams.current(device))
-        with side:
+        with streams.on(side):
             loss = model(torch.ones(2, 8, device=device)).square().mean()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        torch.optim.AdamW(model.parameters()).step()
+        optimizer.step()
         model.zero_grad()
         streams.follow(streams.current(device), side)
+    return [p.detach().cpu() for p in model.parameters()]
+
+
+def on_a_side_stream(device: torch.device) -> list[torch.Tensor]:
+    return across_streams(device, torch.Stream(device))
 
 
 def test_backward_of_a_side_streams_forward_is_ordered() -> None:
-    on_device(across_streams)
+    plain = across_streams(torch.device("cpu"), None)
+    assert all(torch.equal(*pair) for pair in zip(on_device(on_a_side_stream), plain, strict=True))
 
 
 def modes(device: torch.device) -> list[str]:

@@ -158,15 +158,17 @@ def test_init_after_shutdown_meets_anew() -> None:
     assert run_ranks(2, _again_and_again) == [[1, 3, 5]] * 2
 
 
-def _leave_at_once(rank: int, n: int, backend: str) -> None:
+def _leave_at_once(rank: int, n: int, backend: str) -> list[tuple[int, int]]:
+    met = []
     for _ in range(5):
-        with distlib.init(backend, SECONDS):
-            pass
+        with distlib.init(backend, SECONDS) as world:
+            met.append((world.rank, world.size))
+    return met
 
 
 @pytest.mark.parametrize("backend", ["distlib", "gloo"])
 def test_ranks_that_leave_at_once_do_not_disturb_those_that_arrive(backend: str) -> None:
-    run_ranks(3, _leave_at_once, backend)
+    assert run_ranks(3, _leave_at_once, backend) == [[(rank, 3)] * 5 for rank in range(3)]
 
 
 def _ask_twice(rank: int, n: int) -> list[str]:
