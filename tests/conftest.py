@@ -13,6 +13,9 @@ import pytest
 import torch
 from ranks import pool
 
+# Images of containers often set it. Then each process of a test, and each rank, would compile all that it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 if "PYTEST_XDIST_WORKER" in os.environ:  # each has its share of the cores; threads that spin would take the other's
     torch.set_num_threads(1)
 

@@ -362,14 +362,11 @@ def serve(control: socket.socket) -> None:
     gc.collect()
     gc.freeze()  # shared pages stay shared in the ranks
     send(control, {"ready": os.getpid()})
-    with tempfile.TemporaryDirectory(prefix="distlib-ranks-") as compiled:
-        if sys.dont_write_bytecode:  # else every rank would compile all that it imports, a tenth of a second of it
-            sys.dont_write_bytecode, sys.pycache_prefix = False, compiled
-        while True:
-            try:
-                send(control, _call(receive(control), control, read))
-            except (EOFError, BrokenPipeError, ConnectionResetError):
-                return
+    while True:
+        try:
+            send(control, _call(receive(control), control, read))
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            return
 
 
 if __name__ == "__main__":
