@@ -137,6 +137,11 @@ def has_passed(event: Event) -> bool:
     return event is None or event.query()
 
 
+def is_captured(device: torch.device) -> bool:
+    """Whether what the current stream is given goes into a CUDA graph, to be run later and again."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def raw(stream: Stream) -> int:
     """The stream as C interfaces take it: a cudaStream_t where the device is a GPU."""
     if stream is None:

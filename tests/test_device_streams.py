@@ -183,6 +183,47 @@ def test_a_stream_is_not_handed_out_again_while_somebody_has_it(
     assert streams.new(gpu).stream_id == 1
 
 
+def far_ahead(rank: int, n: int, how: str) -> int:
+    """Bytes that are reserved for twenty gathers, one after the other, of a host that never sees one done."""
+    device = device_here("fake")
+    with process_group(rank, n):
+        group = Group.of()
+        x = torch.ones(100_000, device=device)
+        group.all_reduce(x)
+        torch.accelerator.synchronize()
+        side = streams.new(device)
+        fake_device.lag(1 << 40)
+        before = torch.accelerator.memory_reserved()
+        for _ in range(20):
+            whole = torch.empty(len(x) * n, device=device)
+            if how == "group":
+                work = group.all_gather(whole, x, async_op=True)
+                work.wait()
+            elif how == "waits here":
+                group.all_gather(whole, x)
+            elif how == "torch":
+                work = dist.all_gather_into_tensor(whole, x, async_op=True)
+                work.wait()
+            else:
+                work = group.all_gather(whole, x, async_op=True)
+                with streams.on(side):  # memory is not this stream's
+                    work.wait()
+            assert whole.numel()
+            del whole
+            work = None
+        reserved = torch.accelerator.memory_reserved() - before
+        fake_device.lag(0)
+        return reserved
+
+
+@pytest.mark.parametrize("how", ["group", "waits here", "torch", "on another stream"])
+def test_memory_that_a_stream_waited_for_is_lent_again_before_the_host_sees_it(how: str) -> None:
+    """Else a host that is ahead would hold what many gathers brought."""
+    each = 2 * 400_000
+    for reserved in run_ranks(2, far_ahead, how, env=SMALL):
+        assert reserved < 2 * each if how != "on another stream" else reserved >= 20 * each, reserved
+
+
 class Looked:
     """A channel of a device that is not the first."""
 
@@ -236,6 +277,25 @@ def test_a_thread_that_asks_does_not_end_a_capture_of_another(
     thread.start()
     thread.join()
     assert "CUDA graphs cannot be captured" in caplog.text and "801" in caplog.text
+
+
+def captured(rank: int, n: int) -> None:
+    device = device_here("fake")
+    with process_group(rank, n):
+        group = Group.of()
+        x = torch.ones(5, device=device)
+        group.all_reduce(x)
+        is_captured, streams.is_captured = streams.is_captured, lambda device: True
+        for call in (lambda: group.all_reduce(x), lambda: group.send(x, 1 - rank), lambda: group.recv(x, 1 - rank)):
+            with pytest.raises(RuntimeError, match="was called while a CUDA graph is captured"):
+                call()
+        streams.is_captured = is_captured
+        group.all_reduce(x)
+        assert x.tolist() == [4.0] * 5
+
+
+def test_a_collective_does_not_go_into_a_graph_and_the_group_goes_on() -> None:
+    run_ranks(2, captured, env=SMALL)
 
 
 def two_devices(rank: int, n: int) -> None:

@@ -442,32 +442,30 @@ class Group:
         async_op: bool,
         begin: int | None = None,
     ) -> Work | None:
-        sent = sum(t.nbytes for t in call.send)
-        received = sum(t.nbytes for t in call.recv)
-        work = (StreamWork if channel.by_streams else Work)(
-            operation,
-            result,
-            keep=call,
-            finish=finish,
-            account=lambda done: self._account(channel, call.kind, call.root, sent, received, done),
-            abort=self.abort,
-            what=call.kind,
-        )
+        kind, root = call.kind, call.root
+        sent, received = sum(t.nbytes for t in call.send), sum(t.nbytes for t in call.recv)
+        account = lambda done: self._account(channel, kind, root, sent, received, done)  # noqa: E731
+        work: Work
+        if channel.by_streams:  # the operation keeps what it needs; what is kept here for the accounts has no tensors
+            work = StreamWork(operation, result, abort=self.abort, what=kind)
+            tracked: Work = StreamWork(operation, [], account=account)
+        else:
+            work = tracked = Work(operation, result, call, finish, account, self.abort, kind)
         if async_op:
             self.sweep()
-            self._in_flight.append(work)
+            self._in_flight.append(tracked)
             return work
         try:
             work.wait()
         except BaseException:
             if not work.is_completed():  # an interrupt: the tensors are still in use
-                self._in_flight.append(work)
+                self._in_flight.append(tracked)
             raise
         if begin is not None:
             ledger().add_wait(time.perf_counter_ns() - begin)
         if channel.by_streams:  # its stream goes on, and so do the accounts
             self.sweep()
-            self._in_flight.append(work)
+            self._in_flight.append(tracked)
         return None
 
     def _account(

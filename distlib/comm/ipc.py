@@ -24,7 +24,7 @@ from distlib.comm.ipc_faults import Place, collective_text, failure_text
 from distlib.comm.ipc_memory import SharedMemory
 from distlib.comm.ledger import expected_bytes
 from distlib.comm.links import Links
-from distlib.comm.stream_work import Judged
+from distlib.comm.stream_work import Judged, require_no_capture
 from distlib.comm.watch import watch
 from distlib.comm.work import CollectiveError
 from distlib.cuda import collectives, library
@@ -53,6 +53,7 @@ class DeviceOperation(Judged):
     peers: tuple[int, ...]  # ranks without which it cannot complete
     keep: Any  # memory that it reads and writes
     seconds: float  # its timeout
+    begun_on: streams.Stream
     source: int = -1
     peer_bytes: int = 0
     waited_ns: int = 0
@@ -120,15 +121,16 @@ class IpcChannel:
 
     def start(self, collective: Collective, timeout: float, sync: bool) -> DeviceOperation:
         c = collective
+        current = streams.current(self.device)
         with self._lock:
             self._require_open()
             self._sequence += 1
             call = self._call(c, timeout)
             others = tuple(r for r in range(self.size) if r != self.rank)
             what = collective_text(call.what)
-            operation = DeviceOperation(self, self._sequence, what, False, self._stream, others, c, timeout)
+            operation = DeviceOperation(self, self._sequence, what, False, self._stream, others, c, timeout, current)
             self._under_way.append(operation)
-        streams.follow(self._stream, streams.current(self.device))
+        streams.follow(self._stream, current)
         with self._launching(operation), streams.on(self._stream):
             if library.observed():
                 library.tell(what, [extent(t) for t in c.send], [extent(t) for t in c.recv])
@@ -180,6 +182,7 @@ class IpcChannel:
     def _message(self, tensor: torch.Tensor, peer: int, tag: int, timeout: float, sending: bool) -> DeviceOperation:
         if peer == self.rank:
             raise ValueError(f"{'send' if sending else 'recv'} on {self.device}: rank {peer} is this rank itself")
+        current = streams.current(self.device)
         with self._lock:
             self._require_open()
             self._messages[peer, sending] += 1
@@ -188,13 +191,14 @@ class IpcChannel:
                 self._message_streams[peer, sending] = streams.new(self.device, urgent=True)
             stream = self._message_streams[peer, sending]
             what = f"message {'to' if sending else 'from'} {self._place.rank_name(peer)}"
-            operation = DeviceOperation(self, number, what, True, stream, (peer,), tensor, timeout, sending=sending)
+            operation = DeviceOperation(self, number, what, True, stream, (peer,), tensor, timeout, current)
+            operation.sending = sending
             operation.source = -1 if sending else peer
             self._under_way.append(operation)
         message = collectives.Message(
             tensor.data_ptr(), tensor.nbytes, tag, number, _nanoseconds(timeout), peer, int(sending)
         )
-        streams.follow(stream, streams.current(self.device))
+        streams.follow(stream, current)
         with self._launching(operation), streams.on(stream):
             if library.observed():
                 touched = [extent(tensor)]
@@ -224,6 +228,7 @@ class IpcChannel:
     def _require_open(self) -> None:
         if self.closed:
             raise CollectiveError(f"group '{self.name}' was closed on this rank")
+        require_no_capture(self.name, self.device)
         self.check()
         if self._broken is not None:
             raise self._broken

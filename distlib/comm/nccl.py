@@ -27,7 +27,7 @@ from distlib.comm.gloo import expected_sent
 from distlib.comm.hierarchical import expected_moved, why_flat
 from distlib.comm.nccl_levels import DeviceLevels
 from distlib.comm.nccl_notes import Note, Notes
-from distlib.comm.stream_work import Judged
+from distlib.comm.stream_work import Judged, require_no_capture
 from distlib.comm.tensors import as_bytes, as_one
 from distlib.comm.watch import watch
 from distlib.comm.work import CollectiveError
@@ -64,6 +64,7 @@ class NcclOperation(Judged):
     keep: Any
     rows: list[Traffic]
     stream: streams.Stream
+    begun_on: streams.Stream
     work: Any = None
     event: streams.Event = None
     launched: bool = False
@@ -203,12 +204,14 @@ class NcclChannel(C10dChannel):
         with self._lock:
             if self._closed:
                 raise CollectiveError(f"group '{self.name}' was closed on this rank")
+            require_no_capture(self.name, self.device)
             self.check()
             if self._broken is not None:
                 raise self._broken
             self._sequence += 1
             self._started_what = what
-            operation = NcclOperation(self, self._sequence, what, timeout, keep, rows, stream)
+            current = streams.current(self.device)
+            operation = NcclOperation(self, self._sequence, what, timeout, keep, rows, stream, current)
             self._under_way.append(operation)
         watch.wake()
         return operation

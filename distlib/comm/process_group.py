@@ -180,6 +180,8 @@ class ProcessGroup(dist.ProcessGroup):
         timeout = getattr(opts, "timeout", None)
         with torch.no_grad():
             work = method(*args, async_op=not waits, timeout=timeout, **kwargs)
+        if isinstance(work, StreamWork):
+            work.lets_go = True
         return work if work is not None else finished([a for a in args if isinstance(a, torch.Tensor)])
 
     @_collective

@@ -15,6 +15,16 @@ from distlib.comm.work import CollectiveError, Operation, Work
 _LOOK_SECONDS = 0.001  # between looks of a host that was asked to wait
 
 
+def require_no_capture(group: str, device: torch.device) -> None:
+    """Raises RuntimeError where a CUDA graph is captured: ranks compare the number of each collective, and a graph that
+    runs again would repeat its own."""
+    if streams.is_captured(device):
+        raise RuntimeError(
+            f"a collective of group '{group}' on {device} was called while a CUDA graph is captured. Each has its "
+            "number, by which ranks find that they disagree, so it cannot be run again: end the capture before it"
+        )
+
+
 class StreamOperation(Operation, Protocol):
     """An operation whose results are there when a stream has come as far."""
 
@@ -37,6 +47,7 @@ class Judged(ABC):
 
     channel: Any  # its verdict(operation, passed): the error of an operation, or None
     keep: Any  # memory that it reads and writes
+    begun_on: streams.Stream  # the stream that was current when it was started
     _over = False
     _failed: CollectiveError | None = None
 
@@ -55,6 +66,12 @@ class Judged(ABC):
             if passed:
                 self.keep = None
         return self._over
+
+    def let_go(self, anyway: bool) -> None:
+        """The current stream waits for it. Where its memory is that stream's, whoever is lent it next comes later, and
+        it need not be kept until the host sees that the device is as far. anyway: the caller looks after that."""
+        if anyway or streams.current(self.channel.device) == self.begun_on:
+            self.keep = None
 
     @property
     def failed(self) -> bool:
@@ -84,6 +101,7 @@ class StreamWork(Work):
     what goes wrong later is raised by whatever asks next: a wait, `is_completed()`, or the next start."""
 
     operation: Any
+    lets_go = False  # whoever waits sees to it that memory is not lent again too early, as with torch's NCCL works
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Makes the current stream wait. With a `timeout` the host waits too, and one that runs out ends the group."""
@@ -94,6 +112,7 @@ class StreamWork(Work):
             raise CollectiveError(text, "timeout")
         if self._error is None:
             self.operation.follow()  # also where it is done: not every stream knows that
+            self.operation.let_go(self.lets_go)
             if not self._completed and self.operation.failed:
                 self.complete()
         if self._error is not None:

@@ -168,11 +168,15 @@ class Flat:
             return  # no optimizer writes it
         self.told = False
         if self.mixed:
-            for piece in self.pieces:
-                shard: Shard = piece._distlib_shard
-                if piece.numel() and not shard.is_written(piece):
+            pieces: list[tuple[nn.Parameter, Shard]] = [(p, p._distlib_shard) for p in self.pieces if p.numel()]
+            behind = [(piece, shard) for piece, shard in pieces if not shard.is_written(piece)]
+            if len(behind) == len(pieces) > 0:  # an optimizer that knows of no copies: all at once
+                self.staged.copy_(self.master)
+            else:
+                for piece, shard in behind:
                     assert shard.compute is not None
                     shard.compute.copy_(piece.view(-1))
+            for _, shard in pieces:
                 shard.may_be_written()
         if self.host:
             self.own.copy_(self.staged, non_blocking=True)
