@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
+import report
+from pipeline_report import Gap, PipelineReport, Plain
+from report import Bar, Row
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import report  # noqa: E402
-from pipeline_report import Gap, PipelineReport, Plain  # noqa: E402
-from report import Bar, Row  # noqa: E402
 
 ROWS = [
     Row("import", 1, {"a": [1.0, 1.1], "b": [1.0, 1.0]}, [Bar("a", "b", at_most=0.3, difference=True)]),

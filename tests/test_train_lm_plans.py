@@ -91,7 +91,7 @@ def test_a_run_that_stops_goes_on_under_another_plan(text: Path, tmp_path: Path,
 
 @pytest.mark.parametrize(
     ("name", "ranks", "options"),
-    [("mics", 4, ""), ("pipeline", 4, ""), ("large", 8, "--layers 6")],
+    [("one_host", 4, ""), ("mics", 4, ""), ("pipeline", 4, ""), ("large", 8, "--layers 6")],
 )
 def test_the_ready_plans_train(
     name: str, ranks: int, options: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
