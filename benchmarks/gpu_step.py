@@ -85,19 +85,21 @@ def results(device: str, runs: Runs) -> Iterator[GpuReport]:
     def so_far() -> GpuReport:
         return GpuReport("gpu_step", "Training steps on a GPU", rows, notes, [*checks, *runs.failed])
 
-    if device == "fake":  # one process: starting takes longer than what it does
+    if device == "fake":
         notes.append("The device is tests/fake_device: nothing was timed.")
-        alone = runs(1, "alone") or dict.fromkeys(("steps", "curves", "offload"))
-        steps, curves, offload = (alone[part] for part in ("steps", "curves", "offload"))
-    else:
-        steps, curves, offload = (runs(1, part) for part in ("steps", "curves", "offload"))
-    if steps:
+    # In one process there: starting takes longer than what it does.
+    alone = (runs(1, "alone") or {}) if device == "fake" else None
+    one = lambda part: runs(1, part) if alone is None else alone.get(part)  # noqa: E731
+    if steps := one("steps"):
         notes.append(f"Steps: {steps['size']}, bf16. Curves: a small model.")
         checks += step_checks(steps)
         rows += step_rows(steps)
-    if offload:
+    yield so_far()
+    if offload := one("offload"):
         checks += offload_checks(offload)
         rows += offload_rows(offload)
+    yield so_far()
+    curves = one("curves")
     if curves is None:
         yield so_far()
         return  # what is left is compared with them

@@ -18,6 +18,7 @@ import gpu_ranks
 import gpu_step
 import gpu_trace
 import pytest
+import report
 import torch
 from gpu_parts import Done
 from gpu_report import GpuReport
@@ -95,7 +96,11 @@ def test_what_was_measured_before_ranks_failed_is_kept(tmp_path: Path, monkeypat
     monkeypatch.setattr(gpu_cards, "cards", lambda: 1)
     monkeypatch.setenv("PYTHONPATH", "")
     monkeypatch.setattr(sys, "argv", ["gpu_step.py", f"--out={tmp_path}"])
+    saved: list[int] = []
+    save = report.save
+    monkeypatch.setattr(report, "save", lambda found, *more: (saved.append(len(found.cells())), save(found, *more)))
     assert gpu_step.main() == 1
+    assert saved[0] > 0 and saved == sorted(saved) and len(set(saved)) >= 4, "each time that something is known"
     checks = json.loads((tmp_path / "gpu_step.json").read_text())["checks"]
     found = {(check["what"], check["ranks"]): (check["measured"], check["met"]) for check in checks}
     assert found["host synchronisations in 5 steady steps, distlib", 1] == ("1, the first: a.py:1: waits", False)
