@@ -352,6 +352,7 @@ def test_structures_are_those_of_the_library() -> None:
     run_ranks(1, structures, emulated())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="emulates the card: `make test` where there is no GPU")
 def test_no_byte_beside_a_tensor_is_touched() -> None:
     """The same kernels in a C++ program under AddressSanitizer and UBSan."""
     source = Path(__file__).parent / "cuda_on_cpu" / "collectives_check.cpp"

@@ -100,10 +100,8 @@ class Team {
   __device__ void publish(int counters, uint32_t value, At at) {
     __syncthreads();
     const int i = static_cast<int>(threadIdx.x);
-    if (i < counters) {
-      __threadfence_system();
-      store_release(at(i), value);
-    }
+    if (i < counters)
+      store_release(at(i), value);  // a release of what the barrier has gathered, too: no fence beside it
   }
 
   // One thread's wait until a counter that another rank writes has come as far as `value`. If it is late, missing()
@@ -167,7 +165,6 @@ class Team {
   __device__ void report(uint32_t code) {
     g.status->sequence = sequence_;
     g.status->is_message = is_message_;
-    __threadfence_system();
     store_release(&g.status->code, code);
   }
 
