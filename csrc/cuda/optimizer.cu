@@ -192,9 +192,11 @@ struct Group {
   }
 };
 
+// Four blocks to a processor, of which some compute while others wait for memory; fp32 needs no more registers.
 template <class Rule, class Grad, class Param>
-__global__ __launch_bounds__(kThreads) void step_kernel(const DistlibStepRow* rows, const int32_t* chunk_rows,
-                                                        uint64_t chunk, int64_t copy, const DistlibScalars* scalars) {
+__global__ __launch_bounds__(kThreads, 4) void step_kernel(const DistlibStepRow* rows, const int32_t* chunk_rows,
+                                                           uint64_t chunk, int64_t copy,
+                                                           const DistlibScalars* scalars) {
   if (scalars->skip != 0) return;
   constexpr int kWide = sizeof(typename Param::Element) == 8 ? 2 : 4;
   using Wide = Group<kWide, Rule, Grad, Param>;
