@@ -12,8 +12,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,31 @@ def cases() -> Iterator[Any]:
             yield pytest.param(section, name, id=f"{section.replace(' ', '-')}-{name}", marks=marks)
 
 
-@cache
-def results(section: str, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """Runs these names; one dict a test."""
+class Sections:
+    """Runs the sections, and the next one beside the one whose results are waited for: their tests mostly wait."""
+
+    def __init__(self, chosen: dict[str, list[str]]) -> None:
+        self._chosen = chosen
+        self._running: dict[str, subprocess.Popen[str]] = {}
+        self._results: dict[str, dict[str, Any]] = {}
+
+    def result(self, section: str, name: str) -> dict[str, Any]:
+        if section not in self._results:
+            order = list(self._chosen)
+            for other in order[order.index(section) :][:2]:
+                if other not in self._running:
+                    self._running[other] = _start(other, self._chosen[other])
+            self._results[section] = _end(self._running[section])
+        return self._results[section][name]
+
+    def close(self) -> None:
+        for run in self._running.values():
+            if run.poll() is None:
+                os.killpg(run.pid, signal.SIGKILL)  # the runner and its ranks
+                run.communicate()
+
+
+def _start(section: str, names: list[str]) -> subprocess.Popen[str]:
     world, like, *more = section.split()
     command = [sys.executable, str(FOLDER / "runner.py"), "--backend", BACKEND, "--world", world, "--like", like]
     command += ["--gpu-tests"] * ("cpu" in more) + ["--limit", "60", *names]
@@ -60,7 +82,7 @@ def results(section: str, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "DISTLIB_NODES")
     env = {name: value for name, value in os.environ.items() if name not in launched}
     path = os.pathsep.join([str(FOLDER.parents[1]), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    run = subprocess.Popen(
+    return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -68,25 +90,31 @@ def results(section: str, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
         env={**env, **threads, "PYTHONPATH": path},
         start_new_session=True,
     )
-    try:
-        written, errors = run.communicate()
-    except BaseException:
-        os.killpg(run.pid, signal.SIGKILL)  # the runner and its ranks
-        run.communicate()
-        raise
-    assert run.returncode == 0, f"the runner ended with {run.returncode}:\n{errors[-4000:]}"
-    return {result["name"]: result for result in map(json.loads, written.splitlines())}
+
+
+def _end(run: subprocess.Popen[str]) -> dict[str, Any]:
+    """Its results, one dict a test, by name; for names without one, how the runner ended."""
+    written, errors = run.communicate()
+    lost = {"outcome": "lost", "seconds": "?", "detail": f"the runner ended with {run.returncode}:\n{errors[-4000:]}"}
+    return defaultdict(lambda: lost, {result["name"]: result for result in map(json.loads, written.splitlines())})
+
+
+@pytest.fixture(scope="module")
+def sections(request: pytest.FixtureRequest) -> Iterator[Sections]:
+    """Of the tests that were selected."""
+    chosen: dict[str, list[str]] = {}
+    for item in request.session.items:
+        if item.path == request.path:
+            chosen.setdefault(item.callspec.params["section"], []).append(item.callspec.params["name"])
+    found = Sections(chosen)
+    yield found
+    found.close()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.__version__.startswith(LISTED_FOR), reason=f"the list is for torch {LISTED_FOR}")
 @pytest.mark.timeout(600)  # the first test of a section waits for all of the section
-@pytest.mark.parametrize(("section", "name"), cases())
-def test_passes_as_on_gloo(section: str, name: str, request: pytest.FixtureRequest) -> None:
-    selected = [
-        item.callspec.params["name"]
-        for item in request.session.items
-        if item.path == request.path and getattr(item, "callspec", None) and item.callspec.params["section"] == section
-    ]
-    result = results(section, tuple(selected))[name]
+@pytest.mark.parametrize(("section", "name"), list(cases()))
+def test_passes_as_on_gloo(section: str, name: str, sections: Sections) -> None:
+    result = sections.result(section, name)
     assert result["outcome"] == "pass", f"{result['outcome']} after {result['seconds']} s: {result['detail']}"

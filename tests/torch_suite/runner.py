@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import gc
 import importlib
 import importlib.util
 import json
@@ -134,6 +135,8 @@ class Suite:
             features.add(backend)
         bases = (module.TestDistBackend, module.DistributedTest._DistTestBase)
         self.cls: type[Any] = type(f"On_{backend}", bases, {"__module__": module.__name__})
+        gc.collect()
+        gc.freeze()  # what is there stays shared with the ranks, which would else copy all that a collection visits
 
     def names(self, pattern: str) -> list[str]:
         """The names of the tests in which the regular expression is found, sorted."""
