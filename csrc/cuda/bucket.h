@@ -25,7 +25,7 @@ struct DistlibPackRow {
 //   sum        double: becomes the sum of the squares, in fp64, of the values as they are stored
 //   found_inf  float: becomes 1 if a stored value is infinite or NaN; is else left as it is, so that several tables can
 //              share it
-// The sum is added in an order that depends on the table, on `chunk` and on addresses modulo 16, not on time.
+// The sum is added in an order that depends on the table, on `chunk` and on addresses modulo 128, not on time.
 //
 // scratch: 8 * (1 + chunks) bytes, zero before the first launch, and of one launch at a time. Needed with `sum`.
 int64_t distlib_cuda_pack(const void* rows, const void* chunk_rows, int64_t chunks, int64_t chunk, int64_t from,

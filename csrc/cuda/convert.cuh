@@ -37,6 +37,8 @@ __device__ __forceinline__ Several<Raw, N> load_shifted(const char* from, unsign
   return result;
 }
 
+constexpr unsigned kLineBytes = 128;  // of the cache: stores begin with a whole one
+
 // Elements that a thread takes at once: 16 bytes of the wider type. So neighbouring threads have neighbouring memory on
 // both sides, and what a warp reads or writes at once has no gaps.
 template <class Each>
@@ -95,7 +97,7 @@ __device__ __forceinline__ void convert_groups(Each& each, const typename Each::
 template <class Each>
 __device__ __forceinline__ void convert(Each& each, const typename Each::From* from, typename Each::To* to,
                                         uint64_t count) {
-  const uint64_t head = head_of(to, sizeof(*to) * kGroupOf<Each>, count);
+  const uint64_t head = head_of(to, kLineBytes, count);
   if (is_aligned(from + head, sizeof(*from) * kGroupOf<Each>)) {
     convert_groups<false>(each, from, to, count, head);
   } else {
