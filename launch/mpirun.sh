@@ -11,6 +11,14 @@
 set -euo pipefail
 
 : "${RANKS:?set RANKS to the number of ranks}"
+(($#)) || {
+    echo "usage: RANKS=2 $0 script.py [arguments of the script]" >&2
+    exit 2
+}
+[[ $RANKS =~ ^[1-9][0-9]*$ ]] || {
+    echo "$0: RANKS=$RANKS must be a number of ranks, 1 or more" >&2
+    exit 2
+}
 options=(-np "$RANKS" --bind-to none) # threads of a rank may use any core; Open MPI would pin them to one
 if [[ -n ${HOSTFILE:-} ]]; then
     options+=(--hostfile "$HOSTFILE")

@@ -30,6 +30,13 @@ for name in "${obsolete[@]}" "${!RDMAV_@}"; do
     fi
 done
 
+for name in RANKS PER_HOST; do
+    [[ ${!name:-1} =~ ^[1-9][0-9]*$ ]] || {
+        echo "$0: $name=${!name} must be a number of ranks, 1 or more" >&2
+        exit 2
+    }
+done
+
 options=(--hostfile "$HOSTFILE" --map-by "ppr:${PER_HOST:-8}:node" --bind-to none)
 if [[ -n ${RANKS:-} ]]; then options+=(-np "$RANKS"); fi
 if [[ $(id -u) == 0 ]]; then options+=(--allow-run-as-root); fi # in containers

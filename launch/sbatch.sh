@@ -16,6 +16,11 @@
 #SBATCH --signal=B:USR1@60
 set -euo pipefail
 
+(($#)) || {
+    echo "usage: sbatch sbatch.sh script.py [arguments of the script]" >&2
+    exit 2
+}
+
 # source /path/to/venv/bin/activate
 # On EFA hosts, unless the system finds them already (srun hands on what is exported; set no FI_ or RDMAV_ variable):
 # export LD_LIBRARY_PATH=/opt/amazon/ofi-nccl/lib:/opt/amazon/efa/lib

@@ -16,8 +16,20 @@ set -euo pipefail
 : "${HOSTS:?set HOSTS to MIN:MAX, the fewest and the most hosts}"
 : "${FIRST_HOST:?set FIRST_HOST to an address of the first host}"
 : "${CHECKPOINT:?set CHECKPOINT to the folder where the script saves}"
+(($#)) || {
+    echo "usage: HOSTS=2:4 FIRST_HOST=10.0.0.5 CHECKPOINT=/shared/job $0 script.py [arguments of the script]" >&2
+    exit 2
+}
+[[ $HOSTS =~ ^[1-9][0-9]*:[1-9][0-9]*$ ]] || {
+    echo "$0: HOSTS=$HOSTS must be MIN:MAX, such as 2:4" >&2
+    exit 2
+}
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
 ranks=${RANKS:-$((gpus > 0 ? gpus : 1))}
+[[ $ranks =~ ^[1-9][0-9]*$ ]] || {
+    echo "$0: RANKS=$ranks must be a number of ranks, 1 or more" >&2
+    exit 2
+}
 here=$(cd "$(dirname "$0")" && pwd)
 
 exec torchrun \

@@ -12,8 +12,20 @@ set -euo pipefail
 
 : "${HOSTS:?set HOSTS to the number of hosts}"
 : "${FIRST_HOST:?set FIRST_HOST to an address of the first host}"
+(($#)) || {
+    echo "usage: HOSTS=4 FIRST_HOST=10.0.0.5 $0 script.py [arguments of the script]" >&2
+    exit 2
+}
+[[ $HOSTS =~ ^[1-9][0-9]*$ ]] || {
+    echo "$0: HOSTS=$HOSTS must be a number of hosts, 1 or more (hosts that come and go: torchrun_elastic.sh)" >&2
+    exit 2
+}
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
 ranks=${RANKS:-$((gpus > 0 ? gpus : 1))}
+[[ $ranks =~ ^[1-9][0-9]*$ ]] || {
+    echo "$0: RANKS=$ranks must be a number of ranks, 1 or more" >&2
+    exit 2
+}
 
 # EFA: NCCL finds it if libfabric and aws-ofi-nccl are on LD_LIBRARY_PATH, and wants no other variable
 # (docs/launching.md). --no-python distlib doctor in place of the script tells.
