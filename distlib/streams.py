@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import mmap
 import threading
 import weakref
 from collections.abc import Iterator
@@ -90,12 +91,15 @@ def on(stream: Stream) -> Iterator[None]:
     if stream is None:
         yield
         return
+    index = torch.accelerator.current_device_index()
     before = torch.accelerator.current_stream(stream.device)
-    torch.accelerator.set_stream(stream)
+    torch.accelerator.set_stream(stream)  # and its device
     try:
         yield
     finally:
         torch.accelerator.set_stream(before)
+        if index != stream.device_index:
+            torch.accelerator.set_device_index(index)
 
 
 def record(stream: Stream) -> Event:
@@ -121,9 +125,29 @@ def keep(tensor: torch.Tensor, stream: Stream) -> None:
         tensor.record_stream(stream)
 
 
-def pinned(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A 1-D tensor in host memory that `device` copies from and to while the host goes on; contents are undefined."""
+def pinned(numel: int, dtype: torch.dtype, device: torch.device, lasting: bool = False) -> torch.Tensor:
+    """A 1-D tensor in host memory that `device` copies from and to while the host goes on; contents are undefined.
+
+    lasting: it takes no more than it needs, and when it is dropped the host waits for the device. Else it may take
+    twice that, from a cache, which lends it again once copies are over.
+    """
+    if lasting and numel and device.type == "cuda":
+        return _registered(numel, dtype, device)
     return torch.empty(numel, dtype=dtype, pin_memory=device.type != "cpu")
+
+
+def _registered(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Pages of its own, pinned: torch's cache of pinned memory rounds sizes up to powers of two."""
+    nbytes = numel * dtype.itemsize
+    pages = (ctypes.c_char * nbytes).from_buffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(ctypes.addressof(pages), nbytes, 0))
+    weakref.finalize(pages, _unregister, ctypes.addressof(pages), device).atexit = False
+    return torch.frombuffer(pages, dtype=dtype)
+
+
+def _unregister(address: int, device: torch.device) -> None:
+    torch.accelerator.synchronize(device)  # copies may still be under way
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
 
 
 def finish(stream: Stream | Event) -> None:

@@ -224,6 +224,46 @@ def test_memory_that_a_stream_waited_for_is_lent_again_before_the_host_sees_it(h
         assert reserved < 2 * each if how != "on another stream" else reserved >= 20 * each, reserved
 
 
+def other_device(rank: int, n: int) -> None:
+    fake_device.load(2)
+    side = streams.new(torch.device("fake", 1))
+    with streams.on(side):
+        assert streams.current(torch.device("fake", 1)) == side
+    assert torch.accelerator.current_device_index() == 0
+    assert streams.current(torch.device("fake", 1)) != side
+
+
+def test_a_stream_of_another_device_leaves_the_current_one() -> None:
+    run_ranks(1, other_device)
+
+
+def test_lasting_pinned_memory_takes_no_more_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's cache rounds up to powers of two: of what an optimizer keeps in host memory, up to half for nothing."""
+    registered: dict[int, int] = {}
+
+    class Cudart:
+        def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+            registered[address] = nbytes
+            return 0
+
+        def cudaHostUnregister(self, address: int) -> int:
+            assert waits, "a copy may be under way"
+            return registered.pop(address) * 0
+
+    waits: list[torch.device] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waits.append)
+    monkeypatch.setattr(torch.cuda, "cudart", Cudart)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda code: None if not code else pytest.fail("told"))
+    memory = streams.pinned(1000, torch.float32, torch.device("cuda"), lasting=True)
+    memory.fill_(3.0)
+    piece = memory[500:].view(torch.uint8)
+    assert registered == {memory.data_ptr(): 4000}
+    del memory
+    assert len(registered) == 1 and piece.view(torch.float32)[499] == 3.0
+    del piece
+    assert not registered and waits == [torch.device("cuda")]
+
+
 class Looked:
     """A channel of a device that is not the first."""
 
@@ -340,6 +380,8 @@ def torch_calls(rank: int, n: int) -> None:
         pieces = [torch.empty(1, device=device) for _ in range(n)]
         dist.all_to_all(pieces, [torch.full((1,), float(rank * 10 + d), device=device) for d in range(n)])
         assert torch.cat(pieces).tolist() == [float(r * 10 + rank) for r in range(n)]
+        if rank == 0:  # who sends what is to be trained sends its values
+            x = x.requires_grad_()
         requests = dist.batch_isend_irecv(
             [dist.P2POp(dist.isend, x, 1 - rank), dist.P2POp(dist.irecv, out.expand(3).contiguous(), 1 - rank)]
             if rank == 0
@@ -347,6 +389,7 @@ def torch_calls(rank: int, n: int) -> None:
         )
         for request in requests:
             request.wait()
+        x = x.detach()
         if rank == 1:
             assert y.tolist() == x.tolist()
         out = torch.empty(12, device=device)

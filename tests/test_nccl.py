@@ -69,7 +69,10 @@ class UnfussyGloo:
         assert len(global_ranks) == size
         self._pg = gloo.process_group(store, rank, size, timeout.total_seconds(), "127.0.0.1")
         self._bracket: list[Any] | None = None
-        self.brackets = 0
+        self.brackets, self.timeout = 0, timeout
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        self.timeout = timeout
 
     def _start_coalescing(self) -> None:
         self._bracket = []
@@ -176,6 +179,28 @@ def test_messages_over_nccl_start_together_and_tags_are_refused() -> None:
     found = run_ranks(2, messages)
     assert all("tag=5, which NCCL would ignore" in text for text, _ in found)
     assert dict(found[0][1]) == {"send": 12 + 10} and dict(found[1][1]) == {"recv": 0, "send": 10}
+
+
+def patient(rank: int, n: int) -> list[float]:
+    found = []
+    with nccl_group(rank, n) as group:
+        channel = group.cpu_channel
+        assert isinstance(channel, NcclChannel)
+        for timeout in (None, 3600.0, 60.0):
+            group.all_reduce(torch.ones(1), timeout=timeout)
+            found.append(channel.pg.timeout.total_seconds())
+        group.all_gather(torch.ones(n * 5), torch.ones(5), hierarchical=True)
+        assert channel._levels is not None
+        found += [pg.timeout.total_seconds() for pg in channel._levels.process_groups()]
+        group.all_reduce(torch.ones(1), timeout=4000.0)
+        return found + [pg.timeout.total_seconds() for pg in channel._process_groups()]
+
+
+def test_torchs_watchdog_is_as_patient_as_the_longest_timeout() -> None:
+    """It ends the process; ours ends the group, with a reason, and comes first."""
+    later = 300.0
+    expected = [20.0, 3600.0 + later, 3600.0 + later, 3600.0, 3600.0, *[4000.0 + later] * 3]
+    assert run_ranks(4, patient, env=TWO_HOSTS) == [expected] * 4
 
 
 # ---------------------------------------------------------------- levels

@@ -232,7 +232,7 @@ class PinnedStore:
             more = max(Slab.rounded(nbytes), self.EXTENT)
             # A piece never crosses two extents: a page between them is never lent.
             self.slab.size += Slab.rounded(1)
-            self._extents.append((self.slab.size, streams.pinned(more, torch.uint8, self._device)))
+            self._extents.append((self.slab.size, streams.pinned(more, torch.uint8, self._device, lasting=True)))
             self.slab.grow(more)
             offset = self.slab.take(nbytes)
             assert offset is not None

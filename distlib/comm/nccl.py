@@ -139,12 +139,13 @@ class NcclChannel(C10dChannel):
         self.device, self._topology = device, topology
         self._labels, self._cpu, self._averages = list(labels), cpu, averages
         self._notes = None if store is None else Notes(store, name, rank, labels)
+        self._patience = timeout.total_seconds()  # of the communicators' own watchdog, without what it gives to ours
         self._levels: DeviceLevels | None = None
         self.has_levels = store is not None and not why_flat(topology)
         if self.has_levels and store is not None:
             connect = lambda prefix, place, ranks: make(  # noqa: E731
                 dist.PrefixStore(f"{prefix}/", store), place, len(ranks), f"{name}/{prefix}",
-                [self._labels[r] for r in ranks], timeout,
+                [self._labels[r] for r in ranks], timedelta(seconds=self._patience),
             )  # fmt: skip
             self._levels = DeviceLevels(topology, rank, device, connect)
         self._sequence = 0
@@ -208,6 +209,8 @@ class NcclChannel(C10dChannel):
             self.check()
             if self._broken is not None:
                 raise self._broken
+            if timeout > self._patience and self._notes is not None:
+                self._be_patient(timeout)
             self._sequence += 1
             self._started_what = what
             current = streams.current(self.device)
@@ -215,6 +218,15 @@ class NcclChannel(C10dChannel):
             self._under_way.append(operation)
         watch.wake()
         return operation
+
+    def _be_patient(self, timeout: float) -> None:
+        """A collective may take longer than those before: torch's watchdog must not end the process before ours."""
+        self._patience = timeout
+        for pg in self._process_groups():
+            method_of(pg, "set_timeout", "_set_default_timeout")(timedelta(seconds=timeout) + _LATER)
+
+    def _process_groups(self) -> list[Any]:
+        return [self.pg, *([] if self._levels is None else self._levels.process_groups())]
 
     def _after(self, c: Collective) -> Callable[[], None] | None:
         """What is left to do once the backend is done: stand-ins go home, sums are divided where it has no average."""
@@ -439,7 +451,7 @@ class NcclChannel(C10dChannel):
             for operation in self._under_way:
                 operation.ended_well = operation.passed and not operation.work_failed
             self._broken = CollectiveError(text, code)
-        for pg in [self.pg, *([] if self._levels is None else self._levels.process_groups())]:
+        for pg in self._process_groups():
             pg.abort()
 
     def abort(self, text: str) -> None:
@@ -455,7 +467,7 @@ class NcclChannel(C10dChannel):
                 return
             self._closed = True
         if self._notes is not None:
-            for pg in [self.pg, *([] if self._levels is None else self._levels.process_groups())]:
+            for pg in self._process_groups():
                 pg.shutdown()
         self._under_way.clear()
 

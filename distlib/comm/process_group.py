@@ -180,9 +180,7 @@ class ProcessGroup(dist.ProcessGroup):
         timeout = getattr(opts, "timeout", None)
         with torch.no_grad():
             work = method(*args, async_op=not waits, timeout=timeout, **kwargs)
-        if isinstance(work, StreamWork):
-            work.lets_go = True
-        return work if work is not None else finished([a for a in args if isinstance(a, torch.Tensor)])
+        return finished([a for a in args if isinstance(a, torch.Tensor)]) if work is None else _as_torchs(work)
 
     @_collective
     def allreduce(self, tensors: Any, opts: Any = None, op: Any = None, timeout: timedelta | None = None) -> Work:
@@ -326,7 +324,9 @@ class ProcessGroup(dist.ProcessGroup):
 
     def batch_isend_irecv(self, ops: list[Any]) -> list[Work]:
         """torch's function of this name (patches.py), for its P2POps: messages that do not wait for each other."""
-        return exchange(self.distlib_group, [Message(o.tensor, o.group_peer, o.tag, o.op is dist.isend) for o in ops])
+        messages = [Message(op.tensor, op.group_peer, op.tag, op.op is dist.isend) for op in ops]
+        with torch.no_grad():
+            return [_as_torchs(work) for work in exchange(self.distlib_group, messages)]
 
     # Names up to torch 2.12.
     _allgather_base = all_gather_single
@@ -397,6 +397,13 @@ class ProcessGroup(dist.ProcessGroup):
 
     def _enable_collectives_timing(self) -> None:
         raise self._refuse("_enable_collectives_timing; distlib.ledger() counts and times collectives")
+
+
+def _as_torchs(work: Work) -> Work:
+    """Who waits for it knows torch's rules of memory on streams."""
+    if isinstance(work, StreamWork):
+        work.lets_go = True
+    return work
 
 
 class _Timed:

@@ -96,11 +96,13 @@ class Flat:
             if offload is not None:
                 self.master = file_zeros(offload, size, self.dtype)
             elif self.host:
-                self.master = streams.pinned(size, self.dtype, self.device)
+                self.master = streams.pinned(size, self.dtype, self.device, lasting=True)
             else:
                 self.master = torch.empty(size, dtype=self.dtype, device=self.device)
         if self.host:
-            self.staged = streams.pinned(size, self.compute, self.device) if self.mixed else self.master
+            self.staged = self.master
+            if self.mixed:
+                self.staged = streams.pinned(size, self.compute, self.device, lasting=True)
         grads = [
             # .data: a version counter of its own, so that a change of one parameter is not taken for one of another
             whole[offset : offset + entry.numel].data.view(entry.shape)

@@ -134,7 +134,7 @@ class Accumulator:
             bucket.sums = empty(rows * width, dtype=wide, device=self._device).zero_().view(rows, width)
             bucket.result = bucket.sums[0] if rows == 1 else torch.zeros(width, dtype=wide, device=self._device)
             if self._host:
-                bucket.owned = streams.pinned(width, dtype, self._device).zero_()
+                bucket.owned = streams.pinned(width, dtype, self._device, lasting=True).zero_()
             else:
                 same = wide == dtype
                 bucket.owned = bucket.result if same else torch.zeros(width, dtype=dtype, device=self._device)
