@@ -25,6 +25,7 @@ from distlib.comm import group as group_module
 from distlib.comm.work import CollectiveError, finished
 from distlib.optim import global_norm
 from distlib.pipeline.direct import DirectTransport
+from distlib.pipeline.losses import LossShare
 from distlib.pipeline.micro_batches import Whole, divide, moved
 from distlib.pipeline.program import Spec
 
@@ -317,3 +318,11 @@ def test_messages_have_tags_only_where_they_are_compared(takes_tags: bool) -> No
     transport.take(1, 0, 0)
     transport.finish()
     assert len(group.tags) == 4 and all(bool(tag) == takes_tags for tag in group.tags[2:])
+    for root in (0, 1):
+        losses = LossShare(group, root, torch.float32, 1.0, torch.device("cpu"))
+        losses.direct = True
+        losses.begin()
+        if root == 0:
+            losses.tell(torch.ones(()))
+        assert losses.result().dim() == 0
+    assert len(group.tags) > 5 and all(bool(tag) == takes_tags for tag in group.tags[4:])

@@ -49,9 +49,13 @@ class LossShare:
             copy = streams.pinned(1, torch.float64, self._device)[0].copy_(number, non_blocking=True)
             self._copied = copy, streams.record(streams.current(self._device))
 
+    @property
+    def _tag(self) -> int:
+        return _TAG if not self.direct or self._group.takes_tags(self._device) else 0
+
     def _send(self, number: Tensor) -> None:
         others = (rank for rank in range(self._group.size) if rank != self._root)
-        self._going = [self._group.send(number, rank, _TAG, async_op=True, timeout=_STEP) for rank in others]
+        self._going = [self._group.send(number, rank, self._tag, async_op=True, timeout=_STEP) for rank in others]
 
     def result(self) -> Tensor:
         """The loss, on every rank, where it computes. A collective at the end of the step."""
@@ -82,5 +86,5 @@ class LossShare:
             self._send(self._own.detach().to(torch.float64))
             return self._own
         number = torch.zeros((), dtype=torch.float64, device=self._device)
-        self._group.recv(number, self._root, _TAG, timeout=self._timeout)
+        self._group.recv(number, self._root, self._tag, timeout=self._timeout)
         return number.to(self._dtype)
