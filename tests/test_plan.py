@@ -236,6 +236,7 @@ CONTEXTS: dict[str, dict[str, Any]] = {
     'ownership="whole"': {"stage": 1, "ownership": "whole"},
     'precision "fp32" or "bf16"': {"precision": {"dtype": "bf16"}},
     "activations.budget": {"activations": {"budget": "2GiB"}},
+    "activations.budget in a pipeline": {"pipeline": 2, "activations": {"budget": "2GiB"}},
     "neither activations.policy nor activations.budget": {},
     'activations "full" or "selective"': {"activations": {"policy": "full"}},
     "activations.budget without activations.folder": {"activations": {"budget": "2GiB"}},

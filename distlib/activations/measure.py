@@ -131,17 +131,20 @@ class Measurement:
             ValueError: a block runs not exactly once in the forward.
         """
         with no_trace(self._module, self._inputs), torch.enable_grad():
+            own = handles(self._module)
+            always = self._casts(lambda: self._run(own))
             for one in self._wrapped:
                 one.kind = "full"
-            profile = self._profile()
+            profile = self._profile(own)
             choices = self._choices(profile.order, kinds, offloader)
         fixed, kept = [], 0
         for entry, of_block in zip(profile.entry, choices, strict=True):
-            fixed.append(entry - kept)
+            fixed.append(always + entry - kept)
             full = next(choice for choice in of_block if choice.name == "full")
             kept += full.kept
             profile.seconds -= full.seconds
-        return Chain(choices, fixed, profile.outside - kept, profile.floor), profile.order, max(0.0, profile.seconds)
+        chain = Chain(choices, fixed, always + profile.outside - kept, always + profile.floor)
+        return chain, profile.order, max(0.0, profile.seconds)
 
     def _choices(
         self, order: Sequence[Wrapped], kinds: Sequence[str], offloader: Offloader | None
@@ -157,9 +160,20 @@ class Measurement:
 
     # ------------------------------------------------------------ the whole module
 
-    def _profile(self) -> Profile:
+    def _casts(self, run: Callable[[], None]) -> int:
+        """Bytes of the copies in half precision that autocast makes of parameters, once for all of a step."""
+        if not torch.is_autocast_enabled(self._device.type):
+            return 0
+        for one in self._wrapped:
+            one.kind = "keep"
+        run()  # allocates what is allocated once
+        torch.clear_autocast_cache()
+        with LiveBytes() as live:
+            run()
+            return live.live
+
+    def _profile(self, own: dict[str, torch.Tensor]) -> Profile:
         profile = Profile()
-        own = handles(self._module)
         live = LiveBytes()
         seen: set[Wrapped] = set()
 

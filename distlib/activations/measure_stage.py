@@ -81,9 +81,10 @@ class StageMeasurement(Measurement):
             ValueError: a block runs not exactly once in the forward.
         """
         with no_trace(self._module, self._inputs), torch.enable_grad():
+            own = handles(self._module)
+            always = self._casts(lambda: self._whole(own, self._ways[0]))
             for one in self._wrapped:
                 one.kind = "full"
-            own = handles(self._module)
             self._warm_up(own)
             runs = {split: self._measured(own, split) for split in self._ways}
             seconds = min(self._timed(lambda: self._whole(own, False)) for _ in range(self._rounds))
@@ -120,6 +121,7 @@ class StageMeasurement(Measurement):
             late,
             weights,
             max(0.0, seconds - sum(choice.seconds for choice in full)),
+            always,
         )
         return chain, order
 

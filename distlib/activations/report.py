@@ -34,6 +34,16 @@ class Whole:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a budget came to: attributes as of ActivationReport."""
+
+    choices: dict[str, str]
+    budget: int | None
+    predicted: dict[str, Prediction]
+    predicted_step: Whole | None
+
+
 class ActivationReport:
     """Returned by `checkpoint_activations`; print it. It is up to date after every step.
 
@@ -238,6 +248,17 @@ class ActivationReport:
         for one in self._wrapped:
             one.record.clear()
         self._counting, self._checked, self._step = False, True, None
+
+    def follow(self, first: Plan) -> None:
+        """Another rank's plan takes the place of its own."""
+        for one in self._wrapped:
+            one.kind = first.choices[one.name]
+        self.budget, self.predicted, self.predicted_step = first.budget, dict(first.predicted), first.predicted_step
+
+    @property
+    def plan(self) -> Plan:
+        """What was planned, to be followed by another rank."""
+        return Plan(self.choices, self.budget, self.predicted, self.predicted_step)
 
     def forget(self) -> None:
         """What was measured on the way to a setting is no step."""

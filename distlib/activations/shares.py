@@ -43,7 +43,7 @@ class StageChain:
 
     forward, backward, split: F, BW and B; those that the table does not have are None. held: bytes between F and its
     backward besides what the blocks keep; late: between B and W besides what they defer. weights: the peak of W
-    besides what they defer. seconds: of F, B and W outside of the blocks.
+    besides what they defer. seconds: of F, B and W outside of the blocks. always: bytes that are there in a whole step.
     """
 
     choices: Sequence[Sequence[Choice]]
@@ -54,6 +54,7 @@ class StageChain:
     late: int = 0
     weights: int = 0
     seconds: float = 0.0
+    always: int = 0
 
     def __post_init__(self) -> None:
         for one in (self.forward, self.backward, self.split):

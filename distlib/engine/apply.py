@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ from distlib.activations import ActivationReport, checkpoint_activations
 from distlib.activations.blocks import find_blocks
 from distlib.comm.group import Group
 from distlib.data_parallel import DataParallel
+from distlib.engine.as_in_training import all_or_none, autocast, cast, compute_dtype, from_first, in_dtype
 from distlib.engine.engine import Engine, Stepper
 from distlib.engine.micro_steps import MicroSteps
 from distlib.engine.stage_budget import keep_within
 from distlib.optim import GradScaler
 from distlib.pipeline.build import Held, device_for, example_of, materialise
 from distlib.pipeline.micro_batches import Weigh
-from distlib.pipeline.runtime import LossFunction
+from distlib.pipeline.runtime import LossFunction, own_loss, scalar
 from distlib.pipeline.wrapper import PipelineParallel
 from distlib.plan import Plan, options
 from distlib.plan.mesh import Mesh, Place
@@ -89,25 +91,25 @@ def parallelize(
     def share(held: Held) -> None:
         """One budget for all of this rank's stages."""
         if plan.stage == 0:
-            for part in held.modules.values():
-                part.to(device)  # they stay on this rank: activation memory is measured where it computes
+            for part in held.modules.values():  # they stay on this rank: measured where they compute
+                materialise(part, initialize).to(device)
         assert budget is not None
-        report = keep_within(
+        keep = partial(
+            keep_within,
             held,
             budget,
             blocks,
-            folder=plan.activations.folder,
-            window=plan.activations.window,
             loss_fn=loss_fn,
             around=lambda: autocast(plan, device),
             replicas=groups["data_parallel"],
         )
-        reports.append(report)
+        reports.append(all_or_none(dist.group.WORLD, keep))
 
     def prepare(part: nn.Module) -> nn.Module:
         """Of the whole model, or of each of this rank's stages."""
         if not shares:
-            reports.extend(keep_less(plan, part, module, blocks, example_inputs))
+            example = Example(example_inputs, example_target, loss_fn, groups["data_parallel"])
+            reports.extend(keep_less(plan, part, module, blocks, example))
         return replicate(plan, part, whole, groups["data_parallel"], initialize, device)
 
     model: Stepper
@@ -148,12 +150,6 @@ def make_groups(mesh: Mesh, place: Place, plan: Plan) -> dict[str, dist.ProcessG
     return found
 
 
-def autocast(plan: Plan, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The context of forward and loss."""
-    dtype = options.autocast(plan)
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
 def seed(plan: Plan, place: Place) -> None:
     """Starts torch's generators, if the plan says from where."""
     number = options.seed(plan, place)
@@ -169,10 +165,22 @@ def block_classes(plan: Plan, module: nn.Module) -> list[type[nn.Module]]:
     return list(dict.fromkeys(type(block) for block in find_blocks(module, wanted["blocks"]).values()))
 
 
+@dataclass(frozen=True)
+class Example:
+    """For a budget: a batch and its target (or None), the loss (None: the model's own), and the ranks that hold the
+    same blocks, which all follow the first one's plan."""
+
+    inputs: Any
+    target: Any = None
+    loss_fn: LossFunction | None = None
+    replicas: dist.ProcessGroup | None = None
+
+
 def keep_less(
-    plan: Plan, part: nn.Module, whole: nn.Module, blocks: Sequence[type[nn.Module]], example_inputs: Any
+    plan: Plan, part: nn.Module, whole: nn.Module, blocks: Sequence[type[nn.Module]], example: Example | None
 ) -> list[ActivationReport]:
-    """Activation memory, of the blocks that this part of the whole model has."""
+    """Activation memory, of the blocks that this part of the whole model has. With a budget, a collective of the
+    example's replicas."""
     wanted = options.activations(plan, part, whole)
     if wanted is None:
         return []
@@ -184,10 +192,25 @@ def keep_less(
         wanted["policy"] == "offload" and plan.pipeline > 1
     ):  # backward does not follow at once on the stage's last block
         wanted["resident"] = min(wanted["resident"] or 0, count - 1)
+    if wanted["budget"] is None or example is None:
+        return [checkpoint_activations(part, **wanted)]
     where = next((p.device for p in part.parameters()), torch.device("cpu"))
-    example = example_of(example_inputs, plan.microbatches, None, where) if wanted["budget"] is not None else None
-    inputs = None if example is None else example.kwargs or example.args
-    return [checkpoint_activations(part, **wanted, example_inputs=inputs)]
+    batch = example_of(example.inputs, plan.microbatches, example.target, where)
+    assert batch is not None
+    dtype = compute_dtype(plan)
+    inputs = cast(batch.kwargs or batch.args, dtype)
+
+    def loss(output: Any) -> torch.Tensor:
+        return scalar((example.loss_fn or own_loss)(output, batch.target))
+
+    def measured() -> ActivationReport:
+        known = loss if batch.target is not None or example.loss_fn is None else None
+        with autocast(plan, where), in_dtype(part, dtype):
+            return checkpoint_activations(part, **wanted, example_inputs=inputs, loss=known)
+
+    report = all_or_none(example.replicas, measured)
+    report.follow(from_first(example.replicas, lambda: report.plan))
+    return [report]
 
 
 def replicate(

@@ -15,12 +15,13 @@ from distlib.activations import ActivationReport
 from distlib.checkpoint import SaveHandle, load, save
 from distlib.checkpoint.loading import LoadedState
 from distlib.comm.group import Group
+from distlib.engine.as_in_training import autocast
 from distlib.memory import MemoryReport
 from distlib.optim import GradScaler
 from distlib.optim.flat import FlatOptimizer
 from distlib.optim.norm import clip_grad_norm_
 from distlib.pipeline.wrapper import PipelineParallel
-from distlib.plan import Plan, options
+from distlib.plan import Activations, Plan
 from distlib.plan.mesh import Mesh
 from distlib.plan.world import Ranks
 from distlib.shards import shard_of
@@ -93,6 +94,23 @@ class Engine:
         self.steps += 1
         return self._mean(loss)
 
+    def measured_step(self, inputs: Any, target: Any = None, **keywords: Any) -> Tensor:
+        """`train_step`, in which every tensor is counted while it lives: `activation_reports` have the peak afterwards,
+        beside the predicted one. Slow: do not time it. Every rank must call it, after one step at least.
+
+        Raises:
+            RuntimeError: the plan has no setting for activations.
+        """
+        if self.plan.activations == Activations():
+            raise RuntimeError("measured_step reports on activations: give Plan(activations=...)")
+        if self.plan.stage == 0:  # gradients would count, where a step makes them; sharding has memory of its own
+            for p in self._trained():
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        with contextlib.ExitStack() as stack:
+            for report in self.activation_reports:
+                stack.enter_context(report.measuring())
+            return self.train_step(inputs, target, **keywords)
+
     def _optimize(self) -> None:
         optimizer, scaler, clip = self.optimizer, self.scaler, self.plan.clip
         if clip is not None and not isinstance(optimizer, FlatOptimizer):
@@ -136,11 +154,8 @@ class Engine:
         self._replicas.all_reduce(mean, "avg")
         return mean
 
-    @contextlib.contextmanager
-    def _autocast(self) -> Iterator[None]:
-        dtype = options.autocast(self.plan)
-        with torch.autocast(self.device.type, dtype) if dtype is not None else contextlib.nullcontext():
-            yield
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return autocast(self.plan, self.device)
 
     # ------------------------------------------------------------ checkpoints
 

@@ -9,27 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from distlib.activations import ActivationReport, apply
 from distlib.activations.blocks import find_blocks
 from distlib.activations.measure import default_loss
 from distlib.activations.measure_stage import StageMeasurement
-from distlib.activations.offload import Offloader
 from distlib.activations.report import Prediction, Whole
 from distlib.activations.selective import make_policy
 from distlib.activations.shares import Moment, StageChain, Together, combine, load, loads, solve
 from distlib.activations.size import parse_size, show_size
 from distlib.activations.wrapped import Setting, Wrapped
-from distlib.comm.group import Group
+from distlib.engine.as_in_training import cast, from_first, in_dtype
 from distlib.pipeline.actions import Kind, Schedule
 from distlib.pipeline.build import Held
 from distlib.pipeline.flight import moments, most_in_flight
@@ -47,8 +45,6 @@ def keep_within(
     budget: str | int | float,
     blocks: Sequence[type[nn.Module]],
     *,
-    folder: str | None,
-    window: str | int | None,
     loss_fn: LossFunction | None,
     around: Around,
     replicas: dist.ProcessGroup | None,
@@ -56,8 +52,8 @@ def keep_within(
     """Makes the blocks of a rank's stages keep as much as its budget allows, as fast as can be. A collective of
     `replicas`: the ranks that hold the same stages, of which the first measures.
 
-    held: of `PipelineParallel(keep_less=)`. blocks: their classes. folder, window: as of `checkpoint_activations`.
-    loss_fn: counts on the last stage, where the example has a target. around: the context of a training step.
+    held: of `PipelineParallel(keep_less=)`. blocks: their classes. loss_fn: counts on the last stage, where the example
+    has a target. around: the context of a training step.
 
     Raises:
         ValueError, on all of these ranks: the budget cannot be met (with the smallest that can), a block runs not
@@ -67,41 +63,31 @@ def keep_within(
         table, parts = held.recorded()
     report = ActivationReport("budget", most_in_flight(table, held.rank))
     wrapped: dict[int, list[Wrapped]] = {}
-    offloaders: dict[int, Offloader | None] = {}
-    for stage, module in held.modules.items():
-        offloaders[stage] = _offloader(module, folder, window)
-        setting = Setting(report, make_policy(None), offloaders[stage])
-        wrapped[stage] = _wrap(held, stage, blocks, setting)
+    for stage in held.modules:
+        wrapped[stage] = _wrap(held, stage, blocks, Setting(report, make_policy(None), None))
     report.attach([one for its in wrapped.values() for one in its], *held.modules.values())
     try:
         report.paused = True
-        group = Group.of(replicas)
-        found = _agreed(
-            group,
+        found = from_first(
             replicas,
             lambda: {
-                stage: _measured(held, table, parts[stage], wrapped[stage], offloaders[stage], loss_fn, around)
-                for stage in held.modules
+                stage: _measured(held, table, parts[stage], wrapped[stage], loss_fn, around) for stage in held.modules
             },
         )
         report.paused = False
         report.forget()
-        _apply(report, budget, found, wrapped, _moments(table, held.rank, parts))
+        always = sum(chain.always for chain, _ in found.values())
+        _apply(report, budget, found, wrapped, _moments(table, held.rank, parts, always))
+    except ValueError as error:
+        report.remove()
+        stages = ", ".join(map(str, held.modules))
+        raise ValueError(f"rank {held.rank} of the pipeline, stage {stages}: {error}") from error
     except BaseException:
         report.remove()
         raise
     for module in held.modules.values():
         _watch(module, report)
     return report
-
-
-def _offloader(module: nn.Module, folder: str | None, window: str | int | None) -> Offloader | None:
-    if folder is None:
-        return None
-    made = Offloader(Path(folder), None if window is None else parse_size("window", window))
-    for device in {p.device for p in module.parameters()} - {torch.device("meta")}:
-        made.prepare(device)
-    return made
 
 
 def _wrap(held: Held, stage: int, blocks: Sequence[type[nn.Module]], setting: Setting) -> list[Wrapped]:
@@ -136,7 +122,7 @@ class _Micro:
         module, example = held.modules[part.stage], held.example
         assert example is not None
         self._part, self._device = part, device
-        self._args, self._kwargs = _cast((example.args, example.kwargs), held.compute_dtype)
+        self._args, self._kwargs = cast((example.args, example.kwargs), held.compute_dtype)
         self._target, self._loss_fn = example.target, loss_fn
 
         def play(*given: Any) -> Any:
@@ -173,7 +159,6 @@ def _measured(
     table: Schedule,
     part: Part,
     wrapped: Sequence[Wrapped],
-    offloader: Offloader | None,
     loss_fn: LossFunction | None,
     around: Around,
 ) -> tuple[StageChain, list[str]]:
@@ -184,7 +169,7 @@ def _measured(
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     kinds = {action.kind for action in table.actions[held.rank] if action.stage == stage}
     assert held.example is not None
-    with around(), _in_dtype(module, held.compute_dtype):
+    with around(), in_dtype(module, held.compute_dtype):
         measurement = StageMeasurement(
             module,
             wrapped,
@@ -195,8 +180,7 @@ def _measured(
             split=Kind.B in kinds,
             queue=lambda: WeightQueue(held.reports[stage]),
         )
-        names = ("keep", "selective", "full") + (("offload",) if offloader is not None else ())
-        chain, order = measurement.stage(names, offloader)
+        chain, order = measurement.stage(("keep", "selective", "full"), None)
     return chain, [one.name for one in order]
 
 
@@ -207,57 +191,17 @@ def _made(spec: Spec, device: torch.device) -> Tensor:
     return torch.full(spec.shape, spec.dtype is torch.bool, dtype=spec.dtype, device=device)
 
 
-def _cast(tree: Any, dtype: torch.dtype | None) -> Any:
-    """Floating-point tensors in the dtype that the stage computes in, as its wrapper casts them."""
-    if dtype is None:
-        return tree
-    return tree_map(
-        lambda leaf: leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, tree
-    )
-
-
-@contextlib.contextmanager
-def _in_dtype(module: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """The module's parameters are in another dtype inside, as copies."""
-    floats = [] if dtype is None else [p for p in module.parameters() if p.is_floating_point()]
-    before = [p.data for p in floats]
-    try:
-        for p in floats:
-            p.data = p.data.to(dtype)
-        yield
-    finally:
-        for p, data in zip(floats, before, strict=True):
-            p.data = data
-
-
-def _agreed(group: Group, replicas: dist.ProcessGroup | None, measure: Callable[[], Any]) -> Any:
-    """What the first rank of the group measures, on all of its ranks; where it fails, it fails on all."""
-    found: list[Any] = [None]
-    if group.rank == 0:
-        try:
-            found = [measure()]
-        except Exception as error:
-            if group.size == 1:
-                raise
-            found = [error]
-    if group.size > 1:
-        dist.broadcast_object_list(found, src=group.ranks[0], group=replicas)
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
-
-
 # ---------------------------------------------------------------- choosing
 
 
-def _moments(table: Schedule, rank: int, parts: Sequence[Part]) -> list[Moment]:
-    """With the bytes of what waits between two stages of the rank."""
+def _moments(table: Schedule, rank: int, parts: Sequence[Part], always: int) -> list[Moment]:
+    """With the bytes of what waits between two stages of the rank, and of what is there always."""
     sizes: dict[tuple[int, int], int] = {}
     for port in (port for part in parts for port in part.sends):
         sizes[port.source, port.target] = port.nbytes
         sizes[port.target, port.source] = sum(spec.nbytes for spec in port.specs if spec.requires_grad)
     return [
-        Moment(m.kind.value, m.stage, dict(m.whole), dict(m.late), sum(n * sizes[edge] for edge, n in m.waiting))
+        Moment(m.kind.value, m.stage, dict(m.whole), dict(m.late), always + sum(n * sizes[e] for e, n in m.waiting))
         for m in moments(table, rank)
     ]
 

@@ -175,6 +175,13 @@ TABLE = (
         "Leave one of them out",
     ),
     Refusal(
+        "activations.budget in a pipeline",
+        lambda p: p.activations.budget is not None and p.pipeline > 1,
+        ("activations.folder",),
+        "tensors on their way to files and back take memory that depends on which micro-batches meet",
+        'Leave it out, or give policy="offload" instead of a budget',
+    ),
+    Refusal(
         "neither activations.policy nor activations.budget",
         lambda p: p.activations.policy is None and p.activations.budget is None,
         ("activations.blocks", "activations.folder", "activations.resident", "activations.window"),

@@ -1,0 +1,89 @@
+"""Blocks are measured as they will train: under autocast, or in the dtype that sharding computes in; once for all
+replicas."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from distlib.comm.group import Group
+from distlib.plan import Plan, options
+
+
+def autocast(plan: Plan, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The context of forward, loss and backward."""
+    dtype = options.autocast(plan)
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def compute_dtype(plan: Plan) -> torch.dtype | None:
+    """Of parameters and inputs in forward and backward, where that is not their own."""
+    return options.DTYPES[plan.precision.dtype] if plan.stage > 0 and plan.precision.dtype != "fp32" else None
+
+
+def cast(tree: Any, dtype: torch.dtype | None) -> Any:
+    """Floating-point tensors in `dtype`, as sharding's wrapper casts inputs."""
+    if dtype is None:
+        return tree
+    return tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, tree)
+
+
+@contextlib.contextmanager
+def in_dtype(module: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """The module's parameters are in another dtype inside, as copies."""
+    floats = [] if dtype is None else [p for p in module.parameters() if p.is_floating_point() and not p.is_meta]
+    before = [p.data for p in floats]
+    try:
+        for p in floats:
+            p.data = p.data.to(dtype)
+        yield
+    finally:
+        for p, data in zip(floats, before, strict=True):
+            p.data = data
+
+
+def from_first(replicas: dist.ProcessGroup | None, find: Callable[[], Any]) -> Any:
+    """What the first rank of a group finds, on all of its ranks; where it fails, it fails on all. A collective."""
+    group = Group.of(replicas)
+    found: list[Any] = [None]
+    if group.rank == 0:
+        try:
+            found = [find()]
+        except Exception as error:
+            if group.size == 1:
+                raise
+            found = [error]
+    if group.size > 1:
+        dist.broadcast_object_list(found, src=group.ranks[0], group=replicas)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
+def all_or_none(group: dist.ProcessGroup | None, run: Callable[[], Any]) -> Any:
+    """What `run` returns on this rank; where it fails on some ranks of the group, all raise, with what these say. A
+    collective."""
+    size = Group.of(group).size
+    if size == 1:
+        return run()
+    error: Exception | None = None
+    found = None
+    try:
+        found = run()
+    except Exception as own:  # noqa: BLE001 - whatever it is, the other ranks are told, and all raise
+        error = own
+    errors: list[Exception | None] = [None] * size
+    dist.all_gather_object(errors, error, group=group)
+    failed = [e for e in errors if e is not None]
+    if not failed:
+        return found
+    texts = list(dict.fromkeys(map(str, failed)))
+    if len(texts) > 1 and all(type(e) is ValueError for e in failed):
+        raise ValueError("\n".join(texts)) from error
+    raise error or failed[0]
