@@ -5,6 +5,9 @@
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
+# Whole hosts: else a site's default memory per core is all that ranks get.
+#SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --time=24:00:00
 #SBATCH --output=%x-%j.log
 # The login node's ulimits would come along otherwise; EFA and InfiniBand need unlimited locked memory.

@@ -66,6 +66,7 @@ WRONG: list[tuple[str, Callable[[Json], Any], str]] = [
     ("trainjob.yaml", lambda m: m["spec"]["trainer"].update(image="distlib:latest"), "should not be valid"),
     ("trainjob.yaml", lambda m: m["spec"]["trainer"]["env"][0].update(value=8), "is not of type 'string'"),
     ("runtime.yaml", lambda m: m["spec"]["mlPolicy"]["torch"].update(numProcPerNode="auto"), "'numProcPerNode' was"),
+    ("runtime.yaml", lambda m: m["spec"]["template"]["spec"].update(maxRestarts=3), "'maxRestarts' was unexpected"),
     ("runtime.yaml", lambda m: m.update(apiVersion="kubeflow.org/v1"), "'trainer.kubeflow.org/v1alpha1' was expected"),
     ("mpijob.yaml", lambda m: m["spec"].update(cleanPodPolicy="Running"), "'cleanPodPolicy' was unexpected"),
     ("mpijob.yaml", lambda m: m["spec"]["mpiReplicaSpecs"].pop("Worker"), "'Worker' is a required"),
@@ -91,6 +92,17 @@ def test_ranks_get_gpus_efa_and_shared_memory(name: str) -> None:
     volumes = {volume["name"]: volume["emptyDir"] for volume in pod["volumes"]}
     assert volumes[mounts["/dev/shm"]]["medium"] == "Memory"
     assert "IPC_LOCK" in container["securityContext"]["capabilities"]["add"]
+
+
+def test_when_a_pod_fails_all_start_again() -> None:
+    """Ranks of other pods wait for it: a pod that started again alone would find nobody."""
+    runtime = load("runtime.yaml")["spec"]["template"]["spec"]
+    job = runtime["replicatedJobs"][0]["template"]["spec"]
+    assert runtime["failurePolicy"]["maxRestarts"] >= 1 and job["backoffLimit"] == 0
+    assert job["template"]["spec"]["restartPolicy"] == "Never"
+    (shown,) = re.findall(r"args: \[(.*resume\.sh.*)\]", (FOLDER / "trainjob.yaml").read_text())
+    arguments = shown.split(", ")
+    assert arguments[0] == "--no-python" and arguments[2] == arguments[-1] and arguments[-2] == "--save"
 
 
 def test_the_job_finds_its_runtime() -> None:
