@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from typing import Any
 
+MOST_HOURS = 672  # that a job may run
 ENTRY = ["python3", "/opt/distlib/launch/sagemaker_entry.py"]
 
 
@@ -26,8 +28,10 @@ def main(arguments: list[str] | None = None) -> None:
     if options.dry_run:
         print(json.dumps(asked, indent=2))
         return
-    import boto3  # only to send
-
+    try:
+        import boto3
+    except ModuleNotFoundError:
+        raise SystemExit("sagemaker_submit: sending needs boto3: pip install boto3; --dry-run does without") from None
     answer = boto3.client("sagemaker", region_name=options.region).create_training_job(**asked)
     print(answer["TrainingJobArn"])
 
@@ -56,6 +60,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print the request as JSON and send nothing")
     parser.add_argument("script", nargs="+", help="after --: the script and its arguments")
     options = parser.parse_args(arguments)
+    if not re.fullmatch(r"[a-zA-Z0-9](-?[a-zA-Z0-9]){0,62}", options.name):
+        parser.error(f"--name {options.name}: letters, digits and single dashes between them, 63 at the most")
+    if not re.fullmatch(r"arn:aws[a-z-]*:iam::[0-9]{12}:role/.+", options.role):
+        parser.error(f"--role {options.role}: must be an ARN, such as arn:aws:iam::123456789012:role/training")
+    for name in ("output", "code", "data", "checkpoints"):
+        place = getattr(options, name)
+        if place is not None and not place.startswith("s3://"):
+            parser.error(f"--{name} {place}: must be a folder in S3, s3://BUCKET/FOLDER")
+    if not options.instance.startswith("ml."):
+        parser.error(f"--instance {options.instance}: SageMaker calls it ml.{options.instance}")
+    if not 0 < options.hours <= MOST_HOURS:
+        parser.error(f"--hours {options.hours:g}: must be more than 0, and {MOST_HOURS} (28 days) at the most")
     if options.hosts < 1:
         parser.error(f"--hosts {options.hosts}: there must be at least one")
     if options.spot and not options.resume:

@@ -118,16 +118,27 @@ def test_the_request_says_what_was_asked() -> None:
         (["--lustre", "fs-1", *VPC], "must be ID:/PATH"),
         (["--lustre", "fs-1:/x"], "needs --subnets"),
         (["--set", "NAME"], "must be NAME=VALUE"),
+        (["--name", "my_job"], "--name my_job: letters, digits and single dashes"),
+        (["--role", "training"], "--role training: must be an ARN"),
+        (["--output", "/tmp/x"], "--output /tmp/x: must be a folder in S3"),
+        (["--code", "src"], "--code src: must be a folder in S3"),
+        (["--instance", "p5.48xlarge"], "SageMaker calls it ml.p5.48xlarge"),
+        (["--hours", "0"], "--hours 0: must be more than 0, and 672 (28 days) at the most"),
+        (["--hours", "900"], "--hours 900"),
     ],
 )
-def test_what_cannot_work_is_refused(
-    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_work_is_refused(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         submit["parse"]([*NEEDED, *arguments, *SCRIPT])
     assert complaint in capsys.readouterr().err
     with pytest.raises(SystemExit):
         submit["parse"]([*NEEDED, "--", "x" * 257])
+
+
+def test_sending_without_boto3_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "boto3", None)  # as if it were not installed
+    with pytest.raises(SystemExit, match="pip install boto3"):
+        submit["main"]([*NEEDED, *SCRIPT])
 
 
 def test_sending_is_one_call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
