@@ -305,6 +305,11 @@ CASES: list[Callable[[torch.device, Sizes], Case]] = [
 # ---------------------------------------------------------------- timing
 
 
+def read_through(memory: torch.Tensor, into: torch.Tensor) -> None:
+    """Has the caches hold `memory` instead of what they held; read, so that nothing is left to be written back."""
+    torch.sum(memory, dim=0, dtype=torch.int64, out=into)
+
+
 class Clock:
     """Times calls on a device: by events on a GPU; by the clock of the host where calls return when they are done."""
 
@@ -335,7 +340,7 @@ class Clock:
             call()
             return time.perf_counter() - begin
         if bytes < 8 * self._cache:
-            torch.sum(self._other, dtype=torch.int64, out=self._into)  # read: nothing is left to be written back
+            read_through(self._other, self._into)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(20_000_000)  # cycles, some 10 ms: longer than any host takes to queue what follows
         begin.record()

@@ -105,6 +105,12 @@ def test_a_case_that_fails_is_told_about_and_the_others_are_measured(monkeypatch
     assert len(last.rows) == 1 and last.cells()[-1][-1] == "NOT met"
 
 
+def test_caches_are_read_through() -> None:
+    into = torch.zeros((), dtype=torch.int64)
+    gpu_kernels.read_through(torch.ones(1000, dtype=torch.uint8), into)
+    assert into.item() == 1000
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so nothing is missing")
 def test_without_a_gpu_it_says_what_is_missing() -> None:
     script = Path(gpu_kernels.__file__)
