@@ -91,7 +91,8 @@ class GroupSteps:
             for table in each.tables:
                 table.step(recipe.rule, each.scalars)
         taken = 1 if gate.found_inf is None else 1 - (gate.found_inf != 0).float()
-        torch._foreach_add_([store.steps[begin:end] for begin, end in runs(chosen)], taken)
+        for begin, end in runs(chosen):  # foreach operators may ask the device for a number that lies there
+            store.steps[begin:end].add_(taken)
 
 
 def runs(chosen: Sequence[int]) -> list[tuple[int, int]]:
