@@ -112,16 +112,22 @@ class Block {
     }
     Block* const before = running;
     running = this;
-    while (alive_ > 0) {
+    for (unsigned idle = 0; alive_ > 0; ++idle) {
       progressed_ = spun_ = false;
       for (current_ = 0; current_ < threads; ++current_) {
         if (fibers_[current_]->done) continue;
         threadIdx = fibers_[current_]->index;
         switch_context(host_, fibers_[current_]->context);
       }
-      if (progressed_) continue;
+      if (progressed_) {
+        idle = 0;
+        continue;
+      }
       if (!spun_) give_up("deadlock: threads wait for each other at different barriers or warp operations");
-      sched_yield();  // what it waits for is another process's to do
+      if (idle < kYields)  // what it waits for is another process's to do
+        sched_yield();
+      else
+        usleep(kNap);  // there may be more processes than cores
     }
     running = before;
   }
@@ -178,7 +184,8 @@ class Block {
 #else
   static constexpr size_t kStack = 64 << 10;
 #endif
-  static constexpr size_t kGuard = 64 << 10;  // at least a page everywhere
+  static constexpr size_t kGuard = 64 << 10;          // at least a page everywhere
+  static constexpr unsigned kYields = 16, kNap = 50;  // rounds; microseconds
 
   [[noreturn]] static void fiber_main() {
 #if defined(__SANITIZE_ADDRESS__)
