@@ -76,6 +76,7 @@ PLANS: list[dict[str, Any]] = [
         "precision": "bf16",
         "activations": "full",
     },
+    {"pipeline": 2, "microbatches": 4, "schedule": "zb-h1", "activations": {"budget": 0.5}},
 ]
 SCALED = {"dtype": "fp16", "init_scale": 1024.0}
 ONLY_THERE: list[dict[str, Any]] = [
