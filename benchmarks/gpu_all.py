@@ -41,6 +41,7 @@ def parts_of(selection: gpu_tests.Selection, work: Path) -> list[Part]:
 
     path = os.pathsep.join([str(HERE), *selection.path, os.environ["PYTHONPATH"]])  # pytest's plugin, stand-ins
     environ = {"DISTLIB_OUTCOMES": str(work / "outcomes.jsonl"), "PYTHONPATH": path}
+    environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # ranks are forked: who asks for a GPU before is not to start CUDA
     parts = [
         Part("build", [sys.executable, str(HERE / "gpu_build.py"), f"--json={work / 'build.json'}"], BUILD),
         Part("tests", gpu_tests.command(selection), TESTS, environ, selection.why_not),

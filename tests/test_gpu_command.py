@@ -209,6 +209,16 @@ def test_the_command_writes_one_document_and_one_table(
     assert gpu_all.main() == 1 and "a kernel" in capsys.readouterr().out
 
 
+def test_who_asks_for_a_gpu_in_a_test_does_not_start_cuda_before_ranks_are_forked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", "")
+    (part,) = [part for part in gpu_all.parts_of(gpu_tests.Selection([], []), tmp_path) if part.name == "tests"]
+    code = "import torch; print(torch.cuda._nvml_based_avail())"
+    done = subprocess.run([sys.executable, "-c", code], env={**ALONE, **part.environ}, capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
+
+
 def test_a_machine_without_a_gpu_or_without_packages_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         assert "finds no GPU" in gpu_all.why_not()
