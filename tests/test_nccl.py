@@ -29,6 +29,7 @@ from distlib.comm.group import Group
 from distlib.comm.nccl import NcclChannel, connect_nccl
 from distlib.comm.nccl_notes import Note, verdict
 from distlib.comm.work import CollectiveError
+from distlib.sharded.build import device_for
 
 pytestmark = pytest.mark.skipif(native.core() is None, reason=f"no C++ core: {native.why_not()}")
 CPU = torch.device("cpu")
@@ -179,6 +180,24 @@ def test_messages_over_nccl_start_together_and_tags_are_refused() -> None:
     found = run_ranks(2, messages)
     assert all("tag=5, which NCCL would ignore" in text for text, _ in found)
     assert dict(found[0][1]) == {"send": 12 + 10} and dict(found[1][1]) == {"recv": 0, "send": 10}
+
+
+def other_backends(rank: int, n: int) -> None:
+    with process_group(rank, n, backend="gloo"):
+        group = Group.of()
+        assert group.on_device("cpu") and not group.on_device("cuda")
+    with nccl_group(rank, n) as group:
+        channel = group.cpu_channel
+        assert isinstance(channel, NcclChannel)
+        channel.device = torch.device("cuda", 0)  # as of one that the user made
+        assert group.on_device("cuda") and not group.on_device("cpu")
+        with pytest.raises(ValueError, match="backend does not communicate tensors on cpu"):
+            device_for(torch.nn.Linear(1, 1), None, group)
+        channel.device = CPU
+
+
+def test_a_group_of_another_backend_says_which_tensors_it_takes() -> None:
+    run_ranks(1, other_backends)
 
 
 def patient(rank: int, n: int) -> list[float]:

@@ -79,6 +79,7 @@ class C10dChannel:
     """Collectives of an existing process group. What it promises (order of sums, errors) is that backend's."""
 
     by_streams = has_levels = False
+    device = torch.device("cpu")  # where its tensors are
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
         self._weak = weakref.ref(process_group)  # its maker destroys it, and with it what it runs

@@ -147,10 +147,10 @@ class Group:
     def on_device(self, device: torch.device | str) -> bool:
         """Whether this group can communicate tensors on `device`. Any rank may ask, alone."""
         device = torch.device(device)
+        if isinstance(self._channel, C10dChannel):
+            return device.type == self._channel.device.type
         if device.type == "cpu" or self.counts_only or device.type in self._on_devices:
             return True
-        if isinstance(self._channel, C10dChannel):
-            return self._channel.by_streams and device.type == "cuda"
         return not self.closed and may_connect(device)
 
     def connect(self, device: torch.device | str) -> None:
