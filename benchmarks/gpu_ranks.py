@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import statistics
 import time
 import warnings
@@ -34,6 +35,7 @@ OURS, TORCH = "distlib", "torch"
 WARMUP = 4  # steps: the second records the order of units, the third uses it
 STEADY = 5  # steps in which waits are counted
 CURVE = {"cuda": 20, "fake": 6}  # steps of a curve
+BLOCKED = 8  # the same of several ranks whose launches block: each then waits for its turn on a card that they share
 AGREEMENT = 2e-3  # relative: how far the contenders' losses may be apart in bf16
 
 
@@ -204,10 +206,18 @@ def curves(device: torch.device) -> dict[str, list[str]]:
 def curve(contender: Contender, size: Size, device: torch.device) -> list[str]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     with deterministic(device):
-        losses = [contender.step(batch_of(size, device, step % 2, rank, ranks)) for step in range(CURVE[device.type])]
+        losses = [
+            contender.step(batch_of(size, device, step % 2, rank, ranks)) for step in range(length(device, ranks))
+        ]
     mine = torch.stack(losses).double().cpu()
     dist.all_reduce(mine)
     return [loss.hex() for loss in (mine / ranks).tolist()]
+
+
+def length(device: torch.device, ranks: int) -> int:
+    """Steps of a curve."""
+    blocks = ranks > 1 and os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"
+    return min(CURVE[device.type], BLOCKED if blocks else CURVE[device.type])
 
 
 @contextlib.contextmanager

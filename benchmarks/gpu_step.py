@@ -117,7 +117,7 @@ def results(device: str, runs: Runs) -> Iterator[GpuReport]:
     for n, free, around in ((1, curves, {}), (2, both, one_card())):
         blocking = runs(n, "curves", CUDA_LAUNCH_BLOCKING="1", **around) if free else None
         if blocking:
-            same = sum(blocking[setting] == curve for setting, curve in free.items())
+            same = sum(blocking[setting] == curve[: len(blocking[setting])] for setting, curve in free.items())
             checks.append(_equal("CUDA_LAUNCH_BLOCKING=1: the same bits", n, same, len(free)))
         yield so_far()
     if cards() > 1:

@@ -89,7 +89,9 @@ def test_what_was_measured_before_ranks_failed_is_kept(tmp_path: Path, monkeypat
         return {"size": "a GPT", "waits": waits, "control": ["waits"] * 5}
 
     def ranks(script: str, n: int, arguments: list[str], **environ: str) -> Any:
-        return {name: [(5.001).hex(), *its[1:]] if name == "fp32, prefetch=2" else its for name, its in curves.items()}
+        end = 1 if environ.get("CUDA_LAUNCH_BLOCKING") else 2
+        other = {**curves, "fp32, prefetch=2": [(5.001).hex(), *curve[1:]]}
+        return {name: its[:end] for name, its in other.items()}
 
     monkeypatch.setattr(gpu_step, "run_alone", alone)
     monkeypatch.setattr(gpu_step, "run_ranks", ranks)
@@ -131,6 +133,13 @@ def test_ranks_that_fail_leave_the_collectives_of_others_measured(
     document = json.loads((tmp_path / "gpu_collectives.json").read_text())
     assert [row["ranks"] for row in document["rows"]] == [2, 2]
     assert [(check["ranks"], check["met"]) for check in document["checks"]] == [(2, True), (2, True), (4, False)]
+
+
+def test_ranks_whose_launches_block_play_the_beginning_of_a_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(type="cuda")
+    assert gpu_ranks.length(card, 2) == 20
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+    assert (gpu_ranks.length(card, 1), gpu_ranks.length(card, 2)) == (20, 8)
 
 
 class Event:
