@@ -52,11 +52,13 @@ def parts_of(selection: gpu_tests.Selection, work: Path) -> list[Part]:
     return parts
 
 
-def why_not() -> str:
-    """Why nothing can be run here, or ""."""
+def why_not(source: Path | None = None) -> str:
+    """Why nothing can be run here, or results in a file cannot be shown; or ""."""
     missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
     if missing:
         return f"{sys.executable} has no {', '.join(missing)}: install it, or say make gpu PYTHON=/path/to/another"
+    if source is not None:
+        return "" if source.is_file() else f"there is no {source}"
     import torch
 
     if not torch.cuda.is_available():
@@ -124,7 +126,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.commit:
         os.environ["DISTLIB_COMMIT"] = options.commit
-    reason = why_not() if options.source is None else ""
+    reason = why_not(options.source)
     if reason:
         print(f"make gpu: {reason}", file=sys.stderr)
         return 2

@@ -209,6 +209,17 @@ def test_the_command_writes_one_document_and_one_table(
     assert gpu_all.main() == 1 and "a kernel" in capsys.readouterr().out
 
 
+def test_results_that_are_not_there_are_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_all.py", f"--from={tmp_path / 'gpu.json'}"])
+    assert gpu_all.main() == 2
+    assert capsys.readouterr().err == f"make gpu: there is no {tmp_path / 'gpu.json'}\n"
+    (tmp_path / "gpu.json").write_text("{}")
+    monkeypatch.setattr(gpu_all, "NEEDED", ("no_such_package",))
+    assert gpu_all.main() == 2 and "has no no_such_package: install it" in capsys.readouterr().err
+
+
 def test_who_asks_for_a_gpu_in_a_test_does_not_start_cuda_before_ranks_are_forked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
