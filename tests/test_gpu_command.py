@@ -167,7 +167,7 @@ def test_the_command_writes_one_document_and_one_table(
 ) -> None:
     """Its parts are small ones here; a document made elsewhere can be recorded."""
     monkeypatch.setattr(gpu_all, "WORK", tmp_path / "work")
-    monkeypatch.setattr(gpu_all, "why_not", lambda: "")
+    monkeypatch.setattr(gpu_all, "why_not", lambda source: "")
     monkeypatch.setenv("PYTHONPATH", "")
     monkeypatch.setenv("DISTLIB_COMMIT", "")
     results = json.dumps({"lines": [line("a kernel", "met")], "notes": [], "rows": []})
