@@ -80,6 +80,7 @@ def test_the_plugin_for_efa_fits_nccl_and_cuda() -> None:
 def test_distlib_is_built_with_all_its_parts() -> None:
     (build,) = [line for line in instructions("RUN") if "DISTLIB_CUDA" in line]
     assert "DISTLIB_CUDA=1" in build and "DISTLIB_NATIVE=1" in build and "-c constraints.txt" in build
+    assert "'.[plan]'" in build  # examples/plans, which are in the image, are YAML
     copied = {name for line in instructions("COPY") if "--from" not in line for name in line.split()[:-1]}
     needed = {"csrc", "distlib", "distlib_autoload.py", "pyproject.toml", "setup.py", "README.md", "LICENSE", "launch"}
     assert needed <= copied
