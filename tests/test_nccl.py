@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -407,6 +408,34 @@ def judged_after_an_end(rank: int, n: int, how: str) -> str:
 def test_what_an_abort_ended_has_failed_though_its_work_looks_done(how: str) -> None:
     texts = run_ranks(2, judged_after_an_end, how)
     assert texts[0] == texts[1] and "#2 of group 'world' was not done within 1.0 s" in texts[0], texts
+
+
+def slow_store(rank: int, n: int) -> tuple[str, float]:
+    """The store takes its time while the watch ends the group."""
+    nccl_notes.ASK_EVERY, nccl_notes.PATIENCE = 0.2, 1.5
+    settle = nccl_notes.Notes.settle
+
+    def slow(self: nccl_notes.Notes, text: str) -> str:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(2.0)
+        return settle(self, text)
+
+    nccl_notes.Notes.settle = slow  # type: ignore[method-assign]
+    longest = 0.0
+    with nccl_group(rank, n, Stuck, timeout=1.0) as group:
+        until = time.monotonic() + 20
+        with pytest.raises(CollectiveError) as caught:
+            while time.monotonic() < until:
+                begin = time.monotonic()
+                group.all_reduce(torch.ones(1))
+                longest = max(longest, time.monotonic() - begin)
+                time.sleep(0.05)
+        return str(caught.value), longest
+
+
+def test_no_caller_waits_for_a_store_that_is_slow_to_take_the_verdict() -> None:
+    for text, longest in run_ranks(2, slow_store):
+        assert "was not done within 1.0 s" in text and longest < 1.0, (text, longest)
 
 
 def test_the_verdict_names_ranks_by_what_they_did() -> None:

@@ -153,7 +153,7 @@ class NcclChannel(C10dChannel):
         self._under_way: deque[NcclOperation] = deque()
         self._broken: CollectiveError | None = None
         self._lock = threading.RLock()
-        self._closed = False
+        self._closed = self._ending = False
         self._ended_at = 0.0  # when a rank was first seen to have ended
         watch.add(self)
 
@@ -440,14 +440,17 @@ class NcclChannel(C10dChannel):
         """Ends the group: first those that wait in its memory, with the reason, then the communicators, so that hosts
         which wait for a stream come back and raise it."""
         with self._lock:
-            if self._broken is not None or self._closed:
+            if self._broken is not None or self._closed or self._ending:
                 return
-            if self._notes is not None:  # the other hosts look there
-                with suppress(RuntimeError):  # the store went with its rank: the others see that by themselves
-                    text = self._notes.settle(text)
-            if self._cpu is not None:
-                self._cpu.abort(text)
-                text = self._cpu.aborted() or text
+            self._ending = True
+        # Without the lock: a store whose host stands still answers late, and callers would wait with it.
+        if self._notes is not None:  # the other hosts look there
+            with suppress(RuntimeError):  # the store went with its rank: the others see that by themselves
+                text = self._notes.settle(text)
+        if self._cpu is not None:
+            self._cpu.abort(text)
+            text = self._cpu.aborted() or text
+        with self._lock:
             for operation in self._under_way:
                 operation.ended_well = operation.passed and not operation.work_failed
             self._broken = CollectiveError(text, code)
