@@ -20,6 +20,7 @@ from test_train_lm import SHORT, SMALL, assert_same_curve, text
 
 import distlib
 from distlib import world
+from distlib.engine.as_in_training import where_it_computes
 
 pytestmark = needs_fake_device
 
@@ -77,6 +78,8 @@ PLANS: list[dict[str, Any]] = [
         "activations": "full",
     },
     {"pipeline": 2, "microbatches": 4, "schedule": "zb-h1", "activations": {"budget": 0.5}},
+    {"stage": 2, "activations": {"budget": 0.5}},
+    {"pipeline": 2, "microbatches": 2, "stage": 1, "partition_size": 1, "activations": {"budget": 0.5}},
 ]
 SCALED = {"dtype": "fp16", "init_scale": 1024.0}
 ONLY_THERE: list[dict[str, Any]] = [
@@ -96,6 +99,31 @@ def test_plans_train_as_on_the_cpu() -> None:
             assert norms == pytest.approx(expected_norms, rel=1e-5), plan
             assert "Each rank computes on fake." in words
     assert on_device[0] == on_device[1]
+
+
+def measured(rank: int, n: int) -> None:
+    """Sharding takes modules from the CPU: for measuring they are where they will compute, if they fit."""
+    device = device_here("fake")
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    parameters, values = list(module.parameters()), [p.clone() for p in module.parameters()]
+    with where_it_computes([module], device):
+        assert {t.device for t in (*module.parameters(), *module.buffers())} == {device}
+    assert all(a is b and a.device.type == "cpu" for a, b in zip(module.parameters(), parameters, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(parameters, values, strict=True))
+
+    class TooLarge(torch.nn.Linear):
+        def _apply(self, fn: Any, recurse: bool = True) -> Any:
+            if fn(torch.empty(0)).device == device:
+                raise torch.OutOfMemoryError("out of memory")
+            return super()._apply(fn, recurse)
+
+    large = torch.nn.Sequential(torch.nn.Linear(4, 4), TooLarge(4, 4))
+    with pytest.warns(UserWarning, match="does not fit whole on fake"), where_it_computes([module, large], device):
+        assert {p.device.type for part in (module, large) for p in part.parameters()} == {"cpu"}
+
+
+def test_blocks_are_measured_where_they_will_compute() -> None:
+    run_ranks(1, measured)
 
 
 def test_what_only_devices_can_do() -> None:

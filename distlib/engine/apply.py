@@ -16,10 +16,18 @@ from distlib.activations import ActivationReport, checkpoint_activations
 from distlib.activations.blocks import find_blocks
 from distlib.comm.group import Group
 from distlib.data_parallel import DataParallel
-from distlib.engine.as_in_training import all_or_none, autocast, cast, compute_dtype, from_first, in_dtype
+from distlib.engine import stage_budget
+from distlib.engine.as_in_training import (
+    all_or_none,
+    autocast,
+    cast,
+    compute_dtype,
+    from_first,
+    in_dtype,
+    where_it_computes,
+)
 from distlib.engine.engine import Engine, Stepper
 from distlib.engine.micro_steps import MicroSteps
-from distlib.engine.stage_budget import keep_within
 from distlib.optim import GradScaler
 from distlib.pipeline.build import Held, device_for, example_of, materialise
 from distlib.pipeline.micro_batches import Weigh
@@ -81,7 +89,7 @@ def parallelize(
     whole = module if plan.pipeline > 1 else None
 
     if plan.stage == 0 and plan.pipeline == 1 and all(p.device.type != "meta" for p in module.parameters()):
-        module.to(device)  # all of it stays on this rank: activation memory is measured where it computes
+        module.to(device)  # all of it stays on this rank
 
     budget = plan.activations.budget
     shares = plan.pipeline > 1 and budget is not None
@@ -91,24 +99,19 @@ def parallelize(
     def share(held: Held) -> None:
         """One budget for all of this rank's stages."""
         if plan.stage == 0:
-            for part in held.modules.values():  # they stay on this rank: measured where they compute
+            for part in held.modules.values():  # they stay on this rank
                 materialise(part, initialize).to(device)
         assert budget is not None
-        keep = partial(
-            keep_within,
-            held,
-            budget,
-            blocks,
-            loss_fn=loss_fn,
-            around=lambda: autocast(plan, device),
-            replicas=groups["data_parallel"],
-        )
-        reports.append(all_or_none(dist.group.WORLD, keep))
+        around = partial(autocast, plan, device)
+        with where_it_computes(held.modules.values(), device):
+            stages = all_or_none(dist.group.WORLD, partial(stage_budget.measure, held, blocks, loss_fn, around))
+        chains = from_first(groups["data_parallel"], lambda: stages.chains)
+        reports.append(all_or_none(dist.group.WORLD, partial(stage_budget.keep_within, stages, budget, chains)))
 
     def prepare(part: nn.Module) -> nn.Module:
         """Of the whole model, or of each of this rank's stages."""
         if not shares:
-            example = Example(example_inputs, example_target, loss_fn, groups["data_parallel"])
+            example = Example(example_inputs, example_target, loss_fn, groups["data_parallel"], device)
             reports.extend(keep_less(plan, part, module, blocks, example))
         return replicate(plan, part, whole, groups["data_parallel"], initialize, device)
 
@@ -168,12 +171,13 @@ def block_classes(plan: Plan, module: nn.Module) -> list[type[nn.Module]]:
 @dataclass(frozen=True)
 class Example:
     """For a budget: a batch and its target (or None), the loss (None: the model's own), and the ranks that hold the
-    same blocks, which all follow the first one's plan."""
+    same blocks, which all follow the first one's plan. device: where the model will compute."""
 
     inputs: Any
     target: Any = None
     loss_fn: LossFunction | None = None
     replicas: dist.ProcessGroup | None = None
+    device: torch.device = torch.device("cpu")
 
 
 def keep_less(
@@ -194,21 +198,23 @@ def keep_less(
         wanted["resident"] = min(wanted["resident"] or 0, count - 1)
     if wanted["budget"] is None or example is None:
         return [checkpoint_activations(part, **wanted)]
-    where = next((p.device for p in part.parameters()), torch.device("cpu"))
-    batch = example_of(example.inputs, plan.microbatches, example.target, where)
-    assert batch is not None
     dtype = compute_dtype(plan)
-    inputs = cast(batch.kwargs or batch.args, dtype)
-
-    def loss(output: Any) -> torch.Tensor:
-        return scalar((example.loss_fn or own_loss)(output, batch.target))
 
     def measured() -> ActivationReport:
+        where = next((p.device for p in part.parameters()), example.device)
+        batch = example_of(example.inputs, plan.microbatches, example.target, where)
+        assert batch is not None
+
+        def loss(output: Any) -> torch.Tensor:
+            return scalar((example.loss_fn or own_loss)(output, batch.target))
+
         known = loss if batch.target is not None or example.loss_fn is None else None
         with autocast(plan, where), in_dtype(part, dtype):
+            inputs = cast(batch.kwargs or batch.args, dtype)
             return checkpoint_activations(part, **wanted, example_inputs=inputs, loss=known)
 
-    report = all_or_none(example.replicas, measured)
+    with where_it_computes([part], example.device):
+        report = all_or_none(example.replicas, measured)
     report.follow(from_first(example.replicas, lambda: report.plan))
     return [report]
 

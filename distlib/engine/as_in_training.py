@@ -4,7 +4,8 @@ replicas."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +33,50 @@ def cast(tree: Any, dtype: torch.dtype | None) -> Any:
     if dtype is None:
         return tree
     return tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, tree)
+
+
+@contextlib.contextmanager
+def where_it_computes(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """Modules on the CPU are on `device` inside, as far as its memory allows: sharding takes them from the CPU later.
+    Where they are too large whole, they stay, with a warning."""
+    there = [m for m in modules if device.type != "cpu" and _on_cpu(m)]
+    moved: list[nn.Module] = []
+    try:
+        _require_room(there, device)
+        for module in there:
+            moved.append(module)
+            module.to(device)
+    except torch.OutOfMemoryError:
+        _back(moved)
+        moved = []
+        warnings.warn(
+            f"the model does not fit whole on {device}, so blocks are measured on the CPU: choices follow the CPU's "
+            "times, and peaks its operations",
+            stacklevel=3,
+        )
+    try:
+        yield
+    finally:
+        _back(moved)
+
+
+def _on_cpu(module: nn.Module) -> bool:
+    tensors = [*module.parameters(), *module.buffers()]
+    return bool(tensors) and all(t.device.type == "cpu" for t in tensors)
+
+
+def _require_room(modules: Sequence[nn.Module], device: torch.device) -> None:
+    """Before something else fails for want of memory: parameters, their gradients, and as much again to work in."""
+    if (
+        device.type == "cuda"
+        and 3 * sum(p.nbytes for m in modules for p in m.parameters()) > (torch.cuda.mem_get_info(device)[0])
+    ):
+        raise torch.OutOfMemoryError("parameters, gradients and activations have no room")
+
+
+def _back(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        module.to("cpu")
 
 
 @contextlib.contextmanager

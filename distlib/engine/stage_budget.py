@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
@@ -27,10 +27,11 @@ from distlib.activations.selective import make_policy
 from distlib.activations.shares import Moment, StageChain, Together, combine, load, loads, solve
 from distlib.activations.size import parse_size, show_size
 from distlib.activations.wrapped import Setting, Wrapped
-from distlib.engine.as_in_training import cast, from_first, in_dtype
+from distlib.engine.as_in_training import cast, in_dtype
 from distlib.pipeline.actions import Kind, Schedule
 from distlib.pipeline.build import Held
 from distlib.pipeline.flight import moments, most_in_flight
+from distlib.pipeline.micro_batches import on_device
 from distlib.pipeline.program import Spec
 from distlib.pipeline.runtime import LossFunction, own_loss, scalar
 from distlib.pipeline.split_backward import WeightQueue
@@ -40,24 +41,26 @@ from distlib.pipeline.stages import Part
 Around = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
-def keep_within(
-    held: Held,
-    budget: str | int | float,
-    blocks: Sequence[type[nn.Module]],
-    *,
-    loss_fn: LossFunction | None,
-    around: Around,
-    replicas: dist.ProcessGroup | None,
-) -> ActivationReport:
-    """Makes the blocks of a rank's stages keep as much as its budget allows, as fast as can be. A collective of
-    `replicas`: the ranks that hold the same stages, of which the first measures.
+@dataclass(frozen=True)
+class Stages:
+    """This rank's stages, with wrapped blocks. chains: what each takes, with the names of its blocks in the order of
+    their forward."""
+
+    held: Held
+    report: ActivationReport
+    wrapped: dict[int, list[Wrapped]]
+    table: Schedule
+    parts: tuple[Part, ...]
+    chains: dict[int, tuple[StageChain, list[str]]]
+
+
+def measure(held: Held, blocks: Sequence[type[nn.Module]], loss_fn: LossFunction | None, around: Around) -> Stages:
+    """Measures a rank's stages, and wraps their blocks. No rank waits for another.
 
     held: of `PipelineParallel(keep_less=)`. blocks: their classes. loss_fn: counts on the last stage, where the example
     has a target. around: the context of a training step.
 
-    Raises:
-        ValueError, on all of these ranks: the budget cannot be met (with the smallest that can), a block runs not
-        exactly once in a stage, or the model is on the meta device.
+    Raises ValueError where a block runs not exactly once in a stage, or the model is on the meta device.
     """
     with around():
         table, parts = held.recorded()
@@ -66,28 +69,40 @@ def keep_within(
     for stage in held.modules:
         wrapped[stage] = _wrap(held, stage, blocks, Setting(report, make_policy(None), None))
     report.attach([one for its in wrapped.values() for one in its], *held.modules.values())
+    report.paused = True
+    with _named(held):
+        chains = {
+            stage: _measured(held, table, parts[stage], wrapped[stage], loss_fn, around) for stage in held.modules
+        }
+    report.paused = False
+    report.forget()
+    return Stages(held, report, wrapped, table, parts, chains)
+
+
+def keep_within(stages: Stages, budget: str | int | float, chains: dict[int, Any]) -> ActivationReport:
+    """Makes the blocks of a rank's stages keep as much as its budget allows, as fast as can be.
+
+    chains: of the first of the ranks that hold the same stages, so that all of them choose alike.
+
+    Raises ValueError for a budget that cannot be met, with the smallest that can.
+    """
+    always = sum(chain.always for chain, _ in chains.values())
+    when = _moments(stages.table, stages.held.rank, stages.parts, always)
+    with _named(stages.held):
+        _apply(stages.report, budget, chains, stages.wrapped, when)
+    for module in stages.held.modules.values():
+        _watch(module, stages.report)
+    return stages.report
+
+
+@contextlib.contextmanager
+def _named(held: Held) -> Iterator[None]:
+    """Errors say which rank and stages they are of."""
     try:
-        report.paused = True
-        found = from_first(
-            replicas,
-            lambda: {
-                stage: _measured(held, table, parts[stage], wrapped[stage], loss_fn, around) for stage in held.modules
-            },
-        )
-        report.paused = False
-        report.forget()
-        always = sum(chain.always for chain, _ in found.values())
-        _apply(report, budget, found, wrapped, _moments(table, held.rank, parts, always))
+        yield
     except ValueError as error:
-        report.remove()
         stages = ", ".join(map(str, held.modules))
         raise ValueError(f"rank {held.rank} of the pipeline, stage {stages}: {error}") from error
-    except BaseException:
-        report.remove()
-        raise
-    for module in held.modules.values():
-        _watch(module, report)
-    return report
 
 
 def _wrap(held: Held, stage: int, blocks: Sequence[type[nn.Module]], setting: Setting) -> list[Wrapped]:
@@ -169,11 +184,13 @@ def _measured(
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     kinds = {action.kind for action in table.actions[held.rank] if action.stage == stage}
     assert held.example is not None
+    args, kwargs, target = on_device((held.example.args, held.example.kwargs, held.example.target), device)
+    held = replace(held, example=replace(held.example, args=args, kwargs=kwargs, target=target))
     with around(), in_dtype(module, held.compute_dtype):
         measurement = StageMeasurement(
             module,
             wrapped,
-            (held.example.args, held.example.kwargs),
+            (args, kwargs),
             lambda own: _Micro(held, part, own, loss_fn, device),
             apply.ROUNDS,
             full=Kind.FULL in kinds,
