@@ -59,7 +59,7 @@ def new(device: torch.device, urgent: bool = False) -> Stream:
                 if type(stream).__weakrefoffset__:  # not in every torch: then they come as the ring has them
                     _lent[key] = stream
                 return stream
-    log.warning("more than %d streams of %s are in use: two groups share one", len(_lent), device)
+    log.warning("%d streams of %s are held, and torch has no more of this kind: two now share one", len(_lent), device)
     return stream
 
 
