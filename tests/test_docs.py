@@ -59,7 +59,8 @@ PAGES: list[tuple[str, int, str, list[int]]] = [
     (
         "docs/plan.md",
         2,
-        JOINS + "plan, path = distlib.Plan(pipeline=2, microbatches=4), 'saved'\nbatches = lambda *_: data\n",
+        JOINS + "plan, path = distlib.Plan(pipeline=2, microbatches=4, activations='selective'), 'saved'\n"
+        "batches = lambda *_: data\n",
         [1, 2],
     ),
     (
