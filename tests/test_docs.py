@@ -91,6 +91,18 @@ def test_snippets_run(page: str, n: int, given: str, which: list[int], tmp_path:
     run_ranks(n, runs, page, given, which, str(tmp_path), timeout=100)
 
 
+def trained(rank: int, n: int) -> float:
+    names: dict[str, Any] = {"__name__": "snippet"}
+    exec(snippets("README.md")[0], names)
+    return names["model"].module.weight.norm().item()
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_the_first_script_gives_the_number_that_the_readme_tells(n: int) -> None:
+    told = re.search(r"the norm is ([0-9.]+) on one rank, on two and on four", (ROOT / "README.md").read_text())
+    assert told is not None and run_ranks(n, trained) == [pytest.approx(float(told[1]), abs=2e-6)] * n
+
+
 def test_a_snippet_that_is_wrong_fails(tmp_path: Path) -> None:
     with pytest.raises(
         AssertionError, match="README.md, snippet 1"
