@@ -175,7 +175,8 @@ def test_a_stage_that_is_silent_is_noticed_by_all_ranks(how: str) -> None:
             assert re.match(rf"rank {3 * number + stage}, {at}", error.text), error
             who = f"rank {3 * number + culprit}"
             if how == "is killed":  # first seen by a receive, be it of the loss, or by the end of a step
-                seen = rf"{who} \(pid .*; with it went stage {culprit}$", rf"stage . -> {culprit}, .*: {who} ended before"
+                lost = rf"{who} \(pid .*; with it went stage {culprit}$"
+                seen = lost, rf"stage . -> {culprit}, .*: {who} ended before"
                 assert any(re.search(words, error.text) for words in seen), error
             else:
                 assert "ran into the timeout of 2000 ms" in error.text, error
