@@ -145,6 +145,70 @@ def test_norms_over_sharded_stages_are_those_of_one_process(n: int, plans: list[
                 assert values == pytest.approx(expected, rel=1e-4), (plan, way)
 
 
+# ------------------------------------------------------------ weights that ranks do not share equally
+
+
+def _counted(target: torch.Tensor) -> float:
+    return float((target >= 0).sum())
+
+
+def _counted_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-1)
+
+
+def _padded(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of different lengths, the longest first: the first rank has most tokens that count."""
+    inputs, target = CASES["language"].batch(2 * ROWS, step)
+    target = target.clone()
+    for row in range(len(target)):
+        target[row, max(1, 7 - row // 2) :] = -1
+    return inputs, target
+
+
+def _weighed(rank: int, n: int, plans: list[dict[str, Any]]) -> list[list[float]]:
+    found = []
+    with distlib.init():
+        for plan in plans:
+            engine = distlib.parallelize(
+                CASES["language"].made(),
+                distlib.Plan(**plan, clip=0.3),
+                optimizer=_adamw,
+                loss_fn=_counted_loss,
+                example_inputs=_padded(0)[0],
+                weigh=_counted,
+            )
+            values = []
+            for step in range(3):
+                inputs, target = (t.chunk(engine.data_size)[engine.data_rank] for t in _padded(step))
+                values += [float(engine.train_step(inputs, target)), float(engine.grad_norm)]
+            with pytest.raises(ValueError, match="weigh= reads the target"):
+                engine.eval_step(inputs)
+            values.append(float(engine.eval().eval_step(inputs, target)))
+            found.append(values)
+    return found
+
+
+def test_a_weighed_loss_is_that_of_one_process_over_all_ranks() -> None:
+    model, expected = CASES["language"].made(), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(3):
+        inputs, target = _padded(step)
+        loss = _counted_loss(model(inputs), target)
+        loss.backward()
+        expected += [loss.item(), float(nn.utils.clip_grad_norm_(model.parameters(), 0.3))]
+        optimizer.step()
+        optimizer.zero_grad()
+    expected.append(_counted_loss(model(inputs), target).item())
+    plans: list[dict[str, Any]] = [
+        {"microbatches": 2},
+        {"microbatches": 2, "stage": 3, "partition_size": 2},
+        {"microbatches": 2, "pipeline": 2, "costs": "estimated", "schedule": "zb-h1"},
+    ]
+    for found in run_ranks(4, _weighed, plans, timeout=110):
+        for plan, values in zip(plans, found, strict=True):
+            assert values == pytest.approx(expected, rel=1e-4), plan
+
+
 def _pieces(rank: int, n: int, folder: str) -> None:
     with distlib.init():
         case = CASES["language"]

@@ -62,7 +62,7 @@ def parallelize(
         loss_fn: (output, target) -> scalar, the mean over a micro-batch; None: the model returns its loss.
         example_inputs: as for `Engine.train_step`; a pipeline reads shapes only, a budget runs the model.
         example_target: as for `Engine.train_step`; a pipeline that divides itself then counts the loss's cost.
-        weigh: from a micro-batch's target, its weight in the loss; default: its rows.
+        weigh: from a micro-batch's target, its weight in the loss, over all ranks; default: its rows, and ranks alike.
         initialize: of a module whose parameters are on meta; default: its reset_parameters().
 
     Returns:
@@ -135,7 +135,8 @@ def parallelize(
         model = MicroSteps(prepare(module), plan.microbatches, loss_fn, weigh, device)
     scaling = options.scaler(plan)
     scaler = None if scaling is None else GradScaler(**scaling)
-    return Engine(plan, mesh, model, groups["data_parallel"], optimizer(model.parameters()), scaler, reports, device)
+    made = optimizer(model.parameters())
+    return Engine(plan, mesh, model, groups["data_parallel"], made, scaler, reports, device, weigh)
 
 
 def make_groups(mesh: Mesh, place: Place, plan: Plan) -> dict[str, dist.ProcessGroup | None]:

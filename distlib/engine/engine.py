@@ -20,11 +20,14 @@ from distlib.memory import MemoryReport
 from distlib.optim import GradScaler
 from distlib.optim.flat import FlatOptimizer
 from distlib.optim.norm import clip_grad_norm_
+from distlib.pipeline.micro_batches import Weigh, divide, rows_of
 from distlib.pipeline.wrapper import PipelineParallel
 from distlib.plan import Activations, Plan
 from distlib.plan.mesh import Mesh
 from distlib.plan.world import Ranks
 from distlib.shards import shard_of
+
+_KEPT_LESS = "activations above: where blocks keep everything; engine.activation_reports have what they keep"
 
 
 class Stepper(Protocol):
@@ -55,12 +58,14 @@ class Engine:
         scaler: GradScaler | None,
         activation_reports: Sequence[ActivationReport] = (),
         device: torch.device | None = None,
+        weigh: Weigh | None = None,
     ) -> None:
         self.plan, self.mesh, self.model, self.optimizer, self.scaler = plan, mesh, model, optimizer, scaler
         if device is None:
             device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.device = device
         self.activation_reports = list(activation_reports)
+        self._weigh = weigh
         self._replicas = Group.of(data_parallel)
         self.data_rank, self.data_size = self._replicas.rank, self._replicas.size
         self.steps = 0
@@ -88,11 +93,12 @@ class Engine:
             What a stage raised, see `PipelineParallel.train_step`; RuntimeError for a batch with too few rows.
         """
         scale = 1.0 if self.scaler is None else float(self.scaler.scale(torch.ones(())))
+        part = self._part(inputs, target, keywords)
         with self._autocast():
-            loss = self.model.train_step(inputs, target, loss_scale=scale, **keywords)
+            loss = self.model.train_step(inputs, target, loss_scale=scale * part, **keywords)
         self._optimize()
         self.steps += 1
-        return self._mean(loss)
+        return self._mean(loss * part)
 
     def measured_step(self, inputs: Any, target: Any = None, **keywords: Any) -> Tensor:
         """`train_step`, in which every tensor is counted while it lives: `activation_reports` have the peak afterwards,
@@ -129,8 +135,9 @@ class Engine:
     @torch.no_grad()
     def eval_step(self, inputs: Any, target: Any = None, **keywords: Any) -> Tensor:
         """The mean loss of a batch over all ranks, without gradients; call `eval()` before and `train()` after."""
+        part = self._part(inputs, target, keywords)
         with self._autocast():
-            return self._mean(self.model.eval_step(inputs, target, **keywords))
+            return self._mean(self.model.eval_step(inputs, target, **keywords) * part)
 
     @torch.no_grad()
     def __call__(self, *inputs: Any, **keywords: Any) -> Any:
@@ -146,6 +153,18 @@ class Engine:
     def eval(self) -> Engine:
         """Modules in evaluation mode."""
         return self.train(False)
+
+    def _part(self, inputs: Any, target: Any, keywords: dict[str, Any]) -> float:
+        """What this rank's loss counts in the mean over ranks, by the weights of all micro-batches; 1 on average."""
+        if (
+            self._weigh is None or target is None or self.data_size == 1
+        ):  # without a target, the model says what is wrong
+            return 1.0
+        count = min(self.plan.microbatches, rows_of((inputs, keywords)))
+        weights = [float(self._weigh(b.target)) for b in divide(inputs, target, count, keywords)]
+        total = torch.tensor([sum(weights)], dtype=torch.float64)
+        self._replicas.all_reduce(total)
+        return sum(weights) * self.data_size / float(total) if float(total) > 0 else 1.0
 
     def _mean(self, loss: Tensor) -> Tensor:
         if self.data_size == 1:
@@ -209,7 +228,8 @@ class Engine:
                 stages.parameters, self.mesh.topology, activations=held, messages=stages.sent, **self._sizes()
             )
         where = "" if self.device.type == "cpu" else f"\n\nEach rank computes on {self.device.type}."
-        return f"{self.plan}\n\n{self.mesh}{where}{told}\n\n{expected}"
+        less = "" if self.plan.activations == Activations() or stages is None else f"\n{_KEPT_LESS}"
+        return f"{self.plan}\n\n{self.mesh}{where}{told}\n\n{expected}{less}"
 
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]

@@ -73,7 +73,7 @@ def deepspeed_engine(
     zero, *_ = deepspeed.initialize(
         model=module.to(world.device), optimizer=made, config=config, dist_init_required=False
     )
-    return DeepSpeedEngine(plan, mesh, zero, ZeroSteps(zero, plan.microbatches, loss_fn, weigh), made, reports)
+    return DeepSpeedEngine(plan, mesh, zero, ZeroSteps(zero, plan.microbatches, loss_fn, weigh), made, reports, weigh)
 
 
 def configuration(plan: Plan) -> dict[str, Any]:
@@ -192,8 +192,9 @@ class DeepSpeedEngine(Engine):
         model: ZeroSteps,
         optimizer: torch.optim.Optimizer,
         reports: Iterable[Any] = (),
+        weigh: Weigh | None = None,
     ) -> None:
-        super().__init__(plan, mesh, model, None, optimizer, None, list(reports))
+        super().__init__(plan, mesh, model, None, optimizer, None, list(reports), weigh=weigh)
         self.zero = zero
         zero.set_gradient_accumulation_boundary(True)
 
