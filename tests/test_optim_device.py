@@ -119,8 +119,8 @@ def _launches(rank: int, n: int) -> list[int]:
 
 
 def test_a_parameter_without_gradient_does_not_make_a_launch_of_each_other() -> None:
-    first, all_of_them, without, again = run_ranks(1, _launches)[0]
-    assert again <= all_of_them + 12, (first, all_of_them, without, again)
+    first, *counts = run_ranks(1, _launches)[0]
+    assert max(counts) < 50, (first, counts)  # of 100 parameters
 
 
 @given(st.lists(st.integers(0, 30), unique=True).map(sorted))
