@@ -14,6 +14,7 @@ from torch import nn
 
 import distlib
 from distlib.activations import apply
+from distlib.activations.wrapped import Wrapped
 
 pytestmark = pytest.mark.slow
 
@@ -174,6 +175,11 @@ def refused(rank: int, n: int) -> list[str]:
         engine = engine_of({"pipeline": 2, "activations": {"budget": max(both)}})
         (report,) = engine.activation_reports
         assert report.predicted_step is not None and report.predicted_step.peak <= max(both) == report.budget
+        report.remove()
+        for part in engine.model.modules():
+            assert not part._forward_hooks and not part._forward_pre_hooks
+        assert not any(isinstance(part.__dict__.get("forward"), Wrapped) for part in engine.model.modules())
+        engine.train_step(*batch(0))
         with torch.device("meta"):
             module = GPT(8, 64, 2)
         said.append(attempt(0.5, module, stage=3, partition_size=1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,10 +208,16 @@ class ActivationReport:
             self._hooks.append(module.register_forward_pre_hook(_Begins(self), with_kwargs=True))
             self._hooks.append(module.register_forward_hook(_Ends(self), with_kwargs=True))
 
-    def arrived(self, tensors: Iterable[Any]) -> None:
-        """These came from another rank, and count as activations while they live."""
+    def attach_arrivals(self, module: nn.Module, place: int) -> None:
+        """The argument of `module` at this place came from other ranks, as do gradients of its outputs: they count as
+        activations while they live, though no operation of this rank made them."""
+        self._hooks.append(module.register_forward_pre_hook(_Arrives(self, place)))
+        self._hooks.append(module.register_forward_hook(_Returns(self)))
+
+    def arrived(self, *trees: Any) -> None:
+        """These came from another rank."""
         if self._live is not None:
-            self._live.adopt(tensors)
+            self._live.adopt(tree_leaves(trees))
 
     def entered(self, record: Record) -> bool:
         if self.paused:
@@ -326,6 +332,28 @@ class _Begins:
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         self._report.step_begins(tensors[0].device if tensors else torch.device("cpu"))
+
+
+class _Arrives:
+    """Hook: an argument of a forward came from other ranks."""
+
+    def __init__(self, report: ActivationReport, place: int) -> None:
+        self._report, self._place = report, place
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self._report.arrived(args[self._place])
+
+
+class _Returns:
+    """Hook: gradients of a forward's outputs will come from other ranks."""
+
+    def __init__(self, report: ActivationReport) -> None:
+        self._report = report
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None:
+                leaf.register_hook(self._report.arrived)
 
 
 class _Ends:

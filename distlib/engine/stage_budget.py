@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
 
 from distlib.activations import ActivationReport, apply
 from distlib.activations.blocks import find_blocks
@@ -91,7 +90,7 @@ def keep_within(stages: Stages, budget: str | int | float, chains: dict[int, Any
     with _named(stages.held):
         _apply(stages.report, budget, chains, stages.wrapped, when)
     for module in stages.held.modules.values():
-        _watch(module, stages.report)
+        stages.report.attach_arrivals(module, place=1)  # after its part of the program
     return stages.report
 
 
@@ -260,21 +259,3 @@ def _bytes_of(
     everything = {stage: [load(chain, [0] * len(chain.choices))] for stage, chain in chains.items()}
     least, most = min(one.peak for one in choices), combine(everything, when)[0].peak
     return least + round(budget * max(0, most - least))
-
-
-# ---------------------------------------------------------------- what comes from other ranks
-
-
-def _watch(module: nn.Module, report: ActivationReport) -> None:
-    """What a stage receives is memory that no operation of this rank made: the report is told."""
-
-    def before(_: nn.Module, given: Any) -> None:
-        report.arrived(tree_leaves(given[1]))
-
-    def behind(_: nn.Module, __: Any, output: Any) -> None:
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
-                tensor.register_hook(lambda gradient: report.arrived([gradient]))
-
-    module.register_forward_pre_hook(before)
-    module.register_forward_hook(behind)
