@@ -61,7 +61,7 @@ def parallelize(
         optimizer: makes one of this rank's parameters, as in `lambda p: distlib.optim.AdamW(p, lr=3e-4)`.
         loss_fn: (output, target) -> scalar, the mean over a micro-batch; None: the model returns its loss.
         example_inputs: as for `Engine.train_step`; a pipeline reads shapes only, a budget runs the model.
-        example_target: as for `Engine.train_step`; a pipeline that divides itself then counts the loss's cost.
+        example_target: as for `Engine.train_step`; a pipeline that divides itself, and a budget, then count the loss.
         weigh: from a micro-batch's target, its weight in the loss, over all ranks; default: its rows, and ranks alike.
         initialize: of a module whose parameters are on meta; default: its reset_parameters().
 

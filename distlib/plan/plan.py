@@ -60,7 +60,7 @@ class Activations(Checked):
     budget: Annotated[int, Field(gt=0)] | Annotated[float, Field(ge=0, le=1)] | str | None = setting(
         None,
         'bytes (an int, or text such as "2GiB") or a part from 0.0 to 1.0',
-        "peak bytes of a step beside parameters, gradients and optimizer state: the fastest choices that fit",
+        "peak bytes of a step on a rank beside parameters, gradients and optimizer state: the fastest choices that fit",
     )
     blocks: Literal["auto"] | Names = setting("auto", _CLASSES, "which blocks")
     folder: Folder | None = setting(None, "a folder on a disk, or None", "where tensors of CPU ranks are offloaded to")
