@@ -81,13 +81,13 @@ venv-bench: venv
 train: venv
 	$(PY) -m torch.distributed.run --nproc-per-node $(RANKS) examples/train_lm.py $(ARGS)
 
-# One by one, tests use 1.1 of two cores: they wait for timeouts, for processes to start, for a single rank. So two files
-# are tested at a time. Those that measure time or memory, marked `alone`, go before the others.
+# Tests wait: for timeouts, for processes to start, for a single rank. So three files are tested at a time, on two cores
+# too. Those that measure time or memory, marked `alone`, go before the others.
 test: venv-test
 ifeq ($(strip $(ARGS)),)
 	@failed=; \
 	$(PY) -m pytest -m alone $$(grep -l 'pytest\.mark\.alone' tests/test_*.py) || failed=1; \
-	$(PY) -m pytest -m 'not alone' --numprocesses 2 --dist loadfile --no-loadscope-reorder || failed=1; \
+	$(PY) -m pytest -m 'not alone' --numprocesses 3 --dist loadfile --no-loadscope-reorder || failed=1; \
 	[ -z "$$failed" ]
 else
 	$(PY) -m pytest $(ARGS)

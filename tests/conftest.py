@@ -28,7 +28,7 @@ def find_mpirun() -> str | None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `root`, `mpi` and `gpu` are skipped where they cannot run. Files with a `slow` one go first.
 
-    So the two files that are tested at a time (see the Makefile) end at about the same time.
+    So the last of the files that are tested at a time (see the Makefile) end at about the same time.
     """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
