@@ -280,6 +280,8 @@ def results(options: argparse.Namespace) -> Report:
         "Bubbles: F, B and W of a rank are sleeps of "
         + " or ".join(", ".join(f"{s * 1e3:.0f}" for s in each) for each in pipeline_bubbles.LENGTHS.values())
         + f" ms. A message takes {', '.join(latencies)}, by ping-pong.",
+        "Time lines, in seconds: F a forward, B the gradients of inputs, W those of weights, BW both; numbers are "
+        "micro-batches; the later stage of a rank is paler. Where ranks sleep there are no activations: 0 bytes.",
         *pictures,
         "Steps: torch's stages have equally many layers, embedding and output layer counted as one each; or, where it "
         "says so, the split that distlib found. ZB1P is ScheduleInterleavedZeroBubble with one stage per rank.",
