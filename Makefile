@@ -85,6 +85,7 @@ train: venv
 # too. Those that measure time or memory, marked `alone`, go before the others.
 test: venv-test
 ifeq ($(strip $(ARGS)),)
+	$(PY) tests/compile_stand_ins.py
 	@failed=; \
 	$(PY) -m pytest -m alone $$(grep -l 'pytest\.mark\.alone' tests/test_*.py) || failed=1; \
 	$(PY) -m pytest -m 'not alone' --numprocesses 3 --dist loadfile --no-loadscope-reorder || failed=1; \
