@@ -81,14 +81,14 @@ venv-bench: venv
 train: venv
 	$(PY) -m torch.distributed.run --nproc-per-node $(RANKS) examples/train_lm.py $(ARGS)
 
-# Tests wait: for timeouts, for processes to start, for a single rank. So three files are tested at a time, on two cores
-# too. Those that measure time or memory, marked `alone`, go before the others.
+# Tests that measure time or memory, marked `alone`, go before the others. Of those, two files are tested at a time: on two
+# cores three took a fifth longer, for their ranks take turns.
 test: venv-test
 ifeq ($(strip $(ARGS)),)
 	$(PY) tests/compile_stand_ins.py
 	@failed=; \
 	$(PY) -m pytest -m alone $$(grep -l 'pytest\.mark\.alone' tests/test_*.py) || failed=1; \
-	$(PY) -m pytest -m 'not alone' --numprocesses 3 --dist loadfile --no-loadscope-reorder || failed=1; \
+	$(PY) -m pytest -m 'not alone' --numprocesses 2 --dist loadfile --no-loadscope-reorder || failed=1; \
 	[ -z "$$failed" ]
 else
 	$(PY) -m pytest $(ARGS)
