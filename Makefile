@@ -82,7 +82,7 @@ train: venv
 	$(PY) -m torch.distributed.run --nproc-per-node $(RANKS) examples/train_lm.py $(ARGS)
 
 # Tests that measure time or memory, marked `alone`, go before the others. Of those, two files are tested at a time: on two
-# cores three took a fifth longer, for their ranks take turns.
+# cores three took a tenth longer, for their ranks take turns.
 test: venv-test
 ifeq ($(strip $(ARGS)),)
 	$(PY) tests/compile_stand_ins.py
