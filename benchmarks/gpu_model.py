@@ -8,6 +8,7 @@ the fused AdamW steps the masters, which are cast back.
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ def batch_of(size: Size, device: torch.device, step: int = 0, rank: int = 0, ran
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-class Contender:
+class Contender(ABC):
     """A model and its optimizer. `step` returns the loss, on the device; between its halves it calls `halfway`."""
 
     model: Callable[[torch.Tensor], torch.Tensor]
@@ -100,9 +101,9 @@ class Contender:
         self.update()
         return loss.detach()
 
+    @abstractmethod
     def update(self) -> None:
         """What follows the backward."""
-        raise NotImplementedError
 
 
 class Sharded(Contender):

@@ -60,6 +60,14 @@ def built_fake_device() -> None:
         pytest.skip(reason)
 
 
+@pytest.fixture(scope="session")
+def built_kernels() -> None:
+    """Emulated kernels, before ranks need them."""
+    from cuda_on_cpu import build
+
+    build.library()
+
+
 @pytest.fixture(autouse=True)
 def no_rank_outlives_its_test() -> Iterator[None]:
     """Fails a test after whose calls a process of the rank pool is left."""

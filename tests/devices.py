@@ -9,9 +9,15 @@ import pytest
 import torch
 from cuda_on_cpu import build
 
+from distlib import native
 from distlib.cuda import library
 
 needs_fake_device = pytest.mark.usefixtures("built_fake_device")  # of conftest.py: compiled when the first test runs
+needs_device_collectives = [
+    needs_fake_device,
+    pytest.mark.usefixtures("built_kernels"),
+    pytest.mark.skipif(native.core() is None, reason=f"no C++ core: {native.why_not()}"),
+]
 
 
 def device_here(place: str, kernels: bool = True) -> torch.device:

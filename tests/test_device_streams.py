@@ -16,27 +16,17 @@ import fake_device
 import pytest
 import torch
 import torch.distributed as dist
-from cuda_on_cpu import build
 from device_groups import SMALL
-from devices import device_here, needs_fake_device
+from devices import device_here, needs_device_collectives
 from ranks import process_group, run_ranks
 from test_device_collectives import KINDS, Case, Player
 
 import distlib
-from distlib import native, streams
+from distlib import streams
 from distlib.comm.group import Group
 from distlib.comm.watch import Watch
 
-pytestmark = [
-    needs_fake_device,
-    pytest.mark.skipif(native.core() is None, reason=f"no C++ core: {native.why_not()}"),
-]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def built() -> None:
-    """Before ranks need it, in the time of no test."""
-    build.library()
+pytestmark = needs_device_collectives
 
 
 def every_kind(rank: int, n: int) -> None:

@@ -3,30 +3,40 @@ numbers of one process. The device is tests/fake_device."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 import torch.distributed as dist
-from cuda_on_cpu import build
 from device_groups import SMALL
-from devices import device_here, needs_fake_device
+from devices import device_here, needs_device_collectives
 from ranks import process_group, run_ranks
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from distlib import native, streams
+from distlib import streams
 
-pytestmark = [
-    needs_fake_device,
-    pytest.mark.skipif(native.core() is None, reason=f"no C++ core: {native.why_not()}"),
-]
+pytestmark = needs_device_collectives
 
 
-@pytest.fixture(autouse=True, scope="module")
-def built() -> None:
-    """Before ranks need it, in the time of no test."""
-    build.library()
+def two_models() -> tuple[nn.Sequential, nn.Sequential]:
+    """The same twice: one for the device, one to compare with."""
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(7, 15), nn.Tanh(), nn.Linear(15, 3)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    return models[0], models[1]
+
+
+def train(wrapped: nn.Module, plain: nn.Module, rank: int, n: int, device: torch.device) -> None:
+    """Steps of a wrapped model on this rank's data, and of a plain one on that of all."""
+    data = [torch.randn(4, 7, generator=torch.Generator().manual_seed(r)) for r in range(n)]
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (wrapped, plain)]
+    for _ in range(3):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        wrapped(data[rank].to(device)).square().mean().backward()
+        (sum(plain(x).square().mean() for x in data) / n).backward()
+        for optimizer in optimizers:
+            optimizer.step()
 
 
 def torch_calls(rank: int, n: int) -> None:
@@ -78,20 +88,9 @@ def test_torch_calls_with_tensors_of_the_device() -> None:
 def ddp(rank: int, n: int) -> None:
     device = device_here("fake")
     with process_group(rank, n):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(7, 15), nn.Tanh(), nn.Linear(15, 3))
-        plain = nn.Sequential(nn.Linear(7, 15), nn.Tanh(), nn.Linear(15, 3))
-        plain.load_state_dict(model.state_dict())
+        model, plain = two_models()
         wrapped = DistributedDataParallel(model.to(device))
-        data = [torch.randn(4, 7, generator=torch.Generator().manual_seed(r)) for r in range(n)]
-        optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (wrapped, plain)]
-        for _ in range(3):
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            wrapped(data[rank].to(device)).square().mean().backward()
-            (sum(plain(x).square().mean() for x in data) / n).backward()
-            for optimizer in optimizers:
-                optimizer.step()
+        train(wrapped, plain, rank, n, device)
         for a, b in zip(model.parameters(), plain.parameters(), strict=True):
             assert torch.allclose(a.cpu(), b, atol=1e-6)
 
@@ -112,23 +111,12 @@ def fsdp2(rank: int, n: int) -> None:
         if not hasattr(module, name):
             setattr(module, name, value)
     with process_group(rank, n):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(7, 15), nn.Tanh(), nn.Linear(15, 3))
-        plain = nn.Sequential(nn.Linear(7, 15), nn.Tanh(), nn.Linear(15, 3))
-        plain.load_state_dict(model.state_dict())
+        model, plain = two_models()
         model.to(device)
         mesh = DeviceMesh("fake", list(range(n)))
         for part in (model[0], model[2], model):
             fully_shard(part, mesh=mesh)
-        data = [torch.randn(4, 7, generator=torch.Generator().manual_seed(r)) for r in range(n)]
-        optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, plain)]
-        for _ in range(3):
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            model(data[rank].to(device)).square().mean().backward()
-            (sum(plain(x).square().mean() for x in data) / n).backward()
-            for optimizer in optimizers:
-                optimizer.step()
+        train(model, plain, rank, n, device)
         for a, b in zip(model.parameters(), plain.parameters(), strict=True):
             assert torch.allclose(a.full_tensor().cpu(), b, atol=1e-6)  # type: ignore[attr-defined]
 

@@ -1,11 +1,13 @@
-"""Ranks compare notes: what must be equal everywhere, and which ranks differ."""
+"""Ranks agree: what must be equal everywhere and which ranks differ; one finds for all; all succeed or none."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from distlib.comm.group import Group
 
@@ -64,6 +66,47 @@ def require_equal(group: Group, what: str, facts: Sequence[tuple[str, str]], dev
         + "\n".join(lines)
         + "\nBuild the same module, with the same options, on every rank."
     )
+
+
+def from_first(ranks: dist.ProcessGroup | None, find: Callable[[], Any]) -> Any:
+    """What the first rank of a group finds, on all of its ranks; where it fails, it fails on all. A collective."""
+    group = Group.of(ranks)
+    found: list[Any] = [None]
+    if group.rank == 0:
+        try:
+            found = [find()]
+        except Exception as error:
+            if group.size == 1:
+                raise
+            found = [error]
+    if group.size > 1:
+        dist.broadcast_object_list(found, src=group.ranks[0], group=ranks)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
+def all_or_none(group: dist.ProcessGroup | None, run: Callable[[], Any]) -> Any:
+    """What `run` returns on this rank; where it fails on some ranks of the group, all raise, with what these say. A
+    collective."""
+    size = Group.of(group).size
+    if size == 1:
+        return run()
+    error: Exception | None = None
+    found = None
+    try:
+        found = run()
+    except Exception as own:  # noqa: BLE001 - whatever it is, the other ranks are told, and all raise
+        error = own
+    errors: list[Exception | None] = [None] * size
+    dist.all_gather_object(errors, error, group=group)
+    failed = [e for e in errors if e is not None]
+    if not failed:
+        return found
+    texts = list(dict.fromkeys(map(str, failed)))
+    if len(texts) > 1 and all(type(e) is ValueError for e in failed):
+        raise ValueError("\n".join(texts)) from error
+    raise error or failed[0]
 
 
 def said(ranks: Sequence[int]) -> str:

@@ -16,16 +16,9 @@ from distlib.activations import ActivationReport, checkpoint_activations
 from distlib.activations.blocks import find_blocks
 from distlib.comm.group import Group
 from distlib.data_parallel import DataParallel
+from distlib.data_parallel.agreement import all_or_none, from_first
 from distlib.engine import stage_budget
-from distlib.engine.as_in_training import (
-    all_or_none,
-    autocast,
-    cast,
-    compute_dtype,
-    from_first,
-    in_dtype,
-    where_it_computes,
-)
+from distlib.engine.as_in_training import autocast, cast, compute_dtype, in_dtype, where_it_computes
 from distlib.engine.engine import Engine, Stepper
 from distlib.engine.micro_steps import MicroSteps
 from distlib.optim import GradScaler

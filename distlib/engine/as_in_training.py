@@ -1,19 +1,16 @@
-"""Blocks are measured as they will train: under autocast, or in the dtype that sharding computes in; once for all
-replicas."""
+"""Blocks are measured as they will train: under autocast, or in the dtype that sharding computes in."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from distlib.comm.group import Group
 from distlib.plan import Plan, options
 
 
@@ -91,44 +88,3 @@ def in_dtype(module: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     finally:
         for p, data in zip(floats, before, strict=True):
             p.data = data
-
-
-def from_first(replicas: dist.ProcessGroup | None, find: Callable[[], Any]) -> Any:
-    """What the first rank of a group finds, on all of its ranks; where it fails, it fails on all. A collective."""
-    group = Group.of(replicas)
-    found: list[Any] = [None]
-    if group.rank == 0:
-        try:
-            found = [find()]
-        except Exception as error:
-            if group.size == 1:
-                raise
-            found = [error]
-    if group.size > 1:
-        dist.broadcast_object_list(found, src=group.ranks[0], group=replicas)
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
-
-
-def all_or_none(group: dist.ProcessGroup | None, run: Callable[[], Any]) -> Any:
-    """What `run` returns on this rank; where it fails on some ranks of the group, all raise, with what these say. A
-    collective."""
-    size = Group.of(group).size
-    if size == 1:
-        return run()
-    error: Exception | None = None
-    found = None
-    try:
-        found = run()
-    except Exception as own:  # noqa: BLE001 - whatever it is, the other ranks are told, and all raise
-        error = own
-    errors: list[Exception | None] = [None] * size
-    dist.all_gather_object(errors, error, group=group)
-    failed = [e for e in errors if e is not None]
-    if not failed:
-        return found
-    texts = list(dict.fromkeys(map(str, failed)))
-    if len(texts) > 1 and all(type(e) is ValueError for e in failed):
-        raise ValueError("\n".join(texts)) from error
-    raise error or failed[0]

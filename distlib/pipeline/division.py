@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distlib.comm.group import Group
-from distlib.data_parallel.agreement import require_equal
+from distlib.data_parallel.agreement import from_first, require_equal
 from distlib.pipeline.costs import LeafCost, estimate, measure, split_auto, with_loss
 from distlib.pipeline.ghost import places
 from distlib.pipeline.micro_batches import MicroBatch
@@ -147,7 +147,7 @@ def divide(
     else:
         program = record(empty, example.args, example.kwargs, leaves, dtype)
         if split == "auto":
-            costs = _on_first(group, ranks, lambda: _costs(program, module, how, example.target, loss_fn))
+            costs = from_first(ranks, lambda: _costs(program, module, how, example.target, loss_fn))
             by_call = assign(program, split_auto(program, costs, stages))
         else:
             by_call = assign(program, [str(name) for name in split])
@@ -194,23 +194,6 @@ def _costs(
 ) -> list[LeafCost]:
     costs = measure(program, module) if how == "measured" else estimate(program, module)
     return costs if target is None or loss_fn is None else with_loss(costs, program, loss_fn, target, how)
-
-
-def _on_first(group: Group, ranks: dist.ProcessGroup | None, decide: Callable[[], Any]) -> Any:
-    """What rank 0 of the group decides, on all of its ranks; where it fails, it fails on all."""
-    found: list[Any] = [None]
-    if group.rank == 0:
-        try:
-            found = [decide()]
-        except Exception as error:
-            if group.size == 1:
-                raise
-            found = [error]
-    if group.size > 1:
-        dist.broadcast_object_list(found, src=group.ranks[0], group=ranks)
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
 
 
 def _names(module: nn.Module) -> tuple[dict[str, str], tuple[tuple[str, tuple[int, ...], str], ...]]:
