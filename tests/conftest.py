@@ -16,6 +16,9 @@ from ranks import pool
 # Images of containers often set it. Then each process of a test, and each rank, would compile all that it imports.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+# torch asks the name server for the name of each address that its store sees, 127.0.0.1 too, and answers nobody until
+# the answer is there. A lost packet is asked for again after this many seconds (glibc's default: 5), once.
+os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # each has its share of the cores; threads that spin would take the other's
     torch.set_num_threads(1)
 

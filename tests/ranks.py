@@ -128,12 +128,15 @@ def store(timeout: float = 60) -> Any:
 def process_group(rank: int, n: int, backend: str = "distlib", timeout: float = 30) -> Iterator[Any]:
     """In a rank: init_process_group on the call's store; destroyed at the end, unless the body raises.
 
-    timeout: seconds, of the group's collectives. Yields the world group.
+    timeout: seconds, of the group's collectives; to meet, its ranks have 30 s at least. Yields the world group.
     """
     import torch.distributed as dist
+    from torch.distributed import distributed_c10d
 
-    limit = timedelta(seconds=timeout)
-    dist.init_process_group(backend, store=store(), rank=rank, world_size=n, timeout=limit)
+    to_meet = timedelta(seconds=max(timeout, 30))
+    dist.init_process_group(backend, store=store(), rank=rank, world_size=n, timeout=to_meet)
+    if timeout < 30:
+        distributed_c10d._set_pg_timeout(timedelta(seconds=timeout))
     yield dist.group.WORLD
     dist.destroy_process_group()
 

@@ -146,6 +146,7 @@ PROBLEMS: list[tuple[dict[str, Any], str, str]] = [
     ({"kernel__futex": "Function not implemented"}, "error kernel: futex cannot be used", "DISTLIB_CORE=0"),
     ({"kernel__abstract_sockets": "refused"}, "error kernel: abstract sockets cannot be used", "DISTLIB_CORE=0"),
     ({"network__error": "DISTLIB_INTERFACE='ib7': no such interface"}, "error network: 'ib7'", "unset it"),
+    ({"network__lookup": 10.01}, "warning network: the name server took 10 s", "RES_OPTIONS='timeout:1 attempts:1'"),
     ({"fabric__plugins": {}}, "warning fabric: EFA is here (rdmap0)", "aws-ofi-nccl 1.7"),
     ({"fabric__libfabric": "1.17.1"}, "warning fabric: libfabric 1.17.1", "aws-efa-installer"),
     ({"fabric__variables": {"FI_PROVIDER": "efa"}}, "warning fabric: obsolete: FI_PROVIDER=efa", "Unset FI_PROVIDER."),

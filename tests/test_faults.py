@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from endings import ENDINGS, end
 from ranks import Outcome, process_group, run_ranks, run_ranks_raw, shared_files, store
+from torch.distributed import distributed_c10d
 
 import distlib
 from distlib import native
@@ -37,8 +38,10 @@ def error_of(call: Callable[[], object]) -> str:
     return str(caught.value)
 
 
-def join(rank: int, n: int, timeout: float = 5.0) -> Group:
-    dist.init_process_group("distlib", store=store(), rank=rank, world_size=n, timeout=timedelta(seconds=timeout))
+def join(rank: int, n: int, timeout: float = 5.0, to_meet: float = 30.0) -> Group:
+    """A group whose collectives have `timeout`."""
+    dist.init_process_group("distlib", store=store(), rank=rank, world_size=n, timeout=timedelta(seconds=to_meet))
+    distributed_c10d._set_pg_timeout(timedelta(seconds=timeout))
     return Group.of()
 
 
@@ -143,7 +146,7 @@ def dies_at_start(rank: int, n: int, when: str) -> str:
 
         Host.meet = lambda self, *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
     with pytest.raises(RuntimeError) as caught:
-        join(rank, n, timeout=3)
+        join(rank, n, to_meet=3)
     return str(caught.value)
 
 

@@ -15,6 +15,7 @@ from distlib.doctor.words import gib, plural, version_numbers
 OLDEST_TORCH = (2, 6)
 _TORCH_BYTES = 8 * GIB  # address space of Python with torch, generously
 _SHM_OF_NCCL = GIB // 2
+_SLOW_LOOKUP = 2.0  # seconds
 _REINSTALL = "pip install --force-reinstall --no-deps distlib-train"
 
 
@@ -194,6 +195,13 @@ def check_network(facts: Facts) -> Iterator[Problem]:
                 why="It leads other hosts to themselves: groups that span hosts cannot be made.",
                 fix="Set DISTLIB_INTERFACE to the interface that joins the hosts.",
             )
+    if network.lookup > _SLOW_LOOKUP:
+        yield warning(
+            "network",
+            what=f"the name server took {network.lookup:.0f} s to say what 127.0.0.1 is called, or that it cannot",
+            why="torch asks it that of each rank's address, and its store serves nobody meanwhile: jobs start slowly.",
+            fix="Mend /etc/resolv.conf, or set RES_OPTIONS='timeout:1 attempts:1' for all ranks.",
+        )
 
 
 def split_fix(message: str) -> tuple[str, str]:

@@ -117,6 +117,7 @@ class Network(BaseModel):
     reason: str = ""
     error: str = ""
     by_name: str | None = None  # the address that the host's name resolves to
+    lookup: float = 0.0  # seconds until it is known what an address of this host is called, or that nobody knows
 
 
 class NcclSaid(BaseModel):

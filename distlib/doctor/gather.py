@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import importlib.metadata
 import os
@@ -10,6 +12,7 @@ import re
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -148,7 +151,7 @@ def network(environ: Mapping[str, str], master: str | None) -> Network:
         by_name = socket.gethostbyname(socket.gethostname())
     except OSError:
         by_name = None
-    found = Network(addresses=interfaces.addresses(), master=master, by_name=by_name)
+    found = Network(addresses=interfaces.addresses(), master=master, by_name=by_name, lookup=_lookup())
     try:
         found.chosen = interfaces.choose(master)
     except ValueError as error:
@@ -159,6 +162,15 @@ def network(environ: Mapping[str, str], master: str | None) -> Network:
     else:
         found.reason = f"on the way to {master}" if found.chosen else f"no way to {master} is known"
     return found
+
+
+@functools.cache
+def _lookup() -> float:
+    """How long the question takes that torch's store asks of each address that connects to it: what is it called?"""
+    begin = time.monotonic()
+    with contextlib.suppress(OSError):  # that there is no name is an answer
+        socket.getnameinfo(("::ffff:127.0.0.1", 0, 0, 0), socket.NI_NUMERICSERV)
+    return time.monotonic() - begin
 
 
 def namesakes(path: list[str]) -> list[str]:
