@@ -22,7 +22,6 @@ from distlib.pipeline.division import Division
 from distlib.pipeline.ghost import places
 from distlib.pipeline.micro_batches import MicroBatch, divide, moved, rows_of
 from distlib.pipeline.passes import fuse
-from distlib.pipeline.record import record
 from distlib.pipeline.schedules import generate
 from distlib.pipeline.simulate import Costs
 from distlib.pipeline.split_backward import Report, prepare
@@ -235,9 +234,7 @@ class Held:
         """The table as it will run for the example, and the stages' parts of it; under the caller's autocast."""
         assert self.example is not None
         with torch.set_grad_enabled(True):
-            program = record(
-                self.division.ghost, self.example.args, self.example.kwargs, self.division.leaves, self.compute_dtype
-            )
+            program = self.division.recordings.of(self.example.args, self.example.kwargs, self.compute_dtype)
         parts = cut(program, [stage for _, stage in self.division.calls], self.schedule.stages)
         return fuse(self.schedule.with_edges(edges(parts))), parts
 

@@ -21,7 +21,8 @@ from distlib.pipeline.costs import LeafCost, estimate, measure, split_auto, with
 from distlib.pipeline.ghost import places
 from distlib.pipeline.micro_batches import MicroBatch
 from distlib.pipeline.partition import split_layers
-from distlib.pipeline.record import Program, record
+from distlib.pipeline.record import Program
+from distlib.pipeline.recordings import Recordings
 from distlib.pipeline.simulate import Costs
 from distlib.pipeline.stages import Holding, assign, chain, cut, edges, ghost, holdings, leaves_of, tied
 
@@ -32,16 +33,15 @@ Split = str | Sequence[str] | Sequence[nn.Module]
 class Division:
     """A model in stages.
 
-    ghost: the whole model without data. leaves: modules that lie wholly in a stage. stage_of: of each leaf. calls: with
-    example inputs, their leaf calls in order, with the stage of each. holdings: what each stage holds. aliases: other
-    names of tied parameters and buffers, to the first one. tied: names of parameters of several stages, with these.
-    tensors: name, shape and dtype of all that a state dict of the whole model has. costs: of leaf calls, where they
-    were needed. edges: between which stages something travels for the example inputs; sent: per stage, bytes of
-    activations of a micro-batch that leave.
+    recordings: of the whole model, whose leaves lie wholly in a stage. stage_of: of each leaf. calls: with example
+    inputs, their leaf calls in order, with the stage of each. holdings: what each stage holds. aliases: other names of
+    tied parameters and buffers, to the first one. tied: names of parameters of several stages, with these. tensors:
+    name, shape and dtype of all that a state dict of the whole model has. costs: of leaf calls, where they were needed.
+    edges: between which stages something travels for the example inputs; sent: per stage, bytes of activations of a
+    micro-batch that leave.
     """
 
-    ghost: nn.Module
-    leaves: tuple[str, ...]
+    recordings: Recordings
     stage_of: dict[str, int]
     calls: tuple[tuple[str, int], ...]
     holdings: tuple[Holding, ...]
@@ -51,6 +51,11 @@ class Division:
     costs: tuple[LeafCost, ...] | None
     edges: tuple[tuple[int, int], ...]
     sent: tuple[int, ...]
+
+    @property
+    def ghost(self) -> nn.Module:
+        """The whole model without data."""
+        return self.recordings.ghost
 
     @property
     def stages(self) -> int:
@@ -137,6 +142,7 @@ def divide(
     require_equal(group, "PipelineParallel: the model's parameters", _facts(module), torch.device("cpu"))
     empty = ghost(module)
     leaves = leaves_of(empty, split)
+    recordings = Recordings(empty, leaves)
     costs: list[LeafCost] | None = None
     calls: tuple[tuple[str, int], ...] = ()
     crossing: tuple[tuple[int, int], ...] = ()
@@ -145,7 +151,7 @@ def divide(
         stage_of = _by_order(empty, leaves, split, stages)
         held = _held_by_order(empty, leaves, stage_of, stages)
     else:
-        program = record(empty, example.args, example.kwargs, leaves, dtype)
+        program = recordings.of(example.args, example.kwargs, dtype)
         if split == "auto":
             costs = from_first(ranks, lambda: _costs(program, module, how, example.target, loss_fn))
             by_call = assign(program, split_auto(program, costs, stages))
@@ -158,8 +164,7 @@ def divide(
         sent = tuple(sum(port.nbytes for port in part.sends) for part in parts)
     aliases, tensors = _names(empty)
     return Division(
-        empty,
-        tuple(leaves),
+        recordings,
         stage_of,
         calls,
         held,

@@ -14,7 +14,7 @@ from distlib.pipeline.actions import Schedule
 from distlib.pipeline.division import Division
 from distlib.pipeline.micro_batches import MicroBatch
 from distlib.pipeline.passes import prepare
-from distlib.pipeline.record import Program, Spec, record, signature
+from distlib.pipeline.record import Program, Spec, signature
 from distlib.pipeline.schedules import forwards
 from distlib.pipeline.stages import Part, cut, edges
 from distlib.pipeline.step import Step
@@ -48,7 +48,7 @@ class Steps:
 
     def program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
         """A recording of the model's run on these inputs."""
-        return record(self._ghost, args, kwargs, self._division.leaves, self._dtype)
+        return self._division.recordings.of(args, kwargs, self._dtype)
 
     def of(self, batches: Sequence[MicroBatch], train: bool) -> Step:
         """The step of these micro-batches. Equal on all ranks that are given inputs of equal shapes."""
