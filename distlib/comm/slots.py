@@ -8,10 +8,14 @@
 The sender copies into a free slot, or into a new one: it never waits for a slot, so slots add no way to a deadlock. A
 receiver's tensors have the slot as their storage. When the last storage ends, whoever held it (a user, autograd), the
 receiver writes RETURNED into the slot; the sender reads that when it looks for a free one. No message is needed.
+
+What is made in a slot needs no copy. The sender reserves one beforehand, and its operators write their results into its
+rooms. Sender and receiver then share that memory, to read; the slot is free when the storages of both have ended.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import weakref
@@ -47,6 +51,25 @@ def layout(sizes: Sequence[int]) -> tuple[list[int], int]:
     return offsets, end
 
 
+class Room:
+    """A place in a slot for one tensor of a message, which an operator of the sender may make there."""
+
+    def __init__(self, memory: memoryview, offset: int, nbytes: int) -> None:
+        self._memory, self._offset, self._nbytes = memory, offset, nbytes
+        self.used = False  # whether a storage has been on it
+
+    def tensor(self, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+        """A new tensor that fills the room, contiguous and not initialised. To be asked for once."""
+        assert not self.used and math.prod(shape) * dtype.itemsize == self._nbytes
+        self.used = True
+        return _on(self._memory, self._offset, self._nbytes, dtype, shape)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is what a receiver would find here."""
+        begin = torch.frombuffer(self._memory, dtype=torch.uint8, count=1, offset=self._offset).data_ptr()
+        return tensor.data_ptr() == begin and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
+
+
 class Slot:
     """Memory of at least `nbytes` in this process's arena. Raises MemoryError naming what there is."""
 
@@ -56,69 +79,99 @@ class Slot:
         self.offset: int = self.block.offset
         self.borrower: Any = None  # the arena of the rank that it is lent to: tells whether that rank lives
         self.used_in = 0  # the step that used it last
+        self.rooms: tuple[Room, ...] = ()  # from when it is reserved until it is lent
+        self._here: weakref.ref[memoryview] | None = None  # alive while this process has a storage on the slot
         self._state = memoryview(self.block)[:4].cast("I")
 
     @property
     def returned(self) -> bool:
+        """Whether no receiver has it."""
         return self._state[0] == _RETURNED
+
+    @property
+    def free(self) -> bool:
+        """Whether nobody has it, this process included."""
+        return self.returned and (self._here is None or self._here() is None)
 
     @property
     def taken(self) -> bool:
         """Whether the receiver has come for it."""
         return self._state[0] != _LENT
 
+    def reserve(self, specs: Sequence[Shaped]) -> None:
+        """Makes a room for each tensor of a message."""
+        memory = memoryview(self.block)
+        self._here = weakref.ref(memory)
+        offsets, _ = layout([spec.nbytes for spec in specs])
+        self.rooms = tuple(Room(memory, at, spec.nbytes) for at, spec in zip(offsets, specs, strict=True))
+
     def fill(self, tensors: Sequence[torch.Tensor], offsets: Sequence[int], borrower: Any) -> None:
-        """Copies the tensors in. The caller then tells the receiver, which orders the copy before its reads."""
+        """Copies in the tensors that were not made there. The caller then tells the receiver, which orders all writes
+        before its reads."""
+        made = [room.used for room in self.rooms] or [False] * len(tensors)
         with torch.no_grad():
-            for tensor, offset in zip(tensors, offsets, strict=True):
-                if tensor.numel():
+            for tensor, offset, is_there in zip(tensors, offsets, made, strict=True):
+                if tensor.numel() and not is_there:
                     _at(self.block, offset, tensor).copy_(tensor)
+        self.rooms = ()
         self.borrower = borrower
         self._state[0] = _LENT
 
 
 class SlotPool:
-    """The slots of this rank for one pipeline: as many as were lent at once, whomever to."""
+    """The slots of this rank for one pipeline: as many as were in use at once, whomever they were lent to."""
 
     def __init__(self) -> None:
         _drop_returned()
         self._free: list[Slot] = []
-        self._lent: list[Slot] = []
+        self._taken: list[Slot] = []
         self._step = 0
-        weakref.finalize(self, _outlive, self._lent).atexit = False
+        weakref.finalize(self, _outlive, self._taken).atexit = False
 
     @property
     def nbytes(self) -> int:
         """Bytes of shared memory held."""
-        return sum(slot.nbytes for slot in (*self._free, *self._lent))
+        return sum(slot.nbytes for slot in (*self._free, *self._taken))
 
     def __len__(self) -> int:
-        return len(self._free) + len(self._lent)
+        return len(self._free) + len(self._taken)
 
-    def fill(self, tensors: Sequence[torch.Tensor], borrower: Any) -> Slot:
-        """Copies CPU tensors, of any strides, into a slot for a rank of this host. Raises MemoryError."""
+    def fill(self, tensors: Sequence[torch.Tensor], borrower: Any, reserved: Slot | None = None) -> Slot:
+        """Lends CPU tensors, of any strides, to a rank of this host. Raises MemoryError.
+
+        reserved: a slot with rooms for these tensors. It is not used if something else was made in one of them.
+        """
         offsets, nbytes = layout([tensor.nbytes for tensor in tensors])
-        slot = self._take(nbytes)
-        slot.used_in = self._step
+        if reserved is not None:
+            pairs = zip(tensors, reserved.rooms, strict=True)
+            if any(room.used and not room.holds(tensor) for tensor, room in pairs):
+                reserved.rooms, reserved = (), None
+        slot = reserved or self._take(nbytes)
         slot.fill(tensors, offsets, borrower)
-        self._lent.append(slot)
+        return slot
+
+    def reserve(self, specs: Sequence[Shaped]) -> Slot:
+        """A slot with rooms for tensors that are to be sent together; to be given to `fill`. Raises MemoryError."""
+        slot = self._take(layout([spec.nbytes for spec in specs])[1])
+        slot.reserve(specs)
         return slot
 
     def _take(self, nbytes: int) -> Slot:
-        """The smallest free slot that fits and is not twice too large; of equals, the one used last."""
+        """The smallest free slot that fits and is not twice too large; of equals, the one used last; else a new one."""
         self._collect()
         fitting = [slot for slot in self._free if nbytes <= slot.nbytes <= 2 * max(nbytes, _PAGE)]
-        if not fitting:
-            return Slot(nbytes)
-        slot = min(fitting, key=lambda slot: (slot.nbytes, -slot.used_in))
-        self._free.remove(slot)
+        slot = min(fitting, key=lambda slot: (slot.nbytes, -slot.used_in)) if fitting else Slot(nbytes)
+        if fitting:
+            self._free.remove(slot)
+        slot.used_in = self._step
+        self._taken.append(slot)
         return slot
 
     def _collect(self) -> None:
-        returned = [slot for slot in self._lent if slot.returned]
-        self._free += returned
-        for slot in returned:
-            self._lent.remove(slot)
+        free = [slot for slot in self._taken if slot.free]
+        self._free += free
+        for slot in free:
+            self._taken.remove(slot)
 
     def end_step(self) -> None:
         """Gives back what no step used for long: after a change of shapes, old slots do not stay."""
@@ -129,7 +182,7 @@ class SlotPool:
     def close(self) -> None:
         """Frees all slots, those that others hold when they let go of them."""
         self._free.clear()
-        _outlive(self._lent)
+        _outlive(self._taken)
         _drop_returned()
 
 
@@ -151,8 +204,12 @@ def _at(memory: Any, offset: int, spec: Shaped) -> torch.Tensor:
     """The tensor at an offset: contiguous, with a storage of its own size."""
     if not spec.nbytes:
         return torch.empty(tuple(spec.shape), dtype=spec.dtype)
-    flat = torch.frombuffer(memory, dtype=torch.uint8, count=spec.nbytes, offset=offset)
-    return torch.empty(0, dtype=spec.dtype).set_(flat.untyped_storage(), 0, tuple(spec.shape))
+    return _on(memory, offset, spec.nbytes, spec.dtype, spec.shape)
+
+
+def _on(memory: Any, offset: int, nbytes: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    flat = torch.frombuffer(memory, dtype=torch.uint8, count=nbytes, offset=offset)
+    return torch.empty(0, dtype=dtype).set_(flat.untyped_storage(), 0, tuple(shape))
 
 
 def _give_back(flag: memoryview, pid: int) -> None:
@@ -172,9 +229,9 @@ def _give_back(flag: memoryview, pid: int) -> None:
 _outliving: list[Slot] = []
 
 
-def _outlive(lent: list[Slot]) -> None:
-    _outliving.extend(lent)
-    lent.clear()
+def _outlive(taken: list[Slot]) -> None:
+    _outliving.extend(slot for slot in taken if not slot.returned)  # storages of this process hold their memory alone
+    taken.clear()
 
 
 def _drop_returned() -> None:

@@ -1,7 +1,8 @@
 """The two ways of a channel, by slots of shared memory or by messages. A channel is one edge in one direction.
 
                      sender                                   receiver
-    by slots         send  copy into a slot, header ->        post  remember what is expected
+    by slots         send  copy into a slot (unless made      post  remember what is expected
+                           there, in a room), header ->
                                                               take  -> header, compare, use the slot in place
     by messages      send  header ->, tensors ->,             post  -> header, -> tensors, expected header ->
                            <- expected header                 take  wait, compare
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from distlib.comm.line import Line
-from distlib.comm.slots import Slot, SlotPool, borrow
+from distlib.comm.slots import Room, Slot, SlotPool, borrow
 from distlib.comm.threads import Runner
 from distlib.comm.work import CollectiveError, Work
 from distlib.pipeline.header import ABORT, HELLO, Header, disagreement, empty
@@ -33,6 +34,7 @@ from distlib.pipeline.program import Spec
 
 Tensors = tuple[Tensor, ...]
 _CONTROL = "control"  # the ledger's name of headers
+LEAST_IN_ROOMS = 8 << 20  # bytes of a message whose copy takes longer than a look at all operators (landing.py)
 
 
 def words(source: int, target: int, micro_batch: int) -> str:
@@ -111,6 +113,10 @@ class Sender(Protocol):
         """Starts to greet the receiver."""
         ...
 
+    def rooms(self, micro_batch: int, specs: Sequence[Spec]) -> tuple[Room, ...]:
+        """Where the tensors of a message may be made; none where that is no use."""
+        ...
+
     def send(self, header: Header, tensors: Sequence[Tensor]) -> None:
         """Starts a message; never waits."""
         ...
@@ -161,19 +167,26 @@ def _greeting(edge: Edge) -> None:
 
 @dataclass
 class SlotSender:
-    """Copies into slots; the host's memory has no other copy."""
+    """Copies into slots what was not made there; the host's memory has no other copy."""
 
     edge: Edge
     pool: SlotPool
+    _reserved: dict[int, Slot] = field(default_factory=dict)  # by micro-batch
     _under_way: list[tuple[Work, int, Slot | None]] = field(default_factory=list)  # header, micro-batch, slot
 
     def open(self) -> Work:
         return self.edge.send(Header(HELLO), self.edge.tag)
 
+    def rooms(self, micro_batch: int, specs: Sequence[Spec]) -> tuple[Room, ...]:
+        if sum(spec.nbytes for spec in specs) < LEAST_IN_ROOMS:
+            return ()
+        slot = self._reserved[micro_batch] = self.pool.reserve(specs)
+        return slot.rooms
+
     def send(self, header: Header, tensors: Sequence[Tensor]) -> None:
         nbytes, slot = sum(tensor.nbytes for tensor in tensors), None
         if nbytes:
-            slot = self.pool.fill(tensors, self.edge.line.memory)
+            slot = self.pool.fill(tensors, self.edge.line.memory, self._reserved.pop(header.micro_batch, None))
             header = header.in_slot(slot.offset)
         self._under_way.append((self.edge.send(header, self.edge.tag), header.micro_batch, slot))
         self.edge.line.count("send", nbytes)
@@ -247,6 +260,9 @@ class MessageSender:
 
     def open(self) -> Work:
         return self.edge.send(Header(HELLO), self.edge.tag)
+
+    def rooms(self, micro_batch: int, specs: Sequence[Spec]) -> tuple[Room, ...]:
+        return ()
 
     def send(self, header: Header, tensors: Sequence[Tensor]) -> None:
         if self._broken is not None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from distlib.comm.group import Group
+from distlib.comm.slots import Room
 from distlib.comm.work import CollectiveError, Work
 from distlib.pipeline.channels import require_on, words
 from distlib.pipeline.header import Header
@@ -69,6 +70,10 @@ class DirectTransport:
                 self._group.send(word, target, timeout=self._timeout)
             elif self._group.rank == target:
                 self._group.recv(torch.empty_like(word), source, timeout=self._timeout)
+
+    def rooms(self, source: int, target: int, micro_batch: int, specs: Sequence[Spec]) -> tuple[Room, ...]:
+        """As Transport's: what goes from device to device needs none."""
+        return ()
 
     def send(self, source: int, target: int, micro_batch: int, tensors: Sequence[Tensor], on_host: int = 0) -> None:
         """As Transport's."""

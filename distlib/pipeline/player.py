@@ -8,14 +8,18 @@ block(x)      .        tensor              slot 0 is empty again: that was its l
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from distlib.comm.slots import Room
 from distlib.pipeline.cut import Load, Part, Port
+from distlib.pipeline.landing import Landing
 from distlib.pipeline.program import Branch, Call, Const, Context, Ref, Template, rebuild, refs
 
+_NO_LANDING: tuple[Landing | None, tuple[int, ...]] = (None, ())
 _Table = list[Any]
 _Get = Callable[[_Table], Any]
 _Put = Callable[[_Table, Any], None]
@@ -34,17 +38,26 @@ class Player:
         last = _last_uses(part)
         self._output = self._getter(program.output) if part.last else None
         self._steps: list[_Step] = []
+        self._landings: dict[int, tuple[Landing, tuple[int, ...]]] = {}  # by step: how what it makes is sent
+        goes = {v for sent in part.sent for v in sent}
         for k, step in enumerate(part.steps):
             if isinstance(step, Load):
                 self._steps.append(self._load(step))
             else:
                 drop = tuple(v for v in dict.fromkeys(_used(step)) if last[v] == k)
                 self._steps.append(self._call(step, drop, last))
+                if made := goes.intersection(refs(step.result)):
+                    self._landings[k] = Landing(), tuple(sorted(made))
 
     def __call__(
-        self, received: Sequence[Sequence[Tensor]], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        received: Sequence[Sequence[Tensor]],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        rooms: Sequence[Sequence[Room]] = (),
     ) -> tuple[tuple[tuple[Tensor, ...], ...], Any]:
-        """(tensors per send port, output of the model or None)."""
+        """(tensors per send port, output of the model or None). rooms: per send port, none, or one for each tensor:
+        where it is to be made, if that can be."""
         inputs = pytree.tree_leaves((args, dict(kwargs)))
         if len(inputs) != self._program.inputs or len(received) != self._ports:
             raise ValueError(
@@ -52,8 +65,16 @@ class Player:
                 f"program was recorded with {self._program.inputs} and {self._ports}"
             )
         values = self._blank.copy()
-        for step in self._steps:
-            step(values, received, inputs)
+        places: dict[int, Room] = {}
+        for sent, where in zip(self._sent, rooms or [()] * len(self._sent), strict=True):
+            places = dict(zip(sent, where, strict=True)) | places if where else places
+        for k, step in enumerate(self._steps):
+            landing, made = self._landings.get(k, _NO_LANDING) if places else _NO_LANDING
+            here = {v: places[v] for v in made if v in places}
+            if landing is not None and here:
+                landing.run(partial(step, values, received, inputs), values, here)
+            else:
+                step(values, received, inputs)
         sends = tuple(tuple([values[v] for v in sent]) for sent in self._sent)
         for port, tensors in zip(self._sends, sends, strict=True):
             _check(port, tensors)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from distlib import streams
 from distlib.comm.group import Group
+from distlib.comm.slots import Room
 from distlib.comm.work import CollectiveError
 from distlib.pipeline.actions import Action, Kind
 from distlib.pipeline.carrier import Carrier, carrier
@@ -203,6 +204,7 @@ class Runtime:
             batch.kwargs,
             train=running.train,
             last=action in running.step.last,
+            rooms={port.target: self._rooms(running, (stage, port.target, k)) for port in part.sends},
         )
         if part.last:
             if running.has_loss:
@@ -264,6 +266,12 @@ class Runtime:
         if running.step.specs(action.message):
             on_host = running.step.numbers(action.message)
             self._transport.send(*action.message, running.kept.pop(action.message), on_host)
+
+    def _rooms(self, running: _Running, message: Message) -> tuple[Room, ...]:
+        """Where the tensors that a forward makes for another rank are to be made, if anywhere in particular."""
+        if running.step.schedule.placement[message[1]] == self._rank:
+            return ()
+        return self._transport.rooms(*message, running.step.specs(message))[running.step.numbers(message) :]
 
     def _keep(self, running: _Running, message: Message, tensors: Tensors) -> None:
         specs = running.step.specs(message)

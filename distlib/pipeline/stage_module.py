@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from distlib.comm.slots import Room
 from distlib.pipeline.cut import Part
 from distlib.pipeline.ghost import places
 from distlib.pipeline.leaves import Names
@@ -95,13 +96,19 @@ class StageModule(nn.Module):
         return owner, key
 
     def forward(
-        self, part: Part, received: Sequence[Sequence[Tensor]], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        part: Part,
+        received: Sequence[Sequence[Tensor]],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        rooms: Sequence[Sequence[Room]] = (),
     ) -> tuple[tuple[tuple[Tensor, ...], ...], Any]:
         """Play a part: (tensors per send port, the model's output on the last stage and None on others).
 
         part: of a program recorded for the signature of these inputs. received: per receive port, its tensors, as
         leaves of autograd that require a gradient where the port's spec says so. args, kwargs: the whole model's
-        inputs, on every stage. None of them is written to.
+        inputs, on every stage. None of them is written to. rooms: per send port, none, or for each tensor where it is
+        to be made, if that can be.
 
         Raises ValueError if the stage does not hold what the part calls, if other inputs come in than recorded, or if
         something would be sent in another shape or dtype than recorded.
@@ -116,7 +123,7 @@ class StageModule(nn.Module):
                     "Stages hold what the first recorded run called; do inputs or train and eval decide what is called?"
                 )
             player = own.players[part] = Player(self, part)
-        return player(received, args, kwargs)
+        return player(received, args, kwargs, rooms)
 
 
 # ---------------------------------------------------------------- who holds what

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from distlib import streams
+from distlib.comm.slots import Room
 from distlib.pipeline.channels import require_on, words
 from distlib.pipeline.program import Spec
 from distlib.pipeline.transport import Tensors, Transport
@@ -49,6 +50,10 @@ class StagedTransport:
         self._out, self._in = streams.new(device), streams.new(device)
         self._leaving: deque[_Leaving] = deque()
         self._on_host: dict[tuple[int, int, int], int] = {}
+
+    def rooms(self, source: int, target: int, micro_batch: int, specs: Sequence[Spec]) -> tuple[Room, ...]:
+        """As Transport's: what leaves is copied from the device."""
+        return ()
 
     def send(self, source: int, target: int, micro_batch: int, tensors: Sequence[Tensor], on_host: int = 0) -> None:
         """As Transport's. Copies what the current stream has computed; the message leaves when that is done."""

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from distlib.comm.group import Group, Timeout, seconds_of
 from distlib.comm.line import Line
-from distlib.comm.slots import SlotPool
+from distlib.comm.slots import Room, SlotPool
 from distlib.comm.threads import Runner
 from distlib.comm.work import CollectiveError
 from distlib.pipeline.channels import (
@@ -107,6 +107,15 @@ class Transport:
 
     # ------------------------------------------------------------ a step
 
+    def rooms(self, source: int, target: int, micro_batch: int, specs: Sequence[Spec]) -> tuple[Room, ...]:
+        """Where the tensors of a message that is to be sent may be made, so that they need not be copied: one room for
+        each, or none at all (between hosts, and for small messages).
+
+        From when it is sent, what was made in a room is only read, by both ends. Raises MemoryError.
+        """
+        with self._telling():
+            return self._end(self._senders, source, target, "sends").rooms(micro_batch, specs)
+
     def send(self, source: int, target: int, micro_batch: int, tensors: Sequence[Tensor], on_host: int = 0) -> None:
         """Starts a message from stage `source`, of this rank, to stage `target`. Returns at once.
 
@@ -133,9 +142,9 @@ class Transport:
     def take(self, source: int, target: int, micro_batch: int) -> Tensors:
         """Waits for a message that was posted.
 
-        The tensors are contiguous and have no gradient; they are the caller's, to write to as well, for as long as he
-        holds them, even when the transport is closed. Memory of the sender that they use is given back to it when the
-        last of their storages ends.
+        The tensors are contiguous and have no gradient. They are the caller's for as long as he holds them, even when
+        the transport is closed, and his to write to unless the sender made them in rooms. Memory of the sender that
+        they use is given back to it when the last of their storages ends.
         """
         receiver = self._end(self._receivers, source, target, "receives")
         message = (source, target, micro_batch)

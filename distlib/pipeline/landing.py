@@ -1,0 +1,142 @@
+"""What a stage sends is made where it is sent from: an operator writes its result into a slot of shared memory.
+
+    first run      every operator is watched:  x's memory came from the 2nd addition of [8, 512, 1024] tensors
+    later runs     that addition is called as out=room.tensor(...); autograd above it sees a result like any other
+
+A module of the model, wrapped in whatever, makes the result somewhere inside. Which operator it was is known only below
+autograd, in torch's dispatcher. Seeing all of a module's operators costs some 8 us each, so it is for large messages
+(channels.py says from where on); where no operator can write into given memory, no later run is looked at.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distlib.comm.slots import Room
+
+_TRIES = 3  # a step that makes its result elsewhere each time is left alone
+
+
+class Maker(NamedTuple):
+    """An operator's call that makes a tensor: number `number` of `kind`, which is the operator and its arguments'
+    shapes. into: the same operator for a given result, of this dtype and shape."""
+
+    kind: tuple[Any, Hashable]
+    number: int
+    into: Callable[..., Tensor]
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+class Landing:
+    """How the results of one step of a player come to be made in rooms."""
+
+    def __init__(self) -> None:
+        self._makers: dict[int, Maker] = {}
+        self._tries = _TRIES
+        self._known = False
+
+    def run(self, step: Callable[[], None], values: Sequence[Any], rooms: Mapping[int, Room]) -> None:
+        """Runs a step that fills in `values`, those of `rooms` in their rooms if that can be."""
+        if self._known and not self._makers:
+            step()
+        elif self._known:
+            wanted = {(maker.kind, maker.number): (maker, rooms[v]) for v, maker in self._makers.items() if v in rooms}
+            with _Into(wanted):
+                step()
+            self._known = all(room.used and room.holds(values[v]) for v, room in rooms.items() if v in self._makers)
+        elif self._tries:
+            self._tries -= 1
+            with _Watch() as watch:
+                step()
+            found = {v: watch.maker_of(values[v]) for v in rooms}
+            self._makers = {v: maker for v, maker in found.items() if maker is not None}
+            self._known = True
+        else:
+            step()
+
+
+class _Mode(TorchDispatchMode):
+    """Sees operators, those of programs that torch.compile made excepted: they stay compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._counts: Counter[Hashable] = Counter()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def _next(self, func: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, Hashable], int]:
+        """Of the call of an operator: its kind, and how many there were before."""
+        shapes = tuple(x.shape for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+        kind = (func, shapes)
+        self._counts[kind] += 1
+        return kind, self._counts[kind] - 1
+
+
+class _Watch(_Mode):
+    """Notes of each memory what made it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._makers: dict[int, Maker | None] = {}  # by storage: of those that ended, others may have the number
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        kind, number = self._next(func, args, kwargs)
+        declared = func._schema.returns
+        results = [result] if len(declared) == 1 else list(result or ())
+        for tensor, returned in zip(results, declared, strict=True):
+            if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or returned.alias_info is not None:
+                continue
+            into = _into(func) if len(declared) == 1 and tensor.is_contiguous() else None
+            maker = None if into is None else Maker(kind, number, into, tensor.dtype, tensor.shape)
+            self._makers[tensor.untyped_storage()._cdata] = maker
+        return result
+
+    def maker_of(self, tensor: Tensor) -> Maker | None:
+        """What made all of a tensor; None if nothing that could make it elsewhere."""
+        storage = tensor.untyped_storage()
+        whole = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes > 0
+        maker = self._makers.get(storage._cdata) if whole else None
+        return maker if maker is not None and maker.dtype == tensor.dtype else None
+
+
+class _Into(_Mode):
+    """Calls makers with a tensor on their room."""
+
+    def __init__(self, wanted: Mapping[tuple[tuple[Any, Hashable], int], tuple[Maker, Room]]) -> None:
+        super().__init__()
+        self._wanted = dict(wanted)
+        self._operators = {kind[0] for kind, _ in wanted}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self._operators:
+            found = self._wanted.pop(self._next(func, args, kwargs), None)
+            if found is not None:
+                maker, room = found
+                return maker.into(*args, **kwargs, out=room.tensor(maker.dtype, maker.shape))
+        return func(*args, **kwargs)
+
+
+def _into(func: Any) -> Callable[..., Tensor] | None:
+    """The same operator for a given result, if it has one that makes it there (and does not copy it there)."""
+    packet, arguments = func.overloadpacket, func._schema.arguments
+    for name in packet.overloads():
+        other = getattr(packet, name)
+        declared = other._schema.arguments
+        outs = [argument for argument in declared if argument.is_out]
+        rest = [argument for argument in declared if not argument.is_out]
+        alike = [(a.name, str(a.type)) for a in rest] == [(a.name, str(a.type)) for a in arguments]
+        if alike and [out.name for out in outs] == ["out"] and torch.Tag.generated not in other.tags:
+            return other
+    return None
