@@ -25,6 +25,7 @@ PARTS = [
     ["checkpoint.py"],
     ["activations.py"],
     ["pipeline.py"],
+    ["messages.py"],
 ]
 EMULATED = (["collectives.py", "--bus"], ["mics_network.py"])  # parts that need an emulated cluster
 
