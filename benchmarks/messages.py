@@ -86,7 +86,7 @@ def main() -> None:
     torch.set_num_threads(1)
     sizes = [1, 2, 4, 8, 16, 32]
     rows = [row(size * MIB, operators, options.rounds) for operators in (1, OPERATORS) for size in sizes]
-    notes = [f"Pipelines make messages of {LEAST_IN_ROOMS // MIB} MiB and more where they are sent from; others they copy."]
+    notes = [f"Pipelines make messages from {LEAST_IN_ROOMS // MIB} MiB on where they are sent from, and copy others."]
     report.publish(Report("messages", "A message between stages of one host", rows, notes), options)
 
 

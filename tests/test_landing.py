@@ -81,7 +81,8 @@ NOT_MADE = {
     "layer norm": lambda: nn.LayerNorm(8),
     "relu": lambda: Ends(torch.relu),
     "its input": lambda: nn.Identity(),
-    "a part": lambda: Ends(lambda x: (x + 1)[:, 1:]),
+    "some rows": lambda: Ends(lambda x: (x + 1)[1:]),
+    "some columns": lambda: Ends(lambda x: (x + 1)[:, 1:]),
     "transposed": lambda: Ends(lambda x: (x + 1).transpose(0, 1)),
 }
 
