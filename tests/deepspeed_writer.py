@@ -9,6 +9,7 @@ the files, and "next", the weights after one more step.
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -66,12 +67,12 @@ def loss_of(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 def main(folder: Path) -> None:
     import deepspeed
-    import deepspeed.comm.torch
     import torch.distributed as dist
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    deepspeed.comm.torch.build_shm_op = lambda: None  # else it compiles a collective for minutes; gloo will do
+    # Else it compiles a collective for a minute; gloo will do. (deepspeed.comm has an attribute `torch`: the real one.)
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     deepspeed.init_distributed("gloo")
     rank = dist.get_rank()
     for stage, precision in CASES:
