@@ -70,20 +70,6 @@ class DeviceOperation(Judged):
         """The current stream waits for it."""
         streams.wait(streams.current(self.channel.device), self.event)
 
-    def wait(self, seconds: float) -> bool:
-        """Keeps the host until it is over, at most so long."""
-        until = time.monotonic() + seconds
-        while not self.done:
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.001)
-        return True
-
-    def notify(self, id: int) -> bool:
-        """Futures of device works are told by streams (stream_work.py)."""
-        self.wait(_FOREVER_NS * 1e-9)
-        return False
-
 
 class IpcChannel:
     """Collectives and messages of a group over `memory`, which all its ranks map; all on one host.

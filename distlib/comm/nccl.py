@@ -96,20 +96,6 @@ class NcclOperation(Judged):
         except RuntimeError as error:
             self.channel.failed(self, error)
 
-    def wait(self, seconds: float) -> bool:
-        """Keeps the host until it is over, at most so long."""
-        until = time.monotonic() + seconds
-        while not self.done:
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.001)
-        return True
-
-    def notify(self, id: int) -> bool:
-        """Futures of device works are told by streams (stream_work.py)."""
-        self.wait(1e9)
-        return False
-
 
 class NcclChannel(C10dChannel):
     """Collectives of one communicator; of more where they go in levels.

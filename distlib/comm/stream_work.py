@@ -81,6 +81,20 @@ class Judged(ABC):
         self.channel.check()
         return self.channel.aborted() is not None and self.done and self._failed is not None
 
+    def wait(self, seconds: float) -> bool:
+        """Keeps the host until it is over, at most so long."""
+        until = time.monotonic() + seconds
+        while not self.done:
+            if time.monotonic() > until:
+                return False
+            time.sleep(_LOOK_SECONDS)
+        return True
+
+    def notify(self, id: int) -> bool:
+        """Futures of works on a device are told by streams (StreamWork): here the host waits."""
+        self.wait(float("inf"))
+        return False
+
     @property
     def code(self) -> int:
         return native.CODES.index(self._failed.code) if self.done and self._failed is not None else 0
