@@ -84,6 +84,7 @@ def trained(rank: int, n: int, plans: list[dict[str, Any]]) -> list[dict[str, An
                     "in flight": report.in_flight,
                     "saved": report.saved_bytes,
                     "text": str(report),
+                    "describe": engine.describe(),
                     "kept": {one.name: one.record.kept for one in report._wrapped},
                     "expected": {name: one.kept for name, one in report.predicted.items()},
                 }
@@ -110,6 +111,7 @@ def assert_as_predicted(found: dict[str, Any], expected: list[float], close: flo
     assert found["measured"] == pytest.approx(found["predicted"], rel=0.02), found["text"]
     assert found["measured"] <= found["budget"] * 1.02, found["text"]
     assert found["saved"] > 0 and "measured" in found["text"]
+    assert f"  {found['predicted']:,}  " in found["describe"] and "predicted for the budget" in found["describe"]
     for name, kept in (
         found["kept"].items() if close < 1e-3 else ()
     ):  # of one micro-batch; autocast's casts are there, too

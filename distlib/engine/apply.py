@@ -129,7 +129,19 @@ def parallelize(
     scaling = options.scaler(plan)
     scaler = None if scaling is None else GradScaler(**scaling)
     made = optimizer(model.parameters())
-    return Engine(plan, mesh, model, groups["data_parallel"], made, scaler, reports, device, weigh)
+    peaks = [None] * plan.pipeline if budget is None else predicted_peaks(reports, groups["pipeline"])
+    return Engine(plan, mesh, model, groups["data_parallel"], made, scaler, reports, device, weigh, peaks)
+
+
+def predicted_peaks(reports: Sequence[ActivationReport], pipeline: dist.ProcessGroup | None) -> list[int | None]:
+    """By pipeline rank, the bytes that its budget came to; None for one without blocks. A collective of the pipeline's
+    ranks."""
+    own = next((report.predicted_step.peak for report in reports if report.predicted_step is not None), None)
+    found: list[int | None] = [own]
+    if pipeline is not None and Group.of(pipeline).size > 1:
+        found = [None] * Group.of(pipeline).size
+        dist.all_gather_object(found, own, group=pipeline)
+    return found
 
 
 def make_groups(mesh: Mesh, place: Place, plan: Plan) -> dict[str, dist.ProcessGroup | None]:

@@ -28,6 +28,7 @@ from distlib.plan.world import Ranks
 from distlib.shards import shard_of
 
 _KEPT_LESS = "activations above: where blocks keep everything; engine.activation_reports have what they keep"
+_WITHIN = "activations above: the peak predicted for the budget, beside parameters, gradients and optimizer"
 
 
 class Stepper(Protocol):
@@ -45,7 +46,7 @@ class Engine:
     data_rank, data_size: which part of the data this rank sees, of how many: ranks of one pipeline see the same.
     steps: optimizer steps done, those of a loaded checkpoint included. grad_norm: of the last step, before clipping;
     None without plan.clip. activation_reports: of this rank's stages. device: where the model computes; batches on the
-    CPU go there.
+    CPU go there. activation_peaks: with a budget, its predicted peaks by pipeline rank.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Engine:
         activation_reports: Sequence[ActivationReport] = (),
         device: torch.device | None = None,
         weigh: Weigh | None = None,
+        activation_peaks: Sequence[int | None] = (),
     ) -> None:
         self.plan, self.mesh, self.model, self.optimizer, self.scaler = plan, mesh, model, optimizer, scaler
         if device is None:
@@ -66,6 +68,7 @@ class Engine:
         self.device = device
         self.activation_reports = list(activation_reports)
         self._weigh = weigh
+        self._peaks = tuple(activation_peaks) or (None,) * plan.pipeline
         self._replicas = Group.of(data_parallel)
         self.data_rank, self.data_size = self._replicas.rank, self._replicas.size
         self.steps = 0
@@ -228,8 +231,12 @@ class Engine:
                 stages.parameters, self.mesh.topology, activations=held, messages=stages.sent, **self._sizes()
             )
         where = "" if self.device.type == "cpu" else f"\n\nEach rank computes on {self.device.type}."
-        less = "" if self.plan.activations == Activations() or stages is None else f"\n{_KEPT_LESS}"
-        return f"{self.plan}\n\n{self.mesh}{where}{told}\n\n{expected}{less}"
+        less = ""
+        if any(peak is not None for peak in self._peaks):
+            less = f"\n{_WITHIN}"
+        elif self.plan.activations != Activations() and stages is not None:
+            less = f"\n{_KEPT_LESS}"
+        return f"{self.plan}\n\n{self.mesh}{where}{told}\n\n{expected.keeping(self._peaks)}{less}"
 
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]

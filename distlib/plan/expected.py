@@ -17,7 +17,7 @@ Small change is left out: buffers, paddings, the agreement of ranks, scalars of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,6 +47,12 @@ class Expected:
     memory: tuple[dict[str, int], ...]
     wire: tuple[dict[str, int], ...]
     bubble: float
+
+    def keeping(self, activations: Sequence[int | None]) -> Expected:
+        """The same, where blocks keep less: bytes of activations by pipeline rank; None: as here."""
+        pairs = zip(self.memory, activations, strict=True)
+        memory = tuple(kinds if held is None else {**kinds, "activations": held} for kinds, held in pairs)
+        return replace(self, memory=memory)
 
     def __str__(self) -> str:
         kinds = [*self.memory[0], *self.wire[0]]
