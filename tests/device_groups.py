@@ -9,9 +9,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from cuda_on_cpu import build
-from ranks import store
+from ranks import process_group
+from torch.distributed import distributed_c10d
 
 from distlib.comm.device import connect
 from distlib.comm.group import Group
@@ -36,20 +36,20 @@ def card() -> torch.device:
 
 @contextmanager
 def device_group(rank: int, n: int, path: str, timeout: float = 20.0) -> Iterator[Group]:
-    """In a rank: a group that takes the device's way with all tensors. `path`: of the emulated library."""
-    with host_group(rank, n, path, timeout) as host:
+    """In a rank: a group that takes the device's way with all tensors. `path`: of the emulated library. `timeout`: of
+    collectives, not of what connects."""
+    with host_group(rank, n, path) as host:
         channel = connect(host, card())
+        distributed_c10d._set_pg_timeout(timedelta(seconds=timeout))
         group = Group(host.name, rank, host.ranks, host.topology, channel, timeout)
         yield group
         group.close()
 
 
 @contextmanager
-def host_group(rank: int, n: int, path: str, timeout: float = 20.0) -> Iterator[Group]:
+def host_group(rank: int, n: int, path: str) -> Iterator[Group]:
     """In a rank: the world, with the library in place. Destroyed at the end, unless the body raises."""
     if path:
         library.use(Path(path))
-    limit = timedelta(seconds=timeout)
-    dist.init_process_group("distlib", store=store(), rank=rank, world_size=n, timeout=limit)
-    yield Group.of()
-    dist.destroy_process_group()
+    with process_group(rank, n):
+        yield Group.of()

@@ -48,7 +48,7 @@ def _killed(rank: int, n: int, path: Path, phase: str, victim: int, exchange: bo
 
     if not exchange:
         folder.exchange = lambda a, b: False  # a file system that cannot
-    with process_group(rank, n, timeout=5):
+    with process_group(rank, n):
         save(rank, n, path, 1)
         folder.on_phase = end
         save(rank, n, path, 2, asynchronous)

@@ -63,6 +63,7 @@ def test_memory_is_moved_in_whole_words(tmp_path: Path) -> None:
 def test_the_emulated_library_exports_the_same() -> None:
     made = ctypes.CDLL(str(build.library()))
     assert {name for name in declared() if not hasattr(made, name)} == set()
+    assert "distlib_cuda_pack" in declared()
 
 
 @pytest.mark.slow

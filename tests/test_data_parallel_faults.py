@@ -5,6 +5,7 @@ Every rank hears of it, by name, in the very backward, and where the ranks still
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -393,18 +394,20 @@ def fused(model: nn.Module, rank: int, blow: bool = False, early: bool = False) 
 def _raises_after_a_bucket(rank: int, n: int) -> str:
     with wrapped(rank, n, Fused(), bucket_mb=0.0001) as model:
         fused(model, rank)
+        begin = time.monotonic()
         if rank == 1:
             with pytest.raises(ArithmeticError):
                 fused(model, rank, blow=True)
         with pytest.raises(RuntimeError) as caught:
             fused(model, rank)
+        assert time.monotonic() - begin < 10
         raise caught.value
 
 
 def test_a_backward_that_raises_on_one_rank_ends_the_others_at_once() -> None:
     outcomes = run_ranks_raw(3, _raises_after_a_bucket, timeout=25)
     for outcome in outcomes:
-        assert outcome.kind == "exception" and outcome.seconds < 10
+        assert outcome.kind == "exception"
         assert "rank 1: backward stopped with an exception after" in outcome.text, outcome.text
 
 

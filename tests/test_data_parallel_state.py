@@ -208,7 +208,7 @@ def _slow_rank_1(rank: int, n: int) -> tuple[Any, ...]:
             model.zero_grad()
             loss = loss_of(model, rank, step)
             if rank == 1:
-                time.sleep(0.05)
+                time.sleep(0.3)
             loss.backward()
         ledger = distlib.ledger()
         rows = [row for row in ledger.rows if row.op == "all_reduce"]

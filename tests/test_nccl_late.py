@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import process_group, run_ranks, run_ranks_raw
 from test_device_collectives import Case, Player
@@ -151,7 +151,7 @@ def slow_store(rank: int, n: int) -> tuple[str, float]:
 
     def slow(self: nccl_notes.Notes, text: str) -> str:
         if threading.current_thread() is not threading.main_thread():
-            time.sleep(2.0)
+            time.sleep(3.0)
         return settle(self, text)
 
     nccl_notes.Notes.settle = slow  # type: ignore[method-assign]
@@ -169,7 +169,7 @@ def slow_store(rank: int, n: int) -> tuple[str, float]:
 
 def test_no_caller_waits_for_a_store_that_is_slow_to_take_the_verdict() -> None:
     for text, longest in run_ranks(2, slow_store):
-        assert "was not done within 1.0 s" in text and longest < 1.0, (text, longest)
+        assert "was not done within 1.0 s" in text and longest < 2.0, (text, longest)
 
 
 def test_the_verdict_names_ranks_by_what_they_did() -> None:
@@ -183,6 +183,7 @@ def test_the_verdict_names_ranks_by_what_they_did() -> None:
     )
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(st.none(), st.tuples(st.integers(0, 5), st.integers(0, 5))), max_size=6))
 def test_a_verdict_always_accuses_somebody(others: list[tuple[int, int] | None]) -> None:
     mine = Note(3, "barrier", 3, "barrier")

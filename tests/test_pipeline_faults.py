@@ -90,10 +90,10 @@ def layers(count: int) -> nn.Sequential:
 
 
 @contextlib.contextmanager
-def pipelines(rank: int, n: int, each: int, timeout: float) -> Iterator[tuple[int, dist.ProcessGroup]]:
+def pipelines(rank: int, n: int, each: int) -> Iterator[tuple[int, dist.ProcessGroup]]:
     """Many pipelines beside each other, that share nothing: which of them this rank is in, and its group."""
     distlib.init(timeout=timedelta(seconds=PATIENT))
-    limit = timedelta(seconds=timeout)
+    limit = timedelta(seconds=PATIENT)  # to meet; messages have their own
     groups = [dist.new_group(range(first, first + each), timeout=limit) for first in range(0, n, each)]
     yield rank // each, groups[rank // each]
 
@@ -110,7 +110,7 @@ PHASES = [
 
 
 def in_trouble(rank: int, n: int, how: str, timeout: float) -> list[Raised]:
-    with pipelines(rank, n, 3, timeout) as (number, group):
+    with pipelines(rank, n, 3) as (number, group):
         phase, culprit, _ = PHASES[number]
         trouble = Trouble(how if rank % 3 == culprit else "nothing")
 
@@ -121,7 +121,7 @@ def in_trouble(rank: int, n: int, how: str, timeout: float) -> list[Raised]:
 
         batch = torch.randn(ROWS, WIDTH), torch.randn(ROWS, WIDTH)
         model = distlib.PipelineParallel(
-            layers(3), None, "zb-h1", MICRO, loss_fn, ["1", "2"], batch[0], group, costs="estimated"
+            layers(3), None, "zb-h1", MICRO, loss_fn, ["1", "2"], batch[0], group, costs="estimated", timeout=timeout
         )
         lay(model, phase, trouble)
         model.train_step(*batch)
@@ -243,7 +243,7 @@ DIFFERENT = ["length", "rows", "too few rows", "loss"]
 
 
 def different(rank: int, n: int) -> list[Raised]:
-    with pipelines(rank, n, 2, SHORT) as (number, group):
+    with pipelines(rank, n, 2) as (number, group):
         what, odd = DIFFERENT[number], rank % 2 == 1
 
         def loss_fn(output: Tensor, target: Tensor) -> Tensor:
@@ -251,8 +251,9 @@ def different(rank: int, n: int) -> list[Raised]:
 
         rows = {"rows": ROWS + MICRO, "too few rows": MICRO - 1}.get(what, ROWS) if odd else ROWS
         batch = torch.randn(rows, 5 if odd and what == "length" else 3, WIDTH)
+        example = torch.randn(ROWS, 3, WIDTH)
         model = distlib.PipelineParallel(
-            layers(2), None, "1f1b", MICRO, loss_fn, ["1"], torch.randn(ROWS, 3, WIDTH), group, costs="estimated"
+            layers(2), None, "1f1b", MICRO, loss_fn, ["1"], example, group, costs="estimated", timeout=SHORT
         )
         return attempts(lambda: model.train_step(batch, batch))
 
