@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from checkpoint_models import Layout, Toy, adamw, build, content, differences
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import process_group, run_ranks
 from torch import nn
@@ -135,6 +135,7 @@ def test_dcp_reads_it(layout: Layout, saved: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------ chunks, by arithmetic
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 6), max_size=4),
     st.integers(0, 10_000),

@@ -138,6 +138,7 @@ def test_nothing_beside_a_segment_is_touched(card: torch.device) -> None:
 # ---------------------------------------------------------------- masters of two halves
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=50))
 def test_halves_are_the_master_bit_for_bit(bits: list[int]) -> None:
     master = torch.tensor([b - (1 << 32) if b >> 31 else b for b in bits], dtype=torch.int32).view(F32)

@@ -23,7 +23,7 @@ import torch
 from gpu_parts import Done
 from gpu_report import GpuReport
 from gpu_summary import collected
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import distlib
@@ -63,6 +63,7 @@ def test_a_trace_tells_waits_and_the_share_of_copies_behind_kernels() -> None:
 some_intervals = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 9)).map(lambda i: (float(i[0]), float(sum(i)))))
 
 
+@settings(deadline=None)
 @given(some_intervals, some_intervals)
 def test_common_time_is_counted_as_point_by_point(first: list[Any], second: list[Any]) -> None:
     def points(intervals: list[Any]) -> set[int]:

@@ -14,11 +14,12 @@ import pytest
 import torch
 from cuda_cards import a_card
 from gpu_kernels import COPY, OURS, Case, Sizes
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from report import Row
 
 
+@settings(deadline=None)
 @given(st.integers(1, 500), st.integers(0, 1 << 30))
 def test_sizes_of_tensors_sum_to_the_bucket(count: int, more: int) -> None:
     sizes = gpu_kernels.tensor_sizes(count + more, count)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distlib import launchers
@@ -257,6 +257,7 @@ def test_malformed_hostlists_are_refused(text: str) -> None:
         expand_hostlist(text)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 99), st.integers(1, 9)), min_size=1))
 def test_counts_per_node_are_written_out(runs: list[tuple[int, int]]) -> None:
     text = ",".join(f"{count}(x{times})" if times > 1 else str(count) for count, times in runs)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -37,12 +37,14 @@ def global_batches(ranks: list[Sampler], steps: int) -> list[list[int]]:
     return [np.concatenate([next(rank) for rank in ranks]).tolist() for _ in range(steps)]
 
 
+@settings(deadline=None)
 @given(worlds(), st.integers(1, 50))
 def test_global_batches_do_not_depend_on_the_number_of_ranks(world: World, steps: int) -> None:
     windows, batch, size, seed = world
     assert global_batches(samplers(*world), steps) == global_batches(samplers(windows, batch, 1, seed), steps)
 
 
+@settings(deadline=None)
 @given(worlds())
 def test_an_epoch_deals_every_window_once_but_a_rest_smaller_than_a_batch(world: World) -> None:
     windows, batch, size, _ = world
@@ -54,6 +56,7 @@ def test_an_epoch_deals_every_window_once_but_a_rest_smaller_than_a_batch(world:
     assert {rank.epoch for rank in ranks} == {1}
 
 
+@settings(deadline=None)
 @given(worlds(), st.integers(0, 60), st.integers(1, 20), st.sampled_from([1, 2, 3, 4, 8]))
 def test_resumed_on_any_number_of_ranks_equals_uninterrupted(
     world: World, before: int, after: int, other_size: int
@@ -87,6 +90,7 @@ def test_a_sampler_refuses_what_does_not_fit() -> None:
         Sampler(99, 8).load_state_dict(Sampler(100, 8).state_dict())
 
 
+@settings(deadline=None)
 @given(st.integers(2, 200), st.integers(1, 40))
 def test_windows_tile_the_text_and_targets_are_the_next_bytes(length: int, context: int) -> None:
     text = np.arange(length, dtype=np.uint8)
@@ -101,6 +105,7 @@ def test_windows_tile_the_text_and_targets_are_the_next_bytes(length: int, conte
     assert length - (len(windows) * context + 1) < context  # no further window would fit
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(min_size=1, max_size=300), min_size=1, max_size=60))
 def test_the_split_keeps_every_byte_on_one_side_and_leaves_no_side_empty(texts: list[bytes]) -> None:
     assume(sum(map(len, texts)) >= 20)

@@ -13,7 +13,7 @@ import fake_device
 import pytest
 import torch
 from devices import device_here, needs_fake_device
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
 from torch import nn
@@ -123,6 +123,7 @@ def test_a_parameter_without_gradient_does_not_make_a_launch_of_each_other() -> 
     assert max(counts) < 50, (first, counts)  # of 100 parameters
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 30), unique=True).map(sorted))
 def test_runs_are_the_indices_in_as_few_ranges_as_there_can_be(chosen: list[int]) -> None:
     found = runs(chosen)

@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import RankError, run_ranks
 from test_optim import parameters
@@ -147,6 +147,7 @@ def test_sums_of_squares_are_exact_to_fp64() -> None:
         assert not math.isfinite(kernels.sum_of_squares([torch.ones(40_000), values]))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 20), st.booleans()), max_size=12))
 def test_neighbours_are_merged_and_only_they(pieces: list[tuple[int, bool]]) -> None:
     rows, at = [], 1 << 20

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
 from test_optim import RULES, gradients, parameters, train
@@ -22,6 +22,7 @@ from distlib.optim.files import CHUNK, SLOTS, FileState, chunks_of
 from distlib.shards import Shard, mark
 
 
+@settings(deadline=None)
 @given(
     numels=st.lists(st.integers(0, 40), max_size=8),
     wide=st.lists(st.booleans(), min_size=8, max_size=8),

@@ -143,6 +143,7 @@ def test_unknown_units_are_refused(how: object, said: str) -> None:
 # ------------------------------------------------------------ partition groups
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=5))
 def test_partition_groups_are_neighbours_and_cover_all_ranks(sizes: list[int]) -> None:
     ranks = iter(range(sum(sizes)))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import process_group, run_ranks
 from test_collectives import KINDS, Case, check, place, values
@@ -195,6 +195,7 @@ def test_messages_are_counted_by_link() -> None:
     assert sender["send", "same host"] == 4000 and sender["send", "between hosts"] == 4000
 
 
+@settings(deadline=None)
 @given(st.integers(1, 70), st.integers(0, 69))
 def test_a_broadcast_tree_reaches_every_rank_once(size: int, root: int) -> None:
     root %= size
@@ -202,12 +203,14 @@ def test_a_broadcast_tree_reaches_every_rank_once(size: int, root: int) -> None:
     assert sorted([*reached, root]) == list(range(size))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 1024), st.integers(0, 10_000))
 def test_an_all_reduce_sends_two_parts_to_each_other_rank(n: int, parts: int) -> None:
     sent = expected_sent("all_reduce", n, 0, 0, parts * n, parts * n)
     assert sum(bytes for to, bytes in sent.items() if to != 0) == (2 * parts * (n - 1) if n > 1 else 0)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 16), st.integers(1, 16))
 def test_shares_cover_every_element_once(count: int, rails: int, hosts: int) -> None:
     shares = Shares(count, rails, hosts)

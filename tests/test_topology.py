@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distlib.topology import Topology
@@ -23,6 +23,7 @@ def topology_of(hosts: list[int]) -> Topology:
     )
 
 
+@settings(deadline=None)
 @given(hosts_of_ranks())
 def test_colocation_becomes_nodes(hosts: list[int]) -> None:
     topology = topology_of(hosts)
@@ -36,6 +37,7 @@ def test_colocation_becomes_nodes(hosts: list[int]) -> None:
             assert topology.same_host(a, b) == (host == there)
 
 
+@settings(deadline=None)
 @given(hosts_of_ranks(), st.randoms())
 def test_a_subgroup_keeps_who_is_beside_whom(hosts: list[int], random) -> None:  # type: ignore[no-untyped-def]
     world = topology_of(hosts)
@@ -47,6 +49,7 @@ def test_a_subgroup_keeps_who_is_beside_whom(hosts: list[int], random) -> None: 
             assert group.same_host(i, j) == world.same_host(a, b)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.data())
 def test_pretend_nodes_are_contiguous_and_even(size: int, data: st.DataObject) -> None:
     k = data.draw(st.integers(1, size))
@@ -56,6 +59,7 @@ def test_pretend_nodes_are_contiguous_and_even(size: int, data: st.DataObject) -
     assert len(sizes) == k and max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5), st.integers(1, 5))
 def test_rails_cross_every_node_once(nodes: int, local: int) -> None:
     topology = Topology((tuple(range(nodes * local)),)).split(nodes)

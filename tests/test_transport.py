@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import process_group, run_ranks
 from torch import Tensor
@@ -396,6 +396,7 @@ SPECS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(SPECS, SPECS, st.integers(0, 1 << 40), st.integers(-1, 1 << 40))
 def test_a_header_says_what_it_goes_with(mine: list[Spec], other: list[Spec], k: int, offset: int) -> None:
     header = Header.of(k, mine).in_slot(offset)
@@ -406,6 +407,7 @@ def test_a_header_says_what_it_goes_with(mine: list[Spec], other: list[Spec], k:
     assert not header.agrees(Header.of(k + 1, mine))
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 1 << 40)))
 def test_tensors_of_a_slot_lie_apart_each_on_a_cache_line(sizes: list[int]) -> None:
     offsets, end = layout(sizes)
