@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -195,8 +197,9 @@ def test_sbatch(programs: Path) -> None:
     assert {"--gpus-per-node", "--requeue", "--signal", "--open-mode", "--propagate"} <= set(directives)
 
 
-def start_sbatch(programs: Path, srun: str, **environ: str) -> subprocess.Popen[str]:
-    """sbatch.sh with another stand-in for srun, until that says that it runs."""
+@contextmanager
+def started_sbatch(programs: Path, srun: str, **environ: str) -> Iterator[subprocess.Popen[str]]:
+    """sbatch.sh with another stand-in for srun, once that says that it runs. All of it ends with the block."""
     (programs / "srun").write_text(f"#!/bin/bash\ntouch running\n{srun}\n")
     running = subprocess.Popen(
         [LAUNCH / "sbatch.sh", "s.py"],
@@ -205,32 +208,40 @@ def start_sbatch(programs: Path, srun: str, **environ: str) -> subprocess.Popen[
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
-    until = time.monotonic() + 20
-    while not (programs / "running").exists():
-        assert time.monotonic() < until and running.poll() is None, running.communicate()
-        time.sleep(0.01)
-    return running
+    try:
+        until, ended = time.monotonic() + 20, False
+        while not (programs / "running").exists():
+            assert time.monotonic() < until and not ended
+            ended = running.poll() is not None
+            time.sleep(0.01)
+        yield running
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
+        running.communicate()
 
 
 @pytest.mark.parametrize("checkpoint", ["/c", ""])
 def test_a_job_whose_time_is_up_is_queued_again(programs: Path, checkpoint: str) -> None:
-    running = start_sbatch(programs, "until [[ -e end ]]; do sleep 0.02; done; exit 3", CHECKPOINT=checkpoint)
-    running.send_signal(signal.SIGUSR1)
-    if checkpoint:
-        program, given, _ = json.loads((running.stdout or sys.stdin).readline())
-        assert (program, given) == ("scontrol", ["requeue", "77"])
-    else:
-        time.sleep(0.2)
-    assert running.poll() is None  # the signal has not ended the ranks
-    (programs / "end").touch()
-    out, err = running.communicate(timeout=20)
+    srun = "until [[ -e end ]]; do sleep 0.02; done; exit 3"
+    with started_sbatch(programs, srun, CHECKPOINT=checkpoint) as running:
+        running.send_signal(signal.SIGUSR1)
+        if checkpoint:
+            program, given, _ = json.loads((running.stdout or sys.stdin).readline())
+            assert (program, given) == ("scontrol", ["requeue", "77"])
+        else:
+            time.sleep(0.2)
+        assert running.poll() is None  # the signal has not ended the ranks
+        (programs / "end").touch()
+        out, err = running.communicate(timeout=20)
     assert running.returncode == 3 and out == "" and ("queued again" in err) == bool(checkpoint)
 
 
 def test_ranks_that_fail_fail_the_job(programs: Path) -> None:
-    running = start_sbatch(programs, "exit 5")
-    running.communicate(timeout=20)
+    with started_sbatch(programs, "exit 5") as running:
+        running.communicate(timeout=20)
     assert running.returncode == 5
 
 

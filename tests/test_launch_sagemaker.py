@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -227,8 +230,9 @@ def test_a_host_that_cannot_start_says_why(
     assert complaint in (root / "output/failure").read_text()
 
 
-def start_entry(root: Path, torchrun: str) -> subprocess.Popen[str]:
-    """The entry point as a container runs it, with a stand-in for torchrun."""
+@contextmanager
+def started_entry(root: Path, torchrun: str) -> Iterator[subprocess.Popen[str]]:
+    """The entry point as a container runs it, with a stand-in for torchrun. Both end with the block."""
     folder = root / "bin"
     folder.mkdir()
     (folder / "torchrun").write_text(f"#!/bin/bash\n{torchrun}\n")
@@ -238,30 +242,47 @@ def start_entry(root: Path, torchrun: str) -> subprocess.Popen[str]:
     )
     command = [sys.executable, "-I", "-c", code, str(ENTRY), str(root), "s.py"]
     environ = {"PATH": f"{folder}:/usr/bin:/bin"}
-    return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        yield running
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
+        running.communicate()
 
 
 def test_failure_is_left_where_sagemaker_looks(root: Path) -> None:
-    running = start_entry(root, "exit 7")
-    running.communicate(timeout=30)
+    with started_entry(root, "exit 7") as running:
+        running.communicate(timeout=30)
     assert running.returncode == 7
     assert (root / "output/failure").read_text().startswith("torchrun ended with code 7 on algo-2")
 
 
 def test_success_leaves_no_failure(root: Path) -> None:
-    running = start_entry(root, 'echo "$SM_CURRENT_HOST of $SM_HOSTS"')
-    out, _ = running.communicate(timeout=30)
+    with started_entry(root, 'echo "$SM_CURRENT_HOST of $SM_HOSTS"') as running:
+        out, _ = running.communicate(timeout=30)
     assert running.returncode == 0 and 'algo-2 of ["algo-1", "algo-2"]' in out
     assert not (root / "output/failure").exists()
 
 
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether that process has a handler of its own for a signal. The entry point's comes right after torchrun."""
+    status = Path(f"/proc/{pid}/status")
+    if not status.exists():  # not on Linux
+        time.sleep(0.1)
+        return True
+    caught = re.search(r"^SigCgt:\s*([0-9a-f]+)$", status.read_text(), re.MULTILINE)
+    return caught is not None and bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
 def test_a_stop_reaches_torchrun(root: Path) -> None:
-    running = start_entry(root, f"trap 'exit 9' TERM; touch {root}/up; while :; do sleep 0.02; done")
-    until = time.monotonic() + 20
-    while not (root / "up").exists():
-        assert time.monotonic() < until and running.poll() is None
-        time.sleep(0.01)
-    time.sleep(0.1)  # the entry point's own handler comes right after torchrun
-    running.send_signal(signal.SIGTERM)
-    running.communicate(timeout=20)
+    with started_entry(root, f"trap 'exit 9' TERM; touch {root}/up; while :; do sleep 0.02; done") as running:
+        until = time.monotonic() + 20
+        while not (root / "up").exists() or not catches(running.pid, signal.SIGTERM):
+            assert time.monotonic() < until and running.poll() is None
+            time.sleep(0.01)
+        running.send_signal(signal.SIGTERM)
+        running.communicate(timeout=20)
     assert running.returncode == 9

@@ -126,7 +126,7 @@ def test_arguments_that_cannot_be_right_are_refused_by_name() -> None:
 
 def fails(rank: int, n: int, backend: str, how: str) -> tuple[str, float]:
     """Rank 1 comes to its end after a first message; ranks 0 and 2, its neighbours in the pipeline, wait for it."""
-    transport = join(rank, n, backend, 2, [(0, 1), (1, 2)])
+    transport = join(rank, n, backend, 2 if how == "stops" else 20, [(0, 1), (1, 2)])
     if rank == 1:
         transport.post(0, 1, 0, ONE)
         transport.take(0, 1, 0)
@@ -187,7 +187,9 @@ def dies_with_what_it_was_sent(rank: int, n: int) -> str:
         os.kill(os.getpid(), signal.SIGKILL)
     transport.send(0, 1, 4, [one_tensor(0, 4)])
     meet(rank, n)
-    time.sleep(0.5)
+    until = time.monotonic() + 10
+    while transport._senders[0, 1].edge.line.memory.alive and time.monotonic() < until:
+        time.sleep(0.01)
     return str(error_of(transport.finish))
 
 
