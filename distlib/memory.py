@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from distlib.shown import Shown
+
 KINDS = ("parameters", "gradients", "optimizer")
 
 
@@ -53,7 +55,7 @@ def formula(
 
 
 @dataclass(frozen=True)
-class MemoryReport:
+class MemoryReport(Shown):
     """Bytes of this rank by kind, counted and by formula, and the buffers through which units pass.
 
     A mapping that several ranks share counts for each of them by its part.

@@ -47,6 +47,7 @@ class Topology:
 
     @cached_property
     def size(self) -> int:
+        """Ranks in all."""
         return sum(map(len, self.nodes))
 
     @cached_property

@@ -30,6 +30,7 @@ class World:
 
     @property
     def size(self) -> int:
+        """Ranks in all."""
         return self.topology.size
 
     @property
@@ -39,14 +40,17 @@ class World:
 
     @property
     def local_size(self) -> int:
+        """Ranks on this rank's host."""
         return len(self.topology.local_ranks(self.rank))
 
     @property
     def node_rank(self) -> int:
+        """The number of this rank's host."""
         return self.topology.node_of(self.rank)
 
     @property
     def node_count(self) -> int:
+        """Hosts in all."""
         return len(self.topology.nodes)
 
     def __enter__(self) -> "World":
@@ -191,7 +195,7 @@ def _adopt() -> _Live:
 
 def _proved_topology() -> Topology:
     """Which ranks share a host, as the backend has proved it. Every rank must call it."""
-    from distlib.comm.group import Group  # a floor above: known only once a world is asked for
+    from distlib.comm.group import Group  # as late as that: `import distlib` stays quick
 
     return Group.of(None).topology
 

@@ -397,7 +397,7 @@ def test_export_says_what_it_needs(saved: Path, tmp_path: Path, monkeypatch: pyt
     import sys
 
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(RuntimeError, match=r"pip install 'distlib-train\[checkpoint\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'distlib-train\[checkpoint\]'"):
         distlib.export(saved / said(Layout(2)), tmp_path / "m.safetensors")
 
 

@@ -42,6 +42,7 @@ def counted(run: Callable[[], object]) -> dict[str, int]:
     run()
     ledger = distlib.ledger()
     assert ledger.rows == ledger.expected()
+    assert "Communication of this rank" in str(ledger) and ledger.rows[0].op in str(ledger)
     return {row.link: row.bytes for row in ledger.rows}
 
 

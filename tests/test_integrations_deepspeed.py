@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from typing import Any
 
 import pytest
@@ -119,6 +120,20 @@ def refused(folder: str) -> dict[str, str]:
             case()
         said[word] = str(error.value)
     return said
+
+
+def without_a_launcher(rank: int, n: int) -> list[list[tuple[float, float]]]:
+    for name in list(os.environ):
+        if name.startswith(("TORCHELASTIC_", "MASTER_", "GROUP_")) or name.endswith(("RANK", "WORLD_SIZE")):
+            del os.environ[name]
+    with distlib.init():
+        plan = distlib.Plan(stage=2, clip=0.3)
+        return [trained(engine_of(plan.replace(engine=name)), range(2)) for name in ("distlib", "deepspeed")]
+
+
+def test_a_plain_process_needs_no_launchers_variables() -> None:
+    ((ours, theirs),) = run_ranks(1, without_a_launcher, timeout=110)
+    assert torch.allclose(torch.tensor(theirs), torch.tensor(ours), rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

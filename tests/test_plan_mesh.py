@@ -162,6 +162,8 @@ def test_ranks_that_cannot_do_a_plan_say_why() -> None:
         Plan(pipeline=2, stage=3, partition_size=4).check(4)
     with pytest.raises(ValueError, match="2 problems"):
         Plan(stage=3, gather_dtype="int8", hierarchical=True).check(fake(1, 2))
+    with pytest.raises(ValueError, match="gather_dtype: needs"):
+        Plan(stage=3, gather_dtype="int8", partition_size=1).check(fake(1, 2, "cuda"))
     Plan(stage=3, gather_dtype="int8").check(2)  # nothing is known of devices
 
 

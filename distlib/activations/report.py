@@ -16,6 +16,7 @@ from distlib.activations.clock import Span
 from distlib.activations.live import LiveBytes
 from distlib.activations.size import show_size
 from distlib.activations.wrapped import Account, Record, Wrapped, on_first_gradient
+from distlib.shown import Shown
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Plan:
     predicted_step: Whole | None
 
 
-class ActivationReport:
+class ActivationReport(Shown):
     """Returned by `checkpoint_activations`; print it. It is up to date after every step.
 
     Attributes:
@@ -161,14 +162,6 @@ class ActivationReport:
                 cells += [_ms(both), _ms(self.predicted[one.name].seconds)]
             table.add_row(*cells)
         return table
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=130, color_system=None)
-        with console.capture() as capture:
-            console.print(self.__rich__())
-        return capture.get()
 
     def _seconds(self, spans: Sequence[Span]) -> float | None:
         """Of a step; of a micro-batch, on average, in a pipeline."""

@@ -49,7 +49,7 @@ def export(path: str | os.PathLike[str], file: str | os.PathLike[str], dtype: to
         dtype: of floating-point tensors in the file; default: as saved.
 
     Raises:
-        ValueError, RuntimeError: as `load`.
+        ValueError, RuntimeError: as `load`. ImportError: safetensors is not installed.
     """
     safe_open = _safe_open()
     if dtype is not None and not (dtype.is_floating_point and dtype in _NAMES):
@@ -98,5 +98,5 @@ def _safe_open() -> Any:
     try:
         from safetensors import safe_open
     except ImportError as error:
-        raise RuntimeError("export needs the package safetensors: pip install 'distlib-train[checkpoint]'") from error
+        raise ImportError("export needs the package safetensors: pip install 'distlib-train[checkpoint]'") from error
     return safe_open

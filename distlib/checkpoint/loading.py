@@ -81,6 +81,9 @@ def load(
         rng: set the random number generators, if the world size is that of the save; otherwise they stay as they are.
         process_group: the ranks that hold the model; default: all.
 
+    Returns:
+        A LoadedState: step, world size of the save, `extra`, and whether generators were set.
+
     Raises:
         ValueError: on all ranks, for what is no checkpoint, of another version, or does not fit: naming file,
             parameter, both shapes or dtypes. RuntimeError: for what is missing or damaged. Model and optimizer are

@@ -54,6 +54,9 @@ class Group:
     `Work`; on a device "done" is in the order of its streams, and the host does not wait (stream_work.py). `op` is one
     of native.OPS: sum, avg, min, max, product, band, bor, bxor. Ranks named in arguments are group ranks.
 
+    Numbers of every size and bool can be reduced, where the op is defined on them; complex numbers cannot (view them as
+    real ones): ValueError.
+
     Raises CollectiveError when a rank disagrees, ends, or does not come within the timeout; the group is then of no
     further use, on any rank. ValueError for arguments that cannot be right.
     """

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from distlib.shown import Shown
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -39,7 +41,7 @@ class _Count:
 
 
 @dataclass
-class Ledger:
+class Ledger(Shown):
     """Counts since the start, or since `reset()`. Any rank may look at its own; nothing is communicated."""
 
     _counts: dict[tuple[str, str, str], _Count] = field(default_factory=dict)

@@ -52,6 +52,8 @@ def registered_empty(
     Any rank may call it, alone. `size` is ints or one sequence, as for `torch.empty`; the tensor is contiguous, on the
     CPU. Where registering cannot help (the C++ core is missing, or the rank shares its host with no other of `group`;
     None: of the world, if there is one), it is an ordinary tensor: results are the same.
+
+    Raises MemoryError, with what there is and what was asked for, and ValueError for a negative size.
     """
     shape = _shape(size)
     if native.core() is None:

@@ -44,9 +44,10 @@ def plain(wrapped: nn.Module) -> None:
                 "averaged twice. Wrap the plain module"
             )
         if getattr(part, "sparse", False) is True and isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
+            name = f"{prefix}.weight" if prefix else "weight"
             raise ValueError(
-                f"'{prefix}.weight' would have sparse gradients, which flat buffers cannot hold: build the "
-                "embedding with sparse=False"
+                f"{name!r} would have sparse gradients, which flat buffers cannot hold: build the embedding with "
+                "sparse=False"
             )
 
 

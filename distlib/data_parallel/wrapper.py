@@ -199,7 +199,7 @@ class DataParallel(Transparent, Joinable):
         same number of threads). The norm does not depend on the layout of the buckets.
 
         Returns:
-            The norm before scaling, a scalar tensor.
+            The norm before scaling, a scalar tensor of the gradients' dtype, as torch's.
 
         Raises:
             RuntimeError: gradients are not averaged yet, or the norm is not finite and `error_if_nonfinite`.
@@ -253,4 +253,5 @@ class DataParallel(Transparent, Joinable):
 
     @property
     def join_process_group(self) -> Any:
+        """The ranks that `torch.distributed.algorithms.join.Join` waits for."""
         return self._process_group if self._process_group is not None else dist.group.WORLD

@@ -62,7 +62,8 @@ def parallelize(
         The Engine: `train_step`, `eval_step`, `save`, `load`, `describe`.
 
     Raises:
-        ValueError: what the plan asks for cannot be done, with all reasons; RuntimeError: ranks differ.
+        ValueError: what the plan asks for cannot be done, with all reasons; RuntimeError: ranks differ; ImportError:
+            the plan wants DeepSpeed, and it is not installed.
     """
     plan = Plan() if plan is None else plan
     world = init()

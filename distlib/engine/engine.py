@@ -93,7 +93,7 @@ class Engine:
             The mean loss over all ranks, a detached scalar.
 
         Raises:
-            What a stage raised, see `PipelineParallel.train_step`; RuntimeError for a batch with too few rows.
+            What a stage raised, see `PipelineParallel.train_step`; ValueError for a batch with too few rows.
         """
         scale = 1.0 if self.scaler is None else float(self.scaler.scale(torch.ones(())))
         part = self._part(inputs, target, keywords)

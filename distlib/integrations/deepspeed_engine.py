@@ -70,6 +70,7 @@ def deepspeed_engine(
             f"of its own. Pass torch's, such as optimizer=lambda p: torch.optim.{type(made).__name__}(p, ...)"
         )
     _use_process_group(deepspeed)
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it knows few launchers, and none is none of them
     zero, *_ = deepspeed.initialize(
         model=module.to(world.device), optimizer=made, config=config, dist_init_required=False
     )

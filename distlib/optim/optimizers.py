@@ -18,7 +18,7 @@ class AdamW(FlatOptimizer):
 
     params: parameters or groups, as in torch. lr, betas, eps, weight_decay: per group; lr may be a tensor. max_norm:
     the gradients of all groups together are clipped to this norm on the fly; `grad_norm` then holds their norm.
-    offload: a folder to keep the state in, streamed through a few MiB of memory. lr, as a tensor on the parameters'
+    offload: a folder to keep the state in, streamed through some 40 MiB of memory. lr, as a tensor on the parameters'
     device, is read there, so that schedules can change it for CUDA graphs.
 
     remainders: for bf16 parameters. Each has 16 more bits, which with the parameter's own are its fp32 master: 26 bytes

@@ -23,9 +23,6 @@ from distlib.pipeline.schedules import one_f_one_b, zb_h1, zb_h2
 from distlib.pipeline.simulate import Costs, StageCosts, peaks, simulate
 
 _NEVER = float("inf")
-
-
-_NEVER = float("inf")
 _KINDS = (Kind.F, Kind.B, Kind.W)
 
 

@@ -144,7 +144,7 @@ def _repeats(module: nn.Module) -> int:
 
 
 def _ancestors(name: str) -> list[str]:
-    """ "Names above: "a.b.c" gives ["a.b", "a", ""]; none for the model itself."""
+    """Names above: "a.b.c" gives ["a.b", "a", ""]; none for the model itself."""
     found = []
     while name:
         name = name.rpartition(".")[0]

@@ -39,7 +39,7 @@ def generate(
     """
     if name not in NAMES:
         near = difflib.get_close_matches(name.lower().replace("_", "-"), NAMES, n=1, cutoff=0.3)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"schedule {name!r} is unknown{hint} Known: {', '.join(NAMES)}")
     for what, value in (("ranks", ranks), ("micro_batches", micro_batches), ("virtual", virtual)):
         if value is not None and (not isinstance(value, int) or value < 1):

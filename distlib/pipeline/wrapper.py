@@ -178,7 +178,7 @@ class PipelineParallel(nn.Module):
 
         Raises:
             StageError: on the rank whose stage failed, naming stage, micro-batch and action; CollectiveError on the
-                others, with the same words, within the timeout.
+                others, with the same words, within the timeout. ValueError: a batch with fewer rows than micro-batches.
         """
         batches = micro_batches.divide(inputs, target, self._schedule.micro_batches, keywords, self._weigh)
         loss, _ = self._run(batches, train=True, scale=loss_scale)

@@ -65,7 +65,7 @@ class Activations(Checked):
     blocks: Literal["auto"] | Names = setting("auto", _CLASSES, "which blocks")
     folder: Folder | None = setting(None, "a folder on a disk, or None", "where tensors of CPU ranks are offloaded to")
     resident: Annotated[int, Field(ge=0)] | None = setting(
-        None, "a number of blocks, or None", "offload: so many last blocks keep their tensors; None: 1"
+        None, "a number of blocks, or None", "offload: so many last blocks keep their tensors; None: 1, in a pipeline 0"
     )
     window: Count | str | None = setting(
         None,

@@ -24,7 +24,7 @@ class Ranks:
     @property
     def share(self) -> bool:
         """Whether partition groups have one mapping of whole parameters each, so that gathers move nothing."""
-        return (
+        return self.mesh.partition_size == 1 or (
             self.device == "cpu"
             and native.core() is not None
             and all(self.mesh.hosts(group) == 1 for group in self.mesh.partitions)

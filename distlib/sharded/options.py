@@ -19,7 +19,7 @@ class MixedPrecision:
     param: of the parameters in forward and backward (and of floating-point inputs, which are cast to it); None: as they
     are. reduce: in which gradients travel in hop 1; they are summed in fp32 whatever it is; None: as `param`.
     torch.float32 is exact and twice the bytes. output: what floating-point outputs of the model are cast to; None: as
-    they come.
+    they come. Raises ValueError for what is no floating-point dtype.
     """
 
     param: torch.dtype | None = None

@@ -234,7 +234,7 @@ class ShardedDataParallel(Transparent):
         Every rank must call it: one scalar is summed over the partition group.
 
         Returns:
-            The norm before scaling, a scalar tensor, the same on all ranks.
+            The norm before scaling, a scalar tensor in fp64, the same on all ranks.
 
         Raises:
             RuntimeError: gradients are not averaged yet, or the norm is not finite and `error_if_nonfinite`.

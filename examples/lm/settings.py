@@ -109,7 +109,7 @@ def check(settings: Settings, ranks: int) -> None:
                     f"{settings.plan}"
                 )
     if settings.save_every and settings.save is None:
-        raise ValueError(f"--save-every {settings.save_every} has no effect without --save FILE")
+        raise ValueError(f"--save-every {settings.save_every} has no effect without --save FOLDER")
     if not settings.prompt:
         raise ValueError("--prompt must not be empty: the sample needs a byte to begin with")
     check_batch(settings.batch, ranks, plan_of(settings))
