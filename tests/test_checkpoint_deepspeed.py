@@ -32,6 +32,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DeepSpeed's checkpoints, and ours made of them under "<case>.ours"."""
     folder = tmp_path_factory.mktemp("deepspeed")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    torchrun.append(f"--log-dir={tmp_path_factory.mktemp('torchrun')}")
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [*torchrun, written.__file__, str(folder)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

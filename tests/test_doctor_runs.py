@@ -43,6 +43,7 @@ def misbehave(*_: object) -> str:
 
 def test_ranks_that_hang_stop_or_raise_are_ended_and_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_ranks, "_GRACE", 0.5)
+    monkeypatch.setattr(local_ranks, "_STACKS", 2.0)  # a rank may have to wait for a core to write them
     with LocalRanks(3, f"{__name__}:misbehave") as ranks:
         hung, stopped, raised = ranks.wait(60)
         pids = [process.pid for process in ranks._processes]

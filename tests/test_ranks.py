@@ -102,12 +102,14 @@ def test_a_timeout_shows_the_stacks_of_the_ranks_that_hang() -> None:
 
 def _raise_while_others_hang(rank: int, n: int) -> None:
     if rank == 0:
+        store().wait(["hangs"])
         raise RuntimeError("first failure")
+    store().set("hangs", "")
     _sleep_in_here()
 
 
 def test_the_others_get_only_a_grace_after_a_failure() -> None:
-    outcomes = run_ranks_raw(2, _raise_while_others_hang, grace=2)
+    outcomes = run_ranks_raw(2, _raise_while_others_hang, grace=1)
     assert [outcome.kind for outcome in outcomes] == ["exception", "timeout"]
     assert "after another rank had failed" in outcomes[1].text and "_sleep_in_here" in outcomes[1].text
 

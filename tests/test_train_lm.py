@@ -313,6 +313,7 @@ def test_every_launcher_gives_the_same_curve(
             "-m",
             "torch.distributed.run",
             "--standalone",
+            f"--log-dir={tmp_path}",
             "--nproc-per-node",
             "2",
             *script,

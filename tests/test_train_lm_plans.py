@@ -25,7 +25,7 @@ def train(ranks: int, text: Path, folder: Path, *more: str, plan: dict[str, Any]
     """A small run; what it wrote to --out, and what rank 0 said."""
     out = folder / "out.json"
     arguments = ["--data", str(text), "--out", str(out), *SMALL, *SHORT, *more, *written(plan, folder)]
-    outcomes = run_ranks_raw(ranks, one_rank, arguments, timeout=90, grace=5)
+    outcomes = run_ranks_raw(ranks, one_rank, arguments, timeout=90, grace=10)
     assert all(outcome.ok for outcome in outcomes), "\n".join(map(str, outcomes))
     return json.loads(out.read_text()), outcomes[0].output
 
@@ -82,7 +82,7 @@ def test_a_run_that_stops_goes_on_under_another_plan(text: Path, tmp_path: Path,
     for ranks, stop, plan in [(2, 7, pipeline), (1, 12, None)]:
         go_on = ["--resume", str(saved)] if saved.exists() else []
         arguments = [*data, *go_on, *written(plan, tmp_path)]
-        outcomes = run_ranks_raw(ranks, interrupted_at, stop, arguments, grace=5)
+        outcomes = run_ranks_raw(ranks, interrupted_at, stop, arguments, grace=10)
         assert all("interrupted" in outcome.text for outcome in outcomes), "\n".join(map(str, outcomes))
         assert saved_step(saved) == stop // 5 * 5
     run, _ = train(4, text, tmp_path, "--resume", str(saved), plan={**pipeline, "stage": 1})

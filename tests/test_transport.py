@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from typing import Any, NamedTuple
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -343,6 +344,8 @@ def test_what_a_receiver_holds_never_changes_and_comes_back_when_he_lets_go() ->
 def outlives(rank: int, n: int) -> str:
     with process_group(rank, n):
         transport = Transport(Group.of(), [0, 1], [(0, 1)])
+        pids = [0] * n
+        dist.all_gather_object(pids, os.getpid())
         if rank == 0:
             transport.send(0, 1, 0, [one_tensor(3, 0)])
             transport.finish()
@@ -357,7 +360,10 @@ def outlives(rank: int, n: int) -> str:
             transport.finish()
             transport.close()
     if rank == 1:
-        time.sleep(0.5)  # the sender ends
+        until = time.monotonic() + 20
+        while psutil.pid_exists(pids[0]):  # the sender ends
+            assert time.monotonic() < until
+            time.sleep(0.01)
         assert torch.equal(x, one_tensor(3, 0))
     return "held"
 

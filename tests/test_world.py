@@ -101,7 +101,7 @@ def test_plain_python_is_a_world_of_one(tmp_path: Path) -> None:
 
 def test_torchrun(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", str(_free_port())]  # its own is the same for all who give none
+    command += ["--log-dir", str(tmp_path), "--master-port", str(_free_port())]  # else the port of any other job
     assert _facts(command, tmp_path) == _expected("torchrun", 2)
 
 
