@@ -174,31 +174,33 @@ def test_a_program_belongs_to_the_modes_it_is_recorded_in() -> None:
 
 def test_the_signature_changes_with_all_that_a_program_depends_on() -> None:
     module = Many()
-    x = tokens()
+    x, y = tokens(), tokens()
 
     def key(*args: Any, **kwargs: Any) -> Any:
         return signature(args, kwargs, module)
 
-    plain = key(x, {"a": x, "b": 1}, flag=True)
-    assert plain == key(x.clone(), {"a": x + 1, "b": 1}, flag=True)
+    plain = key(x, {"a": y, "b": 1}, flag=True)
+    assert plain == key(x.clone(), {"a": y + 1, "b": 1}, flag=True)
     others = [
-        key(x, {"a": x, "b": 2}, flag=True),
-        key(x, {"a": x, "b": True}, flag=True),
-        key(x, {"a": x, "b": 1}, flag=None),
-        key(x, {"a": x, "c": 1}, flag=True),
-        key(x[:, :5], {"a": x, "b": 1}, flag=True),
-        key(x.int(), {"a": x, "b": 1}, flag=True),
-        key(x, x, 1, flag=True),
+        key(x, {"a": y, "b": 2}, flag=True),
+        key(x, {"a": y, "b": True}, flag=True),
+        key(x, {"a": y, "b": 1}, flag=None),
+        key(x, {"a": y, "c": 1}, flag=True),
+        key(x[:, :5], {"a": y, "b": 1}, flag=True),
+        key(x.int(), {"a": y, "b": 1}, flag=True),
+        key(x, y, 1, flag=True),
+        key(x, {"a": x, "b": 1}, flag=True),
+        key(x.t().contiguous().t(), {"a": y, "b": 1}, flag=True),
     ]
     with torch.no_grad():
-        others.append(key(x, {"a": x, "b": 1}, flag=True))
+        others.append(key(x, {"a": y, "b": 1}, flag=True))
     with torch.autocast("cpu", torch.bfloat16):
-        others.append(key(x, {"a": x, "b": 1}, flag=True))
+        others.append(key(x, {"a": y, "b": 1}, flag=True))
     module.blocks[1].drop.eval()
-    others.append(key(x, {"a": x, "b": 1}, flag=True))
+    others.append(key(x, {"a": y, "b": 1}, flag=True))
     module.blocks[1].drop.train()
     module.head.weight.requires_grad_(False)
-    others.append(key(x, {"a": x, "b": 1}, flag=True))
+    others.append(key(x, {"a": y, "b": 1}, flag=True))
     assert len({plain, *others}) == 1 + len(others)
     with pytest.raises(ValueError, match="an input of type set is neither a tensor nor hashable"):
         key(x, {1, 2})

@@ -10,7 +10,9 @@ receiver's tensors have the slot as their storage. When the last storage ends, w
 receiver writes RETURNED into the slot; the sender reads that when it looks for a free one. No message is needed.
 
 What is made in a slot needs no copy. The sender reserves one beforehand, and its operators write their results into its
-rooms. Sender and receiver then share that memory, to read; the slot is free when the storages of both have ended.
+rooms. It is lent as it is if nothing of the sender has a storage on it any more, and is then the receiver's as any
+other. If something has (what autograd saved, a view that a module keeps), it stays the sender's, and another slot gets
+a copy.
 """
 
 from __future__ import annotations
@@ -52,22 +54,31 @@ def layout(sizes: Sequence[int]) -> tuple[list[int], int]:
 
 
 class Room:
-    """A place in a slot for one tensor of a message, which an operator of the sender may make there."""
+    """A place in a slot for one tensor of a message, which an operator of the sender may make there.
+
+    used: whether it was asked for. kept: whether the sender still had a storage on the slot when it was sent.
+    """
 
     def __init__(self, memory: memoryview, offset: int, nbytes: int) -> None:
-        self._memory, self._offset, self._nbytes = memory, offset, nbytes
-        self.used = False  # whether a storage has been on it
+        self._memory: memoryview | None = memory
+        self._offset, self._nbytes = offset, nbytes
+        self.used = self.kept = False
 
     def tensor(self, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
         """A new tensor that fills the room, contiguous and not initialised. To be asked for once."""
-        assert not self.used and math.prod(shape) * dtype.itemsize == self._nbytes
+        assert self._memory is not None and not self.used and math.prod(shape) * dtype.itemsize == self._nbytes
         self.used = True
         return _on(self._memory, self._offset, self._nbytes, dtype, shape)
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is what a receiver would find here."""
+        """Whether a tensor is what a receiver would find here. Until the message is sent."""
+        assert self._memory is not None
         begin = torch.frombuffer(self._memory, dtype=torch.uint8, count=1, offset=self._offset).data_ptr()
         return tensor.data_ptr() == begin and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
+
+    def close(self) -> None:
+        """Nothing is made here any more, and it holds no memory."""
+        self._memory = None
 
 
 class Slot:
@@ -105,15 +116,30 @@ class Slot:
         offsets, _ = layout([spec.nbytes for spec in specs])
         self.rooms = tuple(Room(memory, at, spec.nbytes) for at, spec in zip(offsets, specs, strict=True))
 
-    def fill(self, tensors: Sequence[torch.Tensor], offsets: Sequence[int], borrower: Any) -> None:
-        """Copies in the tensors that were not made there. The caller then tells the receiver, which orders all writes
-        before its reads."""
+    def is_as_made(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether whatever was made in a room is the tensor that the room is for."""
+        return all(not room.used or room.holds(t) for t, room in zip(tensors, self.rooms, strict=True))
+
+    def fill(self, tensors: Sequence[torch.Tensor], offsets: Sequence[int]) -> None:
+        """Copies in the tensors that were not made there."""
         made = [room.used for room in self.rooms] or [False] * len(tensors)
         with torch.no_grad():
             for tensor, offset, is_there in zip(tensors, offsets, made, strict=True):
                 if tensor.numel() and not is_there:
                     _at(self.block, offset, tensor).copy_(tensor)
-        self.rooms = ()
+
+    def close_rooms(self) -> bool:
+        """The sender's tensors are gone, as far as they were its. Returns whether nobody of this process has one."""
+        rooms, self.rooms = self.rooms, ()
+        for room in rooms:
+            room.close()
+        mine = self._here is not None and self._here() is not None
+        for room in rooms:
+            room.kept = mine
+        return not mine
+
+    def lend(self, borrower: Any) -> None:
+        """The caller then tells the receiver, which orders all writes before its reads."""
         self.borrower = borrower
         self._state[0] = _LENT
 
@@ -136,18 +162,29 @@ class SlotPool:
     def __len__(self) -> int:
         return len(self._free) + len(self._taken)
 
-    def fill(self, tensors: Sequence[torch.Tensor], borrower: Any, reserved: Slot | None = None) -> Slot:
+    def fill(self, tensors: list[torch.Tensor], borrower: Any, reserved: Slot | None = None) -> Slot:
         """Lends CPU tensors, of any strides, to a rank of this host. Raises MemoryError.
 
-        reserved: a slot with rooms for these tensors. It is not used if something else was made in one of them.
+        reserved: a slot with rooms for these tensors; the list is then emptied, and should be all that holds them.
         """
         offsets, nbytes = layout([tensor.nbytes for tensor in tensors])
-        if reserved is not None:
-            pairs = zip(tensors, reserved.rooms, strict=True)
-            if any(room.used and not room.holds(tensor) for tensor, room in pairs):
-                reserved.rooms, reserved = (), None
-        slot = reserved or self._take(nbytes)
-        slot.fill(tensors, offsets, borrower)
+        slot = None
+        if reserved is not None and reserved.is_as_made(tensors):
+            reserved.fill(tensors, offsets)
+            tensors.clear()
+            slot = reserved if reserved.close_rooms() else self._copy_of(reserved, nbytes)
+        else:
+            if reserved is not None:
+                reserved.close_rooms()
+            slot = self._take(nbytes)
+            slot.fill(tensors, offsets)
+        slot.lend(borrower)
+        return slot
+
+    def _copy_of(self, kept: Slot, nbytes: int) -> Slot:
+        """Another slot with what is in one that the sender keeps, but its state."""
+        slot = self._take(nbytes)
+        memoryview(slot.block)[_LINE:nbytes] = memoryview(kept.block)[_LINE:nbytes]
         return slot
 
     def reserve(self, specs: Sequence[Shaped]) -> Slot:

@@ -118,7 +118,7 @@ class Sender(Protocol):
         ...
 
     def send(self, header: Header, tensors: Sequence[Tensor]) -> None:
-        """Starts a message; never waits."""
+        """Starts a message; never waits. A list with what was made in rooms is emptied."""
         ...
 
     def finish(self) -> None:
@@ -186,7 +186,8 @@ class SlotSender:
     def send(self, header: Header, tensors: Sequence[Tensor]) -> None:
         nbytes, slot = sum(tensor.nbytes for tensor in tensors), None
         if nbytes:
-            slot = self.pool.fill(tensors, self.edge.line.memory, self._reserved.pop(header.micro_batch, None))
+            given = tensors if isinstance(tensors, list) else list(tensors)
+            slot = self.pool.fill(given, self.edge.line.memory, self._reserved.pop(header.micro_batch, None))
             header = header.in_slot(slot.offset)
         self._under_way.append((self.edge.send(header, self.edge.tag), header.micro_batch, slot))
         self.edge.line.count("send", nbytes)

@@ -36,7 +36,7 @@ class Port:
 class Load:
     """A value comes in: tensor `item` of receive port `port`, or from where the program has it (port None).
 
-    copy: the stage writes into it, or gives it away in the model's output, so it takes a copy.
+    copy: the stage writes into it, so it takes a copy.
     """
 
     value: int
@@ -249,7 +249,6 @@ class _Gathered:
         state: list[str] = []
         steps: list[Load | Call] = []
         here: set[Read] = set()
-        given = {values[value].memory for value, _ in self.program.ends} if self.last else set()
 
         def load(reads: Iterable[Read]) -> None:
             for read in reads:
@@ -263,9 +262,7 @@ class _Gathered:
                 if is_state:
                     assert isinstance(origin, str)
                     state.append(origin)
-                memory = values[value].memory
-                copy = memory in self._written and not is_state or port is not None and memory in given
-                steps.append(Load(value, port, k, copy))
+                steps.append(Load(value, port, k, values[value].memory in self._written and not is_state))
 
         for call in self.calls:
             load(call.reads)

@@ -21,12 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distlib.comm.slots import Room
 
+_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _TRIES = 3  # a step that makes its result elsewhere each time is left alone
 
 
 class Maker(NamedTuple):
     """An operator's call that makes a tensor: number `number` of `kind`, which is the operator and its arguments'
-    shapes. into: the same operator for a given result, of this dtype and shape."""
+    shapes and dtypes. into: the same operator for a given result, of this dtype and shape."""
 
     kind: tuple[Any, Hashable]
     number: int
@@ -40,11 +41,15 @@ class Landing:
 
     def __init__(self) -> None:
         self._makers: dict[int, Maker] = {}
-        self._tries = _TRIES
+        self._tries = _TRIES if hasattr(TorchDispatchMode, "ignore_compile_internals") else 0  # it came in torch 2.9
         self._known = False
+        self._before: list[Room] = []  # of the last run
 
     def run(self, step: Callable[[], None], values: Sequence[Any], rooms: Mapping[int, Room]) -> None:
         """Runs a step that fills in `values`, those of `rooms` in their rooms if that can be."""
+        if any(room.kept for room in self._before):  # it had to be copied: the stage itself keeps its results
+            self._makers, self._known = {}, True
+        self._before = list(rooms.values()) if self._makers else []
         if self._known and not self._makers:
             step()
         elif self._known:
@@ -70,14 +75,15 @@ class _Mode(TorchDispatchMode):
         super().__init__()
         self._counts: Counter[Hashable] = Counter()
 
+    supports_higher_order_operators = True  # they are called as they are
+
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         return True
 
     def _next(self, func: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, Hashable], int]:
         """Of the call of an operator: its kind, and how many there were before."""
-        shapes = tuple(x.shape for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))
-        kind = (func, shapes)
+        kind = (func, tuple(_trait(x) for x in pytree.tree_leaves((args, kwargs))))
         self._counts[kind] += 1
         return kind, self._counts[kind] - 1
 
@@ -91,11 +97,13 @@ class _Watch(_Mode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if not _is_plain(func, args, kwargs):
+            return result
         kind, number = self._next(func, args, kwargs)
         declared = func._schema.returns
         results = [result] if len(declared) == 1 else list(result or ())
         for tensor, returned in zip(results, declared, strict=True):
-            if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or returned.alias_info is not None:
+            if not _is_dense(tensor) or returned.alias_info is not None:
                 continue
             into = _into(func) if len(declared) == 1 and tensor.is_contiguous() else None
             maker = None if into is None else Maker(kind, number, into, tensor.dtype, tensor.shape)
@@ -104,6 +112,8 @@ class _Watch(_Mode):
 
     def maker_of(self, tensor: Tensor) -> Maker | None:
         """What made all of a tensor; None if nothing that could make it elsewhere."""
+        if not _is_dense(tensor):
+            return None
         storage = tensor.untyped_storage()
         whole = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes > 0
         maker = self._makers.get(storage._cdata) if whole else None
@@ -120,12 +130,31 @@ class _Into(_Mode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in self._operators:
+        if func in self._operators and _is_plain(func, args, kwargs):
             found = self._wanted.pop(self._next(func, args, kwargs), None)
             if found is not None:
                 maker, room = found
                 return maker.into(*args, **kwargs, out=room.tensor(maker.dtype, maker.shape))
         return func(*args, **kwargs)
+
+
+def _is_dense(x: Any) -> bool:
+    """Whether it is a tensor with memory of its own. Subclasses and nested tensors know few operators."""
+    return type(x) in _PLAIN and x.layout is torch.strided and not x.is_nested
+
+
+def _is_plain(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether it is an operator, not one of higher order, and on such tensors only."""
+    return isinstance(func, torch._ops.OpOverload) and all(
+        _is_dense(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)
+    )
+
+
+def _trait(x: Any) -> Any:
+    """What of an argument decides the shape and dtype of the result."""
+    if isinstance(x, Tensor):
+        return x.shape, x.dtype
+    return x if isinstance(x, (int, str, torch.dtype)) else type(x)
 
 
 def _into(func: Any) -> Callable[..., Tensor] | None:

@@ -7,6 +7,7 @@ block(x)      .        tensor              slot 0 is empty again: that was its l
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -39,7 +40,8 @@ class Player:
         self._output = self._getter(program.output) if part.last else None
         self._steps: list[_Step] = []
         self._landings: dict[int, tuple[Landing, tuple[int, ...]]] = {}  # by step: how what it makes is sent
-        goes = {v for sent in part.sent for v in sent}
+        given = [v for sent in part.sent for v in sent] + (list(refs(program.output)) if part.last else [])
+        goes = {v for v, times in Counter(given).items() if times == 1}  # to one place, and then it is that place's
         for k, step in enumerate(part.steps):
             if isinstance(step, Load):
                 self._steps.append(self._load(step))

@@ -78,6 +78,8 @@ def record(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     ambient = Context.now(device.type)
     with contextlib.ExitStack() as stack:
+        # Of what first runs under a mode, dynamo would make nothing ever after.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(ambient.grad))
         names = stack.enter_context(faked(module, mode, device, dtype))

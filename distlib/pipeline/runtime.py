@@ -64,7 +64,7 @@ class _Running:
     train: bool
     has_loss: bool
     scale: float
-    kept: dict[Message, Tensors] = field(default_factory=dict)
+    kept: dict[Message, list[Tensor]] = field(default_factory=dict)
     loss: Tensor | None = None
     outputs: dict[int, Any] = field(default_factory=dict)
 
@@ -278,7 +278,7 @@ class Runtime:
         if len(tensors) != len(specs):
             raise AssertionError(f"message {message}: {len(tensors)} tensors for {len(specs)} specs")
         if specs:
-            running.kept[message] = tensors
+            running.kept[message] = list(tensors)
 
     def _take(self, running: _Running, message: Message) -> Tensors:
         """What came, from another rank or from another stage of this one."""

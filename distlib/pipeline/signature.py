@@ -18,9 +18,9 @@ _walks: weakref.WeakKeyDictionary[nn.Module, tuple[list[nn.Module], list[Tensor]
 def signature(args: tuple[Any, ...], kwargs: Mapping[str, Any], module: nn.Module) -> Hashable:
     """What a recorded program depends on: equal signatures, equal programs.
 
-    Structure of the inputs; shape, dtype and requires_grad of tensors; type and value of all else; `training` of every
-    module and requires_grad of every parameter; grad mode and autocast. Not in it: other attributes of modules, such
-    as a dropout's p, which are taken to stay, and the tree of modules itself.
+    Structure of the inputs; shape, strides, dtype and requires_grad of tensors, and which are one; type and value of
+    all else; `training` of every module and requires_grad of every parameter; grad mode and autocast. Not in it: other
+    attributes of modules, such as a dropout's p, which are taken to stay, and the tree of modules itself.
 
     Raises ValueError for an input that is neither a tensor nor hashable.
     """
@@ -28,9 +28,12 @@ def signature(args: tuple[Any, ...], kwargs: Mapping[str, Any], module: nn.Modul
     if walk is None:
         walk = _walks[module] = (list(module.modules()), list(module.parameters()))
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+    first: dict[int, int] = {}  # by id: a tensor that is given twice is one value of the program
     inputs = tuple(
-        (leaf.shape, leaf.dtype, leaf.requires_grad) if isinstance(leaf, Tensor) else (type(leaf), leaf)
-        for leaf in leaves
+        (leaf.shape, _strides(leaf), leaf.dtype, leaf.requires_grad, first.setdefault(id(leaf), k))
+        if isinstance(leaf, Tensor)
+        else (type(leaf), leaf)
+        for k, leaf in enumerate(leaves)
     )
     flags = bytes([part.training for part in walk[0]]), bytes([p.requires_grad for p in walk[1]])
     device = device_of(leaves).type
@@ -45,6 +48,10 @@ def signature(args: tuple[Any, ...], kwargs: Mapping[str, Any], module: nn.Modul
             "torch.utils._pytree"
         ) from None
     return found
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...] | None:
+    return tensor.stride() if tensor.layout is torch.strided else None
 
 
 def device_of(leaves: Sequence[Any]) -> torch.device:

@@ -21,9 +21,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from distlib.comm.group import Group
 from distlib.comm.slots import Room
-from distlib.pipeline.program import Spec
 from distlib.pipeline.split_backward import Report, WeightQueue
-from distlib.pipeline.stages import Part, Port
+from distlib.pipeline.stages import Part
 
 Tensors = tuple[Tensor, ...]
 
@@ -41,7 +40,7 @@ class Replicated(Protocol):
 
 
 class _Enter(torch.autograd.Function):
-    """The same values, no longer a leaf of autograd."""
+    """The same values, no longer a leaf: the stage may write to them in place."""
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor) -> Tensor:
@@ -94,8 +93,9 @@ class Stage:
     ) -> tuple[dict[int, Tensors], Any]:
         """Returns what goes to each consumer stage, and on the last stage the model's output (else None).
 
-        received: by producer stage, tensors without a gradient of their own, to read. last: the last forward of the
-        step, whose backward averages over replicas. rooms: by consumer stage, where what goes there is to be made.
+        received: by producer stage, tensors without a gradient of their own; this stage's from now on. last: the last
+        forward of the step, whose backward averages over replicas. rooms: by consumer stage, where what goes there is
+        to be made, if that can be.
         """
         leaves: dict[int, Tensors] = {}
         entering = []
@@ -106,14 +106,11 @@ class Stage:
                     tensor.requires_grad_(spec.requires_grad)
             leaves[port.source] = tensors
             entering.append(tuple(_Enter.apply(t) if t.requires_grad else t for t in tensors))
-        versions = {t: t._version for tensors in received.values() for t in tensors}
         paused = contextlib.nullcontext() if last or not train else self._no_sync()
         with paused, torch.set_grad_enabled(train):
             sent, output = self.module(
                 part, tuple(entering), args, kwargs, tuple(rooms.get(port.target, ()) for port in part.sends)
             )
-        for port in part.receives:
-            _require_unwritten(port, received[port.source], versions)
         by_target = {port.target: tensors for port, tensors in zip(part.sends, sent, strict=True)}
         if train:
             ends = {target: tuple(map(_edge, tensors)) for target, tensors in by_target.items()}
@@ -205,16 +202,6 @@ class Stage:
 
     def _no_sync(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.replicas is None else self.replicas.no_sync()
-
-
-def _require_unwritten(port: Port, tensors: Tensors, versions: Mapping[Tensor, int]) -> None:
-    """What was received may be the sender's memory, too: a stage that writes to it takes a copy first (`Load.copy`)."""
-    for tensor in tensors:
-        if tensor._version != versions[tensor]:
-            raise ValueError(
-                f"stage {port.target} wrote in place to {Spec.of(tensor)}, which it got from stage {port.source}. When "
-                "its run was recorded it did not: writes must not depend on more than the signature of the inputs"
-            )
 
 
 def _edge(tensor: Tensor) -> GradientEdge | None:

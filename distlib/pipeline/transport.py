@@ -111,7 +111,8 @@ class Transport:
         """Where the tensors of a message that is to be sent may be made, so that they need not be copied: one room for
         each, or none at all (between hosts, and for small messages).
 
-        From when it is sent, what was made in a room is only read, by both ends. Raises MemoryError.
+        It is not copied if nobody but the list that `send` is given holds it, or memory of it, by then; it is the
+        receiver's from then on. Raises MemoryError.
         """
         with self._telling():
             return self._end(self._senders, source, target, "sends").rooms(micro_batch, specs)
@@ -120,16 +121,11 @@ class Transport:
         """Starts a message from stage `source`, of this rank, to stage `target`. Returns at once.
 
         tensors: on the CPU, of any shape, strides and dtype. They must not change until `finish`; the values that go
-        are without gradient. on_host: how many of them, the first ones, stay in host memory where the pipeline computes
-        on a GPU; here all do.
+        are without gradient. A list with any that were made in rooms is emptied. on_host: how many of them, the first
+        ones, stay in host memory where the pipeline computes on a GPU; here all do.
         """
         sender = self._end(self._senders, source, target, "sends")
-        for tensor in tensors:
-            if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
-                raise ValueError(
-                    f"{sender.edge.words(micro_batch)}: a tensor on {tensor.device} of layout {tensor.layout} cannot "
-                    "be sent; make it dense and on the CPU at the end of the stage"
-                )
+        _require_on_host(tensors, sender.edge.words(micro_batch))
         with self._telling(), sender.edge.naming(micro_batch):
             sender.send(Header.of(micro_batch, map(Spec.of, tensors)), tensors)
 
@@ -142,9 +138,9 @@ class Transport:
     def take(self, source: int, target: int, micro_batch: int) -> Tensors:
         """Waits for a message that was posted.
 
-        The tensors are contiguous and have no gradient. They are the caller's for as long as he holds them, even when
-        the transport is closed, and his to write to unless the sender made them in rooms. Memory of the sender that
-        they use is given back to it when the last of their storages ends.
+        The tensors are contiguous and have no gradient; they are the caller's, to write to as well, for as long as he
+        holds them, even when the transport is closed. Memory of the sender that they use is given back to it when the
+        last of their storages ends.
         """
         receiver = self._end(self._receivers, source, target, "receives")
         message = (source, target, micro_batch)
@@ -225,6 +221,15 @@ class Transport:
                 f"channels are: {known}"
             )
         return ends[source, target]
+
+
+def _require_on_host(tensors: Sequence[Tensor], what: str) -> None:
+    for tensor in tensors:
+        if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+            raise ValueError(
+                f"{what}: a tensor on {tensor.device} of layout {tensor.layout} cannot be sent; make it dense and on "
+                "the CPU at the end of the stage"
+            )
 
 
 def _directed(placement: Sequence[int], edges: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int]]:
