@@ -12,7 +12,7 @@ import pytest
 import torch
 from device_groups import SMALL, card, device_group, emulated
 from endings import ENDINGS, end
-from ranks import run_ranks, run_ranks_raw, shared_files
+from ranks import run_ranks, run_ranks_raw, shared_files, store
 
 from distlib import native
 from distlib.comm.group import Group
@@ -154,8 +154,10 @@ def test_a_rank_that_never_comes_is_named_after_the_timeout() -> None:
 def no_receiver(rank: int, n: int, path: str) -> str:
     with device_group(rank, n, path, timeout=1.0) as group:
         if rank == 0:  # the ring has room for some of it
-            return error_of(lambda: group.send(torch.ones(1 << 16, device=card()), 1))
-        time.sleep(2)
+            text = error_of(lambda: group.send(torch.ones(1 << 16, device=card()), 1))
+            store().set("raised", "")
+            return text
+        store().wait(["raised"])
         return error_of(lambda: group.recv(one(), 0))
 
 

@@ -243,7 +243,10 @@ def ends_while_it_aborts(rank: int, n: int) -> float:
     begin = time.monotonic()
     with pytest.raises(CollectiveError, match="ran into the timeout"):
         group.all_reduce(torch.ones(4)) if rank else group.recv(torch.ones(4), 1)
-    return time.monotonic() - begin
+    seconds, shared = time.monotonic() - begin, store()
+    shared.set(f"raised/{rank}", "")
+    shared.wait([f"raised/{r}" for r in range(n)])  # the end of one is not what the other sees
+    return seconds
 
 
 @pytest.mark.alone
