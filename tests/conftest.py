@@ -19,6 +19,11 @@ sys.dont_write_bytecode = False
 # torch asks the name server for the name of each address that its store sees, 127.0.0.1 too, and answers nobody until
 # the answer is there. A lost packet is asked for again after this many seconds (glibc's default: 5), once.
 os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
+if importlib.util.find_spec("hypothesis"):  # `make gpu` goes without
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("shared")  # the machine's time belongs to others, too
 if "PYTEST_XDIST_WORKER" in os.environ:  # each has its share of the cores; threads that spin would take the other's
     torch.set_num_threads(1)
 

@@ -251,12 +251,12 @@ def _run(number: int, call: dict[str, Any]) -> tuple[str, bytes, str]:
 
 
 def _gather_stacks(ranks: list[Rank]) -> None:
-    """Makes each of `ranks`, stopped ones too, write its Python stacks; waits for that 2 s at most."""
+    """Makes each of `ranks`, stopped ones too, write its Python stacks; waits for that 10 s at most."""
     for rank in ranks:
         os.kill(rank.pid, signal.SIGUSR1)
         os.kill(rank.pid, signal.SIGCONT)
     sizes: list[int] = []
-    end = time.monotonic() + 2
+    end = time.monotonic() + 10
     while time.monotonic() < end:
         time.sleep(2 * TICK)
         before, sizes = sizes, [os.fstat(rank.stacks.fileno()).st_size for rank in ranks]

@@ -111,9 +111,10 @@ def run_ranks_raw(
 
 
 def shared_files() -> set[str]:
-    """Names in /dev/shm, but those of Open MPI and of CUDA's driver: a test that runs beside this one may have started
-    them."""
-    return {name for name in os.listdir("/dev/shm") if not name.startswith(("sm_segment.", "ompi.", "cuda.shm."))}
+    """Names in /dev/shm, but those of Open MPI, CUDA's driver, OpenMP and multiprocessing: a test that runs beside this
+    one may have started them."""
+    others = ("sm_segment.", "ompi.", "cuda.shm.", "__KMP_REGISTERED_LIB_", "sem.mp-")
+    return {name for name in os.listdir("/dev/shm") if not name.startswith(others)}
 
 
 def store(timeout: float = 60) -> Any:
@@ -128,7 +129,8 @@ def store(timeout: float = 60) -> Any:
 def process_group(rank: int, n: int, backend: str = "distlib", timeout: float = 30) -> Iterator[Any]:
     """In a rank: init_process_group on the call's store; destroyed at the end, unless the body raises.
 
-    timeout: seconds, of the group's collectives; to meet, its ranks have 30 s at least. Yields the world group.
+    timeout: seconds, of the group's collectives; to meet, its ranks have 30 s at least. Groups and wrappers that are
+    made of it have what it had when they were made. Yields the world group.
     """
     import torch.distributed as dist
     from torch.distributed import distributed_c10d

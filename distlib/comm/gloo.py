@@ -214,7 +214,7 @@ class GlooChannel:
             while missing and time.monotonic() < until:
                 missing = [r for r in missing if not self._store.check([f"{key}{r}"])]
                 time.sleep(0.05)
-            names = ", ".join(f"rank {self._labels[r]}" for r in missing) or "none"
+            names = ", ".join(f"rank {self._labels[r]}" for r in missing) or "none, who was late has come since"
         except RuntimeError as gone:  # the store went with rank 0
             names = f"unknown, as the store cannot be reached ({gone})"
         code = "timeout" if "imed out" in str(error) else "dead"
