@@ -120,8 +120,9 @@ def test_a_result_is_made_in_its_room_from_the_second_run_on(name: str, dtype: t
     assert made == [False, True, True]
 
 
-def test_a_product_of_three_dimensions_is_a_view_of_what_was_made() -> None:
-    assert run_in_rooms(MADE["linear"], torch.float32, dims=3)[0] == [False, True, True]
+@pytest.mark.parametrize("name", ["linear", "without bias"])
+def test_a_product_of_three_dimensions_is_a_view_of_what_was_made(name: str) -> None:
+    assert run_in_rooms(MADE[name], torch.float32, dims=3)[0] == [False, True, True]
 
 
 @pytest.mark.parametrize("name", NOT_MADE)

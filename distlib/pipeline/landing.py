@@ -102,12 +102,13 @@ class _Watch(_Mode):
         kind, number = self._next(func, args, kwargs)
         declared = func._schema.returns
         results = [result] if len(declared) == 1 else list(result or ())
+        given = {_storage(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for tensor, returned in zip(results, declared, strict=True):
-            if not _is_dense(tensor) or returned.alias_info is not None:
-                continue
+            if not _is_dense(tensor) or returned.alias_info is not None or _storage(tensor) in given:
+                continue  # memory that was there before, said (a view) or not (aten._unsafe_view)
             into = _into(func) if len(declared) == 1 and tensor.is_contiguous() else None
             maker = None if into is None else Maker(kind, number, into, tensor.dtype, tensor.shape)
-            self._makers[tensor.untyped_storage()._cdata] = maker
+            self._makers[_storage(tensor)] = maker
         return result
 
     def maker_of(self, tensor: Tensor) -> Maker | None:
@@ -116,7 +117,7 @@ class _Watch(_Mode):
             return None
         storage = tensor.untyped_storage()
         whole = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes > 0
-        maker = self._makers.get(storage._cdata) if whole else None
+        maker = self._makers.get(_storage(tensor)) if whole else None
         return maker if maker is not None and maker.dtype == tensor.dtype else None
 
 
@@ -136,6 +137,11 @@ class _Into(_Mode):
                 maker, room = found
                 return maker.into(*args, **kwargs, out=room.tensor(maker.dtype, maker.shape))
         return func(*args, **kwargs)
+
+
+def _storage(tensor: Tensor) -> int:
+    """Which memory a tensor has, while it lives."""
+    return tensor.untyped_storage()._cdata
 
 
 def _is_dense(x: Any) -> bool:
