@@ -54,12 +54,12 @@ def sender(module: nn.Module, x: Tensor, in_rooms: bool) -> Callable[[], None]:
         if in_rooms:
             slot = pool.reserve(spec)
             landing.run(step, values, {0: slot.rooms[0]})
-            slot = pool.fill([values[0]], GONE, slot)
+            slot = pool.fill([values.pop()], GONE, slot)
         else:
             step()
-            slot = pool.fill([values[0]], GONE)
+            slot = pool.fill([values.pop()], GONE)
         slot._state[0] = 0  # it has come back
-        values[0] = None
+        values.append(None)
 
     return send
 
@@ -74,7 +74,7 @@ def row(nbytes: int, operators: int, rounds: int) -> Row:
             call()
             if turn >= 0:
                 samples[name].append(time.perf_counter() - begin)
-    bar = Bar(COPIED, MADE, at_least=1.0 if nbytes >= LEAST_IN_ROOMS else None)
+    bar = Bar(COPIED, MADE, at_least=1.0 if nbytes > LEAST_IN_ROOMS else None)
     what = f"{nbytes // MIB} MiB, {'an addition' if operators == 1 else f'{operators} operators'}"
     return Row(what, 1, samples, [bar])
 
