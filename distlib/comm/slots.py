@@ -168,7 +168,6 @@ class SlotPool:
         reserved: a slot with rooms for these tensors; the list is then emptied, and should be all that holds them.
         """
         offsets, nbytes = layout([tensor.nbytes for tensor in tensors])
-        slot = None
         if reserved is not None and reserved.is_as_made(tensors):
             reserved.fill(tensors, offsets)
             tensors.clear()
