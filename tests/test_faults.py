@@ -203,6 +203,29 @@ def test_a_stopped_rank_is_named_after_the_timeout_and_raises_too_when_it_wakes(
     assert "waiting for: rank 2" in results[2][0], "the same words on the rank that was stopped"
 
 
+def sends_to_who_has_ended(rank: int, n: int) -> list[str]:
+    group = join(rank, n, timeout=30)
+    x = torch.ones(4)
+    group.all_reduce(x)
+    if rank == 1:
+        os._exit(0)
+    said = []
+    end = time.monotonic() + 20
+    while len(said) < 3 and time.monotonic() < end:  # the first may leave before the end is known
+        try:
+            group.send(x, 1)
+        except RuntimeError as error:
+            assert isinstance(error, CollectiveError), repr(error)
+            said.append(str(error))
+    return said
+
+
+@EVERY_WAY
+def test_a_message_to_a_rank_that_has_ended_raises_whenever_that_is_known(env: dict[str, str]) -> None:
+    outcome = run_ranks_raw(2, sends_to_who_has_ended, env=env, timeout=50)[0]
+    assert outcome.ok and len(outcome.value) == 3 and all("rank 1" in text for text in outcome.value), outcome
+
+
 # ---------------------------------------------------------------- memory, forks, crowds
 
 

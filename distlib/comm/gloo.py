@@ -11,7 +11,8 @@ import threading
 import time
 import weakref
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -46,6 +47,15 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 def _message_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The same for a message; gloo knows none of zero bytes, so an empty tensor travels as one."""
     return as_bytes(tensor) if tensor.numel() else torch.zeros(1, dtype=torch.uint8)
+
+
+@contextmanager
+def _starting(what: str) -> Iterator[None]:
+    """gloo refuses a message to a rank that it knows to be gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise CollectiveError(f"{what} cannot start: {error}", "dead") from error
 
 
 def process_group(store: dist.Store, rank: int, size: int, timeout: float, master: str | None) -> Any:
@@ -336,16 +346,18 @@ class GlooChannel:
         if self._broken is not None:
             raise self._broken
         what = f"send to rank {self._labels[dst]} (tag {tag})"
-        return _Message(self._gloo.send([_message_bytes(tensor)], dst, tag), what, timeout, dst, tensor.nbytes)
+        with _starting(what):
+            work = self._gloo.send([_message_bytes(tensor)], dst, tag)
+        return _Message(work, what, timeout, dst, tensor.nbytes)
 
     def recv(self, tensor: torch.Tensor, src: int | None, tag: int, timeout: float) -> Operation:
         if self._broken is not None:
             raise self._broken
-        if src is None:
-            work = self._gloo.recv_anysource([_message_bytes(tensor)], tag)
-            return _Message(work, f"recv from any rank (tag {tag})", timeout, self.rank, 0)
-        what = f"recv from rank {self._labels[src]} (tag {tag})"
-        return _Message(self._gloo.recv([_message_bytes(tensor)], src, tag), what, timeout, src, 0)
+        what = f"recv from {'any rank' if src is None else f'rank {self._labels[src]}'} (tag {tag})"
+        with _starting(what):
+            if src is None:
+                return _Message(self._gloo.recv_anysource([_message_bytes(tensor)], tag), what, timeout, self.rank, 0)
+            return _Message(self._gloo.recv([_message_bytes(tensor)], src, tag), what, timeout, src, 0)
 
     # ------------------------------------------------------------ accounts
 
