@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 _COLUMNS = 130
 
 
-class Shown:
+class Shown(ABC):
     """A class with `__rich__`; `str()` of it is that, without colours."""
 
+    @abstractmethod
     def __rich__(self) -> Any:
-        raise NotImplementedError
+        """Something that rich prints."""
 
     def __str__(self) -> str:
         from rich.console import Console
