@@ -20,7 +20,6 @@ from distlib.pipeline.cut import Load, Part, Port
 from distlib.pipeline.landing import Landing
 from distlib.pipeline.program import Branch, Call, Const, Context, Ref, Template, rebuild, refs
 
-_NO_LANDING: tuple[Landing | None, tuple[int, ...]] = (None, ())
 _Table = list[Any]
 _Get = Callable[[_Table], Any]
 _Put = Callable[[_Table, Any], None]
@@ -68,10 +67,10 @@ class Player:
             )
         values = self._blank.copy()
         places: dict[int, Room] = {}
-        for sent, where in zip(self._sent, rooms or [()] * len(self._sent), strict=True):
-            places = dict(zip(sent, where, strict=True)) | places if where else places
+        for sent, where in zip(self._sent, rooms, strict=False):  # a port may have none
+            places.update(zip(sent, where, strict=False))
         for k, step in enumerate(self._steps):
-            landing, made = self._landings.get(k, _NO_LANDING) if places else _NO_LANDING
+            landing, made = self._landings[k] if places and k in self._landings else (None, ())
             here = {v: places[v] for v in made if v in places}
             if landing is not None and here:
                 landing.run(partial(step, values, received, inputs), values, here)
