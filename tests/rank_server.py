@@ -53,7 +53,8 @@ OUTPUT_TAIL = 16_384  # bytes of a rank's stdout and stderr that are reported
 
 
 def import_rooms() -> dict[str, str | None]:
-    """Imports distlib's own modules. Returns the settings that were read on the way, with their values here."""
+    """Imports distlib's own modules, but for those that need a package that is not here, as where `make gpu` runs: a
+    rank that asks for one tells. Returns the settings that were read on the way, with their values here."""
     import distlib
     from distlib import settings
 
@@ -72,13 +73,22 @@ def import_rooms() -> dict[str, str | None]:
     try:
         for module in pkgutil.walk_packages(distlib.__path__, "distlib."):
             if not module.name.split(".")[1].startswith(OUTER):
-                importlib.import_module(module.name)
+                import_if_possible(module.name)
     finally:
         for name, function in readers.items():
             setattr(settings, name, function)
     if "distlib._native" in sys.modules:
         raise RuntimeError("a module of distlib loads the core when it is imported: ranks could no more choose it")
     return read
+
+
+def import_if_possible(name: str) -> None:
+    """Imports a module, unless a package of others is missing."""
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "distlib":
+            raise
 
 
 def send(channel: socket.socket, message: object) -> None:
@@ -349,7 +359,7 @@ def serve(control: socket.socket) -> None:
     os.chdir(setting["cwd"])
     try:
         for name in WARM:
-            importlib.import_module(name)
+            import_if_possible(name)
         read = import_rooms()
         sys.modules["torch"].set_num_threads(1)
         threads = psutil.Process().num_threads()

@@ -181,6 +181,28 @@ def test_ranks_start_with_distlib_imported_and_its_core_not_loaded() -> None:
     assert run_ranks(1, _what_is_there) == [["distlib.engine", "distlib.comm.group"]]
 
 
+def _plan_here(rank: int, n: int) -> tuple[float, str]:
+    from distlib.comm.group import Group  # noqa: F401 - needs torch, and no package of others
+
+    try:
+        import distlib.plan  # noqa: F401
+    except ModuleNotFoundError as error:
+        return float(rank + n), str(error.name)
+    return 0.0, ""
+
+
+def test_ranks_start_where_a_package_that_they_do_not_need_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "pydantic.py").write_text("raise ModuleNotFoundError('not on this machine', name='pydantic')\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        lacking, plain = Pool(), {"timeout": 60.0, "env": {}, "grace": None}
+        try:
+            outcomes = lacking.run(2, _plan_here, (), **plain)
+            assert [outcome.value for outcome in outcomes] == [(2.0, "pydantic"), (3.0, "pydantic")]
+        finally:
+            lacking.close()
+
+
 def test_a_setting_that_was_read_before_ranks_were_forked_is_refused() -> None:
     with pytest.raises(RuntimeError, match="DISTLIB_DEVICE_CHUNK_KB was read when distlib was imported"):
         run_ranks(1, _what_is_there, env={"DISTLIB_DEVICE_CHUNK_KB": "128"})
