@@ -58,7 +58,7 @@ def checkpoint_activations(
             and is gone with the process. CUDA tensors go to pinned host memory instead.
         resident: "offload": so many last blocks keep their tensors, which are needed first (default 1).
         window: "offload": bytes that may wait to be written, and that may come back ahead of need; default: those of
-            the largest block.
+            the largest block. While resident blocks do not need their memory, it may be more by as much.
 
     Returns:
         The report: print it. `saved_bytes` is there after the first forward, or at once with example inputs.
@@ -76,7 +76,9 @@ def checkpoint_activations(
     devices = {p.device for block in found.values() for p in block.parameters()}
     if name == "offload" or folder is not None:
         offloader = Offloader(
-            Path(folder) if folder is not None else None, parse_size("window", window) if window is not None else None
+            Path(folder) if folder is not None else None,
+            parse_size("window", window) if window is not None else None,
+            lends=budget is None,  # a budget counts with each block's own memory
         )
         for device in devices - {torch.device("meta")}:
             offloader.prepare(device)

@@ -4,8 +4,9 @@
     store      [ a ][ b ][ c ]
     backward   need c   need b   need a           while c is used, b and a are on their way: at most `window` bytes
 
-The order of need is recorded in one step and prefetched in those after it; it is a hint, another order works too.
-Memory that several saved tensors look at moves once.
+Both may be more by what blocks that keep their tensors do not need at the moment (lending.py). The order of need is
+recorded in one step and prefetched in those after it; it is a hint, another order works too. Memory that several saved
+tensors look at moves once.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from distlib.activations.lending import Lending, Stay
 from distlib.activations.live import storage_key
 from distlib.activations.stores import FileStore, PinnedStore, Store, Transfer
 
@@ -90,12 +92,14 @@ class Offloader:
     """Hooks for saved tensors: use `hooks(block)` around a block's forward.
 
     folder: where the file of CPU tensors lies; those of a GPU go to pinned host memory. window: bytes that may wait for
-    being written, and that may be back ahead of need; None: those of the largest block so far.
+    being written, and that may be back ahead of need; None: those of the largest block so far. lends: whether blocks
+    that stay lend what they do not need meanwhile.
     """
 
-    def __init__(self, folder: Path | None, window: int | None = None) -> None:
+    def __init__(self, folder: Path | None, window: int | None = None, lends: bool = False) -> None:
         self.folder = folder
         self.window = window
+        self.lends = lends
         self.moved_bytes = 0  # since the last step began
         self.prefetched = 0  # times that memory was on its way when it was needed
         self.waited = 0  # times that it was not
@@ -109,9 +113,10 @@ class Offloader:
         self._order: list[int] = []  # and of the last
         self._place: dict[int, int] = {}
         self._largest_block = 8 << 20
+        self._lending = Lending()
 
     def __reduce__(self) -> tuple:
-        return Offloader, (self.folder, self.window)  # a copy of the module has files and threads of its own
+        return Offloader, (self.folder, self.window, self.lends)  # a copy of the module has files and threads of its own
 
     def prepare(self, device: torch.device) -> None:
         """Opens the store of a device, with its errors. Called with the devices of the blocks before the first step."""
@@ -134,6 +139,25 @@ class Offloader:
         """Returns when nothing waits to be written."""
         self._drain(0)
 
+    def _allowed(self) -> int:
+        """Bytes that may be here beside what stays."""
+        return (self.window or self._largest_block) + self._lending.room
+
+    # ------------------------------------------------------------ blocks that stay
+
+    def make_room(self, nbytes: int) -> None:
+        """A block is about to keep so many bytes: what was lent of them comes back."""
+        self._drain(max(0, self._allowed() - nbytes))
+
+    def stay(self, nbytes: int) -> Stay:
+        """It has kept them."""
+        return self._lending.stay(nbytes)
+
+    def left(self, stay: Stay) -> None:
+        """Its backward has run: there is room for what is needed next."""
+        if stay.end():
+            self._prefetch(0)
+
     # ------------------------------------------------------------ forward
 
     def pack(self, tensor: torch.Tensor) -> _Ticket:
@@ -151,7 +175,7 @@ class Offloader:
             self._begin_step()
         storage = tensor.untyped_storage()
         nbytes = storage.nbytes()
-        self._drain(max(0, (self.window or self._largest_block) - nbytes))
+        self._drain(max(0, self._allowed() - nbytes))
         with torch.no_grad():
             source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
         moved = Moved(self._stores[tensor.device], source, tensor.device, len(self._tape), tensor._version)
@@ -165,6 +189,7 @@ class Offloader:
         return moved
 
     def _begin_step(self) -> None:
+        self._lending.begin_step()
         self._order = self._needed or self._order
         self._place = {index: place for place, index in enumerate(self._order)}
         self._needed = []
@@ -207,7 +232,9 @@ class Offloader:
             self.prefetched += moved.back is not None
             self.waited += moved.back is None
         moved.fetch()
-        self._prefetch(moved.index)
+        place = self._place.get(moved.index)
+        if place is not None:
+            self._prefetch(place + 1)
         memory = moved.get()
         dtype, offset, size, stride = ticket.like
         with torch.no_grad():
@@ -215,13 +242,10 @@ class Offloader:
                 memory.untyped_storage(), offset, size, stride
             )
 
-    def _prefetch(self, index: int) -> None:
-        """Begins to bring back what is needed after `index`."""
-        room = self.window or self._largest_block
-        place = self._place.get(index)
-        if place is None:
-            return
-        for after in self._order[place + 1 :]:
+    def _prefetch(self, place: int) -> None:
+        """Begins to bring back what is needed from this place in the order on."""
+        room = self._allowed()
+        for after in self._order[place:]:
             moved = self._tape[after]() if after < len(self._tape) else None
             if moved is None or moved.source is not None or moved.asked:
                 continue

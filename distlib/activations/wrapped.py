@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distlib.activations.buffers import BufferGuard
 from distlib.activations.clock import Span
+from distlib.activations.lending import Stay
 from distlib.activations.live import has_storage, storage_key
 from distlib.activations.offload import Offloader, storages_of
 from distlib.activations.selective import Key, Policy, Selection
@@ -151,17 +152,16 @@ class Wrapped:
             self._count_baseline(args, kwargs)
         device = next((tensor.device for tensor in tensors), torch.device("cpu"))
         forward = Span(device).begin()
+        stay: Stay | None = None
         if self.kind == "keep":
-            result = self._inner(*args, **kwargs)
-            if counts:
-                self.record.kept = self.record.baseline
+            result, stay = self._kept(args, kwargs, counts)
         elif self.kind == "offload":
             result = self._offloaded(args, kwargs, counts)
         else:
             result = self._checkpointed(args, kwargs, device, counts)
         self.record.forwards.append(forward.end())
         self.record.calls += 1
-        self._time_backward(tensors, result, device)
+        self._time_backward(tensors, result, device, stay)
         return result
 
     def _inner(self, *args: Any, **kwargs: Any) -> Any:
@@ -236,6 +236,18 @@ class Wrapped:
                     ".backward() before the optimizer's step"
                 )
 
+    def _kept(self, args: Any, kwargs: Any, counts: bool) -> tuple[Any, Stay | None]:
+        """Nothing changes; but who moves tensors of other blocks is told what stays here."""
+        offloader = self.setting.offloader
+        if offloader is None or not offloader.lends:
+            offloader = None
+        if offloader is not None:
+            offloader.make_room(self.record.kept)
+        result = self._inner(*args, **kwargs)
+        if counts:
+            self.record.kept = self.record.baseline
+        return result, None if offloader is None else offloader.stay(self.record.kept)
+
     def _offloaded(self, args: Any, kwargs: Any, counts: bool) -> Any:
         offloader = self.setting.offloader
         assert offloader is not None
@@ -271,10 +283,13 @@ class Wrapped:
         made = sum(nbytes for key, nbytes in saved.items() if key not in given)
         self.record.baseline += self.setting.watcher.accounts()[0].add(held, made)
 
-    def _time_backward(self, tensors: list[torch.Tensor], result: Any, device: torch.device) -> None:
+    def _time_backward(
+        self, tensors: list[torch.Tensor], result: Any, device: torch.device, stay: Stay | None
+    ) -> None:
         """From the first gradient of an output to the last of the inputs."""
         entering = [tensor for tensor in tensors if tensor.grad_fn is not None]
         record, watcher, span = self.record, self.setting.watcher, Span(device)
+        offloader = self.setting.offloader
 
         def begins(_: Any) -> None:
             watcher.backward_runs()
@@ -285,6 +300,8 @@ class Wrapped:
                 return
             if span.end() not in record.backwards:
                 record.backwards.append(span)
+            if stay is not None and offloader is not None:
+                offloader.left(stay)
 
         if entering:
             on_first_gradient(result, begins)
