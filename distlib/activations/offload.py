@@ -116,7 +116,7 @@ class Offloader:
         self._lending = Lending()
 
     def __reduce__(self) -> tuple:
-        return Offloader, (self.folder, self.window, self.lends)  # a copy of the module has files and threads of its own
+        return Offloader, (self.folder, self.window, self.lends)  # a copy has files and threads of its own
 
     def prepare(self, device: torch.device) -> None:
         """Opens the store of a device, with its errors. Called with the devices of the blocks before the first step."""
