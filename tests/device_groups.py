@@ -39,11 +39,20 @@ def device_group(rank: int, n: int, path: str, timeout: float = 20.0) -> Iterato
     """In a rank: a group that takes the device's way with all tensors. `path`: of the emulated library. `timeout`: of
     collectives, not of what connects."""
     with host_group(rank, n, path) as host:
-        channel = connect(host, card())
+        group = on_card(host, timeout=timeout)
         distributed_c10d._set_pg_timeout(timedelta(seconds=timeout))
-        group = Group(host.name, rank, host.ranks, host.topology, channel, timeout)
         yield group
         group.close()
+
+
+def on_card(host: Group, name: str = "", timeout: float = 20.0) -> Group:
+    """A group of the same ranks, all of which must call, whose tensors on `card()` go a way of their own. With the
+    emulated library these are the CPU's."""
+    channel = connect(host, card())
+    group = Group(name or host.name, host.rank, host.ranks, host.topology, channel, timeout)
+    if card().type != "cpu":
+        group._on_devices[card().type] = channel
+    return group
 
 
 @contextmanager

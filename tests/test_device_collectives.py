@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cuda_on_cpu import build
-from device_groups import SMALL, card, device_group, emulated, host_group
+from device_groups import SMALL, card, device_group, emulated, host_group, on_card
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks, shared_files
@@ -20,7 +20,7 @@ from test_collectives import DTYPES, drawn
 
 import distlib
 from distlib import native
-from distlib.comm import device, ipc
+from distlib.comm import ipc
 from distlib.comm.group import Group
 from distlib.comm.nccl import NcclChannel
 from distlib.cuda import collectives
@@ -253,7 +253,7 @@ def test_memory_is_shared_by_handles_or_by_descriptors(path_env: dict[str, str])
 def many_groups(rank: int, n: int, path: str) -> list[float]:
     with host_group(rank, n, path) as world:
         groups = [Group.of(dist.new_group(list(range(n)))) for _ in range(3)]
-        devices = [Group(g.name, rank, g.ranks, g.topology, device.connect(g, card()), 20.0) for g in groups]
+        devices = [on_card(g) for g in groups]
         tensors = [[torch.full((500 + i,), float(rank + i), device=card()) for i in range(6)] for _ in devices]
         works = [g.all_reduce(row[i], async_op=True) for i in range(6) for g, row in zip(devices, tensors, strict=True)]
         for work in reversed(works):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from device_groups import SMALL, card, device_group, emulated
+from device_groups import SMALL, card, device_group, emulated, on_card
 from endings import ENDINGS, end
 from ranks import run_ranks, run_ranks_raw, shared_files, store
 
@@ -203,11 +203,8 @@ def open_files(rank: int, n: int, path: str) -> tuple[int, int]:
     with device_group(rank, n, path) as group:  # what stays for the process's life is there after the first
         group.all_reduce(one())
         before = descriptors()
-        from distlib.comm import device
-
         for _ in range(3):
-            channel = device.connect(Group.of(), card())
-            again = Group("again", rank, group.ranks, group.topology, channel, 10.0)
+            again = on_card(Group.of(), "again")
             again.all_reduce(one())
             again.close()
         Group.of().barrier()

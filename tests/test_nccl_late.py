@@ -3,6 +3,7 @@ NCCL whose works never end."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import threading
@@ -23,7 +24,7 @@ from distlib.comm import nccl_notes
 from distlib.comm.batches import Bracket, exchange
 from distlib.comm.channel import Collective, Message
 from distlib.comm.group import Group
-from distlib.comm.nccl import NcclChannel, connect_nccl
+from distlib.comm.nccl import NcclChannel, NcclOperation, connect_nccl
 from distlib.comm.nccl_notes import Note, verdict
 from distlib.comm.work import CollectiveError
 
@@ -218,6 +219,28 @@ def test_a_rank_that_is_killed_is_named_by_all_others_at_once(env: dict[str, str
         text, seconds = outcome.value
         assert "all_reduce(float32, 100 elements) #1" in text and "cannot complete: rank 1 ended" in text, text
         assert seconds < 10
+
+
+class OldWork(StuckWork):
+    """As those of torch 2.11 and older, which cannot tell their exception."""
+
+    def __init__(self, result: int | None) -> None:
+        self._result: torch.futures.Future[int] = torch.futures.Future()
+        if result is not None:
+            self._result.set_result(result)
+
+    def exception(self) -> Any:
+        raise TypeError("Unable to convert function return value to a Python type!")
+
+    def get_future_result(self) -> torch.futures.Future[int]:
+        return self._result
+
+
+@pytest.mark.parametrize(("result", "failed"), [(0, False), (1, True), (None, True)])
+def test_a_work_that_cannot_tell_its_exception_is_asked_for_its_result(result: int | None, failed: bool) -> None:
+    fields = {field.name: None for field in dataclasses.fields(NcclOperation)}
+    operation = NcclOperation(**(fields | {"work": OldWork(result)}))
+    assert operation.work_failed is failed
 
 
 def ends_with_the_cpu(rank: int, n: int) -> str:

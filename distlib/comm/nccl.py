@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 # Makes a process group: store, rank, size, name, global ranks, timeout.
 Maker = Callable[[dist.Store, int, int, str, list[int], timedelta], Any]
 _GRACE = 1.0  # seconds
+_SUCCESS = 0  # torch's WorkResult, as futures of works hold it
 _LATER = timedelta(minutes=5)  # torch's own watchdog ends the process: after ours has ended the group with a reason
 
 
@@ -83,8 +84,14 @@ class NcclOperation(Judged):
 
     @property
     def work_failed(self) -> bool:
-        """Whether the backend says so of its work."""
-        return self.work is not None and self.work.exception() is not None
+        """Whether the backend says so of its work, or cannot say that it did not."""
+        if self.work is None:
+            return False
+        try:
+            return self.work.exception() is not None
+        except TypeError:  # torch 2.11 and older cannot hand over an exception, nor say that there is none
+            result = self.work.get_future_result()
+            return not result.done() or result.value() != _SUCCESS
 
     def follow(self) -> None:
         """The current stream waits for it. A work's own wait() would take a timeout as an order to keep the host."""
