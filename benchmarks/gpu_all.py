@@ -31,24 +31,25 @@ ROOT = HERE.parent
 WORK = ROOT / "build" / "gpu"
 NEEDED = ("torch", "numpy", "psutil")
 TOTAL = 455.0  # seconds; what is left of 8 minutes is for starting, and for ending what hangs
-BENCHMARKS = {"kernels": 75.0, "collectives": 35.0, "step": 115.0}  # seconds that each gets at least
+BENCHMARKS = {"kernels": 75.0, "collectives": 35.0, "step": 115.0}  # of these, seconds that each gets at least
 BUILD, TESTS = 95.0, 135.0
 
 
-def parts_of(selection: gpu_tests.Selection, work: Path) -> list[Part]:
+def parts_of(selection: gpu_tests.Selection, work: Path, total: float = TOTAL) -> list[Part]:
     """The parts in their order; each leaves what it found in `work`."""
     from gpu_parts import Part
 
+    share = total / TOTAL
     path = os.pathsep.join([str(HERE), *selection.path, os.environ["PYTHONPATH"]])  # pytest's plugin, stand-ins
     environ = {"DISTLIB_OUTCOMES": str(work / "outcomes.jsonl"), "PYTHONPATH": path}
     environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # ranks are forked: who asks for a GPU before is not to start CUDA
     parts = [
-        Part("build", [sys.executable, str(HERE / "gpu_build.py"), f"--json={work / 'build.json'}"], BUILD),
-        Part("tests", gpu_tests.command(selection), TESTS, environ, selection.why_not),
+        Part("build", [sys.executable, str(HERE / "gpu_build.py"), f"--json={work / 'build.json'}"], BUILD * share),
+        Part("tests", gpu_tests.command(selection), TESTS * share, environ, selection.why_not),
     ]
     for name, seconds in BENCHMARKS.items():
         command = [sys.executable, str(HERE / f"gpu_{name}.py"), f"--out={work / name}"]
-        parts.append(Part(name, command, seconds))
+        parts.append(Part(name, command, seconds * share))
     return parts
 
 
@@ -66,8 +67,9 @@ def why_not(source: Path | None = None) -> str:
     return ""
 
 
-def run(out: Path) -> dict:
-    """Runs all parts and writes `out`/gpu.json, also what is known after each part. Returns what it holds."""
+def run(out: Path, total: float = TOTAL) -> dict:
+    """Runs all parts, within `total` seconds, and writes `out`/gpu.json, also what is known after each part. Returns
+    what it holds."""
     from gpu_parts import Done, run_all
     from report import surroundings
 
@@ -77,7 +79,7 @@ def run(out: Path) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # hangs are aborted
     selection, around = gpu_tests.select(), surroundings()
-    parts = parts_of(selection, WORK)
+    parts = parts_of(selection, WORK, total)
     dones: list[Done] = []
 
     def write() -> dict:
@@ -93,7 +95,7 @@ def run(out: Path) -> dict:
         write()
         _tell(done)
 
-    run_all(parts, TOTAL, WORK / "logs", tell)
+    run_all(parts, total, WORK / "logs", tell)
     return write()
 
 
@@ -122,6 +124,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for gpu.json")
     parser.add_argument("--from", dest="source", type=Path, help="show this gpu.json instead of running anything")
     parser.add_argument("--record", action="store_true", help="append the table to RESULTS.md")
+    parser.add_argument("--seconds", type=float, default=TOTAL, help=f"for all parts together; default {TOTAL:g}")
     parser.add_argument("--commit", help="what these files are, where there is no git")
     options = parser.parse_args()
     if options.commit:
@@ -132,7 +135,7 @@ def main() -> int:
         return 2
     from gpu_summary import append, shown
 
-    document = run(options.out) if options.source is None else json.loads(options.source.read_text())
+    document = run(options.out, options.seconds) if options.source is None else json.loads(options.source.read_text())
     print(shown(document))
     if options.record:
         append(document)

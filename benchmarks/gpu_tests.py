@@ -17,7 +17,7 @@ FOLDERS = ("tests", "examples", "benchmarks", ".")  # where tests find modules o
 MARK = re.compile(r"\bmark\.(gpu|card)\b")
 MARKED = "gpu or card"
 LIMIT = 60  # seconds of a test: one that hangs is not to take the time of all others
-AT_ONCE = 3 if (os.cpu_count() or 1) >= 8 else 2  # files: starting processes takes longer than what they do on the GPU
+AT_ONCE = 4 if (os.cpu_count() or 1) >= 8 else 2  # starting processes takes longer than what they do on the GPU
 # Has a stand-in, beside which the other tests of a file run.
 STAND_INS = Path(__file__).resolve().parent / "stand_ins"
 WITH_STAND_IN = {"hypothesis": "tests over drawn values are skipped"}
@@ -62,7 +62,7 @@ def select(root: Path = ROOT, installed: Callable[[str], bool] = is_installed) -
     replaced = [package for package in WITH_STAND_IN if not installed(package)]
     for package in (*absent, *replaced):
         notes.append(f"{package.replace('_', '-')} is not installed: {(PLUGINS | WITH_STAND_IN)[package]}")
-    at_once = ("--numprocesses", str(AT_ONCE), "--dist", "loadfile") if installed("xdist") else ()
+    at_once = ("--numprocesses", str(AT_ONCE), "--dist", "load") if installed("xdist") else ()
     limits = () if "pytest_timeout" in absent else ("--timeout", str(LIMIT))
     arguments = ["-m", MARKED, *at_once, *limits, *(LENIENT if absent else ()), *files]
     return Selection(arguments, notes, path=(str(STAND_INS),) if replaced else ())

@@ -169,7 +169,7 @@ def test_the_command_writes_one_document_and_one_table(
         code = f"import pathlib as p; f = p.Path({str(file)!r}); f.parent.mkdir(exist_ok=True); f.write_text({text!r})"
         return python(name, code)
 
-    def parts_of(selection: gpu_tests.Selection, work: Path) -> list[Part]:
+    def parts_of(selection: gpu_tests.Selection, work: Path, total: float) -> list[Part]:
         test = json.dumps({"id": "test_it", "outcome": "passed", "seconds": 1.0, "why": ""}) + "\n"
         build = json.dumps({"action": {"cuda": "keep"}, "notes": ["carried here"]})
         benchmarks = [writes(name, work / name / "x.json", results) for name in gpu_all.BENCHMARKS]
@@ -200,6 +200,16 @@ def test_the_command_writes_one_document_and_one_table(
     (tmp_path / "gpu.json").write_text(json.dumps(document))
     monkeypatch.setattr(sys, "argv", ["gpu_all.py", f"--from={tmp_path / 'gpu.json'}"])
     assert gpu_all.main() == 1 and "a kernel" in capsys.readouterr().out
+
+
+def test_with_less_time_each_part_is_promised_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "")
+    half, whole = (
+        {part.name: part.seconds for part in gpu_all.parts_of(gpu_tests.Selection([], []), tmp_path, total)}
+        for total in (gpu_all.TOTAL / 2, gpu_all.TOTAL)
+    )
+    assert half == {name: seconds / 2 for name, seconds in whole.items()}
+    assert sum(whole.values()) == gpu_all.TOTAL
 
 
 def test_results_that_are_not_there_are_told_in_a_line(

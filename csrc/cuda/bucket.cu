@@ -12,6 +12,10 @@ namespace {
 
 constexpr int kAhead = 8;  // partial sums that a thread reads before it adds them
 
+// Threads of a block, by what they do with its elements. Few large blocks work on few stretches of memory at a time,
+// which DRAM likes; those that sum need more blocks, whose ends do not coincide. Measured: see docs/cuda.md.
+constexpr int kMoving = 512, kNarrowing = 512, kWidening = 512, kScaling = 256;
+
 struct Job {
   const DistlibPackRow* rows;
   const int32_t* chunk_rows;
@@ -27,6 +31,7 @@ struct Job {
 template <class Raw>
 struct Moved : Move<Raw> {
   static constexpr bool kKeeps = false;
+  static constexpr int kThreads = kMoving;
   __device__ explicit Moved(const Job&) {}
 };
 
@@ -35,6 +40,7 @@ struct Cast {
   using From = typename FromType::Raw;
   using To = typename ToType::Raw;
   static constexpr bool kKeeps = false;
+  static constexpr int kThreads = sizeof(From) < sizeof(To) ? kWidening : kNarrowing;
   __device__ explicit Cast(const Job&) {}
   __device__ __forceinline__ To operator()(From raw) { return ToType::raw(FromType::wide(raw)); }
 };
@@ -45,6 +51,7 @@ struct Scaled {
   using To = typename ToType::Raw;
   using Wide = typename ToType::Wide;
   static constexpr bool kKeeps = true;
+  static constexpr int kThreads = kScaling;
   Wide scale;
   double squares = 0;
   bool finite = true;
@@ -64,17 +71,18 @@ struct Scaled {
 };
 
 template <class Each>
-__global__ __launch_bounds__(kThreads) void pack_kernel(const Job job) {
+__global__ __launch_bounds__(Each::kThreads, 1024 / Each::kThreads) void pack_kernel(const Job job) {
+  constexpr int kThreads = Each::kThreads;
   using From = typename Each::From;
   using To = typename Each::To;
   const DistlibPackRow row = job.rows[job.chunk_rows[blockIdx.x]];
   const Chunk part = chunk_of(row, job.chunk);
   Each each(job);
-  convert(each, global<const From>(row.from) + part.begin, global<To>(row.to) + part.begin, part.count);
+  convert<kThreads>(each, global<const From>(row.from) + part.begin, global<To>(row.to) + part.begin, part.count);
   if constexpr (Each::kKeeps) {
     if (job.found_inf != nullptr && !each.is_finite()) *job.found_inf = 1;  // whoever writes, writes the same
     if (job.sum == nullptr) return;
-    const double sum = block_sum(each.squares);
+    const double sum = block_sum<kThreads>(each.squares);
     if (threadIdx.x == 0) job.partials[blockIdx.x] = sum;
     if (!is_last_block(job.counter)) return;
     const volatile double* const partials = job.partials;
@@ -89,14 +97,14 @@ __global__ __launch_bounds__(kThreads) void pack_kernel(const Job job) {
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) mine += some[k];
     }
-    const double total = block_sum(mine);
+    const double total = block_sum<kThreads>(mine);
     if (threadIdx.x == 0) *job.sum = canonical(total);
   }
 }
 
 template <class Each>
 int start(const Job& job, int64_t chunks, void* stream) {
-  DL_LAUNCH((pack_kernel<Each>), static_cast<unsigned>(chunks), kThreads, as_stream(stream), job);
+  DL_LAUNCH((pack_kernel<Each>), static_cast<unsigned>(chunks), Each::kThreads, as_stream(stream), job);
   return launched();
 }
 

@@ -6,7 +6,7 @@
 namespace distlib {
 namespace cuda {
 
-constexpr int kThreads = 256;  // of a block, in every kernel that walks a table
+constexpr int kThreads = 256;  // of a block, in kernels that walk a table, unless they say otherwise
 
 template <int Bytes>
 struct WordOf;
@@ -137,9 +137,10 @@ __device__ __forceinline__ Chunk chunk_of(const Row& row, uint64_t chunk) {
   return {begin, left < chunk ? left : chunk};
 }
 
-// The sum over a block of kThreads threads, in an order that is always the same; the result is thread 0's.
+// The sum over a block of so many threads, in an order that is always the same; the result is thread 0's.
+template <int Threads>
 __device__ __forceinline__ double block_sum(double value) {
-  __shared__ double warps[kThreads / 32];
+  __shared__ double warps[Threads / 32];
   for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
   __syncthreads();  // the last sum has been read
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;

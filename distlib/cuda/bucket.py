@@ -17,7 +17,6 @@ import torch
 from distlib.cuda import library
 from distlib.cuda.tables import (
     BYTES,
-    CHUNK,
     CODES,
     address,
     cut,
@@ -30,6 +29,7 @@ from distlib.cuda.tables import (
 )
 
 _HALF = (torch.float16, torch.bfloat16)
+CHUNK = 16384  # elements that one block of threads moves
 
 
 class PackTable:
