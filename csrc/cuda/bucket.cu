@@ -14,7 +14,7 @@ constexpr int kAhead = 8;  // partial sums that a thread reads before it adds th
 
 // Threads of a block, by what they do with its elements. Few large blocks work on few stretches of memory at a time,
 // which DRAM likes; those that sum need more blocks, whose ends do not coincide. Measured: see docs/cuda.md.
-constexpr int kMoving = 512, kNarrowing = 512, kWidening = 512, kScaling = 256;
+constexpr int kMoving = 512, kNarrowing = 256, kWidening = 512, kScaling = 256;
 
 struct Job {
   const DistlibPackRow* rows;
