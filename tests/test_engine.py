@@ -180,6 +180,8 @@ def _weighed(rank: int, n: int, plans: list[dict[str, Any]]) -> list[list[float]
             values = []
             for step in range(3):
                 inputs, target = (t.chunk(engine.data_size)[engine.data_rank] for t in _padded(step))
+                if not engine.needs_batch:
+                    inputs = target = None
                 values += [float(engine.train_step(inputs, target)), float(engine.grad_norm)]
             with pytest.raises(ValueError, match="weigh= reads the target"):
                 engine.eval_step(inputs)
@@ -203,6 +205,7 @@ def test_a_weighed_loss_is_that_of_one_process_over_all_ranks() -> None:
         {"microbatches": 2},
         {"microbatches": 2, "stage": 3, "partition_size": 2},
         {"microbatches": 2, "pipeline": 2, "costs": "estimated", "schedule": "zb-h1"},
+        {"microbatches": 2, "pipeline": 2, "costs": "estimated", "shape_header": True},
     ]
     for found in run_ranks(4, _weighed, plans, timeout=110):
         for plan, values in zip(plans, found, strict=True):

@@ -20,7 +20,7 @@ from distlib.memory import MemoryReport
 from distlib.optim import GradScaler
 from distlib.optim.flat import FlatOptimizer
 from distlib.optim.norm import clip_grad_norm_
-from distlib.pipeline.micro_batches import Weigh, divide, rows_of
+from distlib.pipeline.micro_batches import Batch, Weigh
 from distlib.pipeline.wrapper import PipelineParallel
 from distlib.plan import Activations, Plan
 from distlib.plan.mesh import Mesh
@@ -34,6 +34,9 @@ _WITHIN = "activations above: the peak predicted for the budget, beside paramete
 class Stepper(Protocol):
     """A model that trains in steps: `PipelineParallel` or `MicroSteps`."""
 
+    @property
+    def needs_batch(self) -> bool: ...
+    def prepare(self, inputs: Any, target: Any, keywords: dict[str, Any], train: bool) -> Batch: ...
     def train_step(self, inputs: Any, target: Any = None, *, loss_scale: float = 1.0, **keywords: Any) -> Tensor: ...
     def eval_step(self, inputs: Any, target: Any = None, **keywords: Any) -> Tensor: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
@@ -82,12 +85,18 @@ class Engine:
 
     # ------------------------------------------------------------ steps
 
-    def train_step(self, inputs: Any, target: Any = None, **keywords: Any) -> Tensor:
+    @property
+    def needs_batch(self) -> bool:
+        """Whether this rank must be given batches; all must, but with Plan(shape_header=True)."""
+        return self.model.needs_batch
+
+    def train_step(self, inputs: Any = None, target: Any = None, **keywords: Any) -> Tensor:
         """One optimizer step on a batch.
 
         Args:
             inputs, target, keywords: this rank's batch, the same on all ranks of a pipeline, another for each
-                `data_rank`; see `PipelineParallel.train_step`.
+                `data_rank`; with Plan(shape_header=True) for the rank of a pipeline's first stage only; see
+                `PipelineParallel.train_step`.
 
         Returns:
             The mean loss over all ranks, a detached scalar.
@@ -96,14 +105,15 @@ class Engine:
             What a stage raised, see `PipelineParallel.train_step`; ValueError for a batch with too few rows.
         """
         scale = 1.0 if self.scaler is None else float(self.scaler.scale(torch.ones(())))
-        part = self._part(inputs, target, keywords)
+        batch = self.model.prepare(inputs, target, keywords, train=True)
+        part = self._part(batch)
         with self._autocast():
-            loss = self.model.train_step(inputs, target, loss_scale=scale * part, **keywords)
+            loss = self.model.train_step(batch, loss_scale=scale * part)
         self._optimize()
         self.steps += 1
         return self._mean(loss * part)
 
-    def measured_step(self, inputs: Any, target: Any = None, **keywords: Any) -> Tensor:
+    def measured_step(self, inputs: Any = None, target: Any = None, **keywords: Any) -> Tensor:
         """`train_step`, in which every tensor is counted while it lives: `activation_reports` have the peak afterwards,
         beside the predicted one. Slow: do not time it. Every rank must call it, after one step at least.
 
@@ -136,11 +146,12 @@ class Engine:
         optimizer.zero_grad()
 
     @torch.no_grad()
-    def eval_step(self, inputs: Any, target: Any = None, **keywords: Any) -> Tensor:
+    def eval_step(self, inputs: Any = None, target: Any = None, **keywords: Any) -> Tensor:
         """The mean loss of a batch over all ranks, without gradients; call `eval()` before and `train()` after."""
-        part = self._part(inputs, target, keywords)
+        batch = self.model.prepare(inputs, target, keywords, train=False)
+        part = self._part(batch)
         with self._autocast():
-            return self._mean(self.model.eval_step(inputs, target, **keywords) * part)
+            return self._mean(self.model.eval_step(batch) * part)
 
     @torch.no_grad()
     def __call__(self, *inputs: Any, **keywords: Any) -> Any:
@@ -157,17 +168,13 @@ class Engine:
         """Modules in evaluation mode."""
         return self.train(False)
 
-    def _part(self, inputs: Any, target: Any, keywords: dict[str, Any]) -> float:
+    def _part(self, batch: Batch) -> float:
         """What this rank's loss counts in the mean over ranks, by the weights of all micro-batches; 1 on average."""
-        if (
-            self._weigh is None or target is None or self.data_size == 1
-        ):  # without a target, the model says what is wrong
+        if self._weigh is None or self.data_size == 1:
             return 1.0
-        count = min(self.plan.microbatches, rows_of((inputs, keywords)))
-        weights = [float(self._weigh(b.target)) for b in divide(inputs, target, count, keywords)]
-        total = torch.tensor([sum(weights)], dtype=torch.float64)
+        total = torch.tensor([batch.weight], dtype=torch.float64)
         self._replicas.all_reduce(total)
-        return sum(weights) * self.data_size / float(total) if float(total) > 0 else 1.0
+        return batch.weight * self.data_size / float(total)
 
     def _mean(self, loss: Tensor) -> Tensor:
         if self.data_size == 1:

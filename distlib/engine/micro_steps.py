@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distlib.data_parallel.naming import Transparent
-from distlib.pipeline.micro_batches import MicroBatch, Weigh, divide, join, moved, rows_of
+from distlib.pipeline.micro_batches import Batch, MicroBatch, Weigh, divide, join, moved, rows_of
 from distlib.pipeline.random import Numbers, micro_batch_seeds
 from distlib.pipeline.runtime import LossFunction, own_loss, scalar
 
@@ -37,16 +37,28 @@ class MicroSteps(Transparent):
         self._device = device
         self._numbers = Numbers(device)
 
+    @property
+    def needs_batch(self) -> bool:
+        """Every rank must be given its batch."""
+        return True
+
+    def prepare(self, inputs: Any, target: Any, keywords: dict[str, Any], train: bool) -> Batch:
+        """As `PipelineParallel.prepare`."""
+        if not train:
+            return Batch(self._divide(inputs, target, keywords, self._weigh))
+        return Batch(moved(divide(inputs, target, self._count, keywords, self._weigh), self._device))
+
     def train_step(self, inputs: Any, target: Any = None, *, loss_scale: float = 1.0, **keywords: Any) -> Tensor:
         """Forwards and backwards of one batch, as `PipelineParallel.train_step`. Returns the batch's loss, detached."""
-        batches = moved(divide(inputs, target, self._count, keywords, self._weigh), self._device)
+        batch = inputs if isinstance(inputs, Batch) else self.prepare(inputs, target, keywords, train=True)
+        batches = batch.micro_batches
         total: Tensor | None = None
-        for k, (seed, batch) in enumerate(zip(micro_batch_seeds(len(batches)), batches, strict=True)):
+        for k, (seed, part) in enumerate(zip(micro_batch_seeds(len(batches)), batches, strict=True)):
             with contextlib.nullcontext() if k == len(batches) - 1 else self._no_sync():
                 with self._numbers.of(seed):
-                    loss = self._loss(batch)
-                self._backward(loss * (batch.share * loss_scale))
-            share = loss.detach() * batch.share
+                    loss = self._loss(part)
+                self._backward(loss * (part.share * loss_scale))
+            share = loss.detach() * part.share
             total = share if total is None else total + share
         assert total is not None
         return total
@@ -54,11 +66,12 @@ class MicroSteps(Transparent):
     @torch.no_grad()
     def eval_step(self, inputs: Any, target: Any = None, **keywords: Any) -> Tensor:
         """The loss of a batch, without gradients; `train()` and `eval()` are the caller's."""
-        batches = self._divide(inputs, target, keywords, self._weigh)
+        batch = inputs if isinstance(inputs, Batch) else self.prepare(inputs, target, keywords, train=False)
+        batches = batch.micro_batches
         total: Tensor | None = None
-        for seed, batch in zip(micro_batch_seeds(len(batches)), batches, strict=True):
+        for seed, part in zip(micro_batch_seeds(len(batches)), batches, strict=True):
             with self._numbers.of(seed):
-                share = self._loss(batch) * batch.share
+                share = self._loss(part) * part.share
             total = share if total is None else total + share
         assert total is not None
         return total

@@ -65,6 +65,13 @@ class Part:
     state: tuple[str, ...]
     random: bool
 
+    @property
+    def inputs(self) -> frozenset[int]:
+        """Numbers of the model's inputs, leaves of (args, kwargs), that it reads."""
+        loads = (step for step in self.steps if isinstance(step, Load) and step.port is None)
+        origins = (self.program.values[load.value].origin for load in loads)
+        return frozenset(origin for origin in origins if isinstance(origin, int))
+
 
 def edges(parts: Iterable[Part]) -> tuple[tuple[int, int], ...]:
     """(source, target) of all that travels, ascending. Neighbours with nothing to say to each other have none."""

@@ -30,13 +30,25 @@ class Whole:
 @dataclass(frozen=True)
 class MicroBatch:
     """args, kwargs: of the model. target: of the loss. rows: of the batch. share: of the micro-batch's loss in the
-    step's."""
+    step's. weight: what the share comes from; that of all micro-batches together is the batch's."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     target: Any
     rows: int
     share: float
+    weight: float
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step takes instead of inputs: divided already, and where the model computes."""
+
+    micro_batches: Sequence[MicroBatch]
+
+    @property
+    def weight(self) -> float:
+        return sum(batch.weight for batch in self.micro_batches)
 
 
 def divide(
@@ -63,12 +75,7 @@ def divide(
             f"a batch of {rows} rows cannot be divided into {count} micro-batches: give larger batches, or fewer "
             "micro-batches"
         )
-    for leaf in tree_leaves(target):
-        if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] != rows:
-            raise ValueError(
-                f"the target has a tensor of shape {list(leaf.shape)}, the inputs have {rows} rows: wrap it in "
-                "distlib.pipeline.Whole(...) if every micro-batch needs all of it"
-            )
+    _require_rows(target, rows)
     if weigh is not None and target is None:
         raise ValueError(
             "weigh= reads the target, and there is none: pass it, as in train_step(batch, batch['labels']), also where "
@@ -80,9 +87,26 @@ def divide(
     if not total > 0 or min(weights) < 0:
         raise ValueError(f"the micro-batches' weights are {weights}: none may be negative, and one must be above 0")
     return [
-        MicroBatch(its_args, its_kwargs, its_target, size, weight / total)
+        MicroBatch(its_args, its_kwargs, its_target, size, weight / total, weight)
         for ((its_args, its_kwargs, its_target), size), weight in zip(parts, weights, strict=True)
     ]
+
+
+def divide_target(batches: Sequence[MicroBatch], target: Any) -> list[MicroBatch]:
+    """The micro-batches of inputs that were divided without their target, with it. ValueError for one of other rows."""
+    rows = sum(batch.rows for batch in batches)
+    _require_rows(target, rows)
+    parts = _parts(target, rows, len(batches))
+    return [replace(batch, target=its) for batch, (its, _) in zip(batches, parts, strict=True)]
+
+
+def _require_rows(target: Any, rows: int) -> None:
+    for leaf in tree_leaves(target):
+        if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] != rows:
+            raise ValueError(
+                f"the target has a tensor of shape {list(leaf.shape)}, the inputs have {rows} rows: wrap it in "
+                "distlib.pipeline.Whole(...) if every micro-batch needs all of it"
+            )
 
 
 def moved(batches: Sequence[MicroBatch], device: torch.device) -> list[MicroBatch]:

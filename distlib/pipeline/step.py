@@ -44,6 +44,12 @@ class Step:
             return tuple(spec for spec in carried.get((target, source), ()) if spec.requires_grad)
         return (*self._numbers[: self.numbers(message)], *carried.get((source, target), ()))
 
+    def read_beyond(self, rank: int) -> list[frozenset[int]]:
+        """Per micro-batch, the numbers of the inputs that stages of other ranks than `rank` read."""
+        elsewhere = [stage for stage, its in enumerate(self.schedule.placement) if its != rank]
+        found = {id(p): frozenset[int]().union(*(p[stage].inputs for stage in elsewhere)) for p in self.parts}
+        return [found[id(p)] for p in self.parts]
+
     @cached_property
     def last(self) -> frozenset[Action]:
         """Of each stage, the last forward and the last pass that leaves weight gradients: replicas average there."""

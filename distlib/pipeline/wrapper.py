@@ -18,9 +18,10 @@ from distlib.pipeline import build, division, micro_batches
 from distlib.pipeline.actions import Schedule
 from distlib.pipeline.ghost import places
 from distlib.pipeline.losses import LossShare
-from distlib.pipeline.micro_batches import MicroBatch, Weigh
+from distlib.pipeline.micro_batches import Batch, MicroBatch, Weigh
 from distlib.pipeline.random import Numbers, micro_batch_seeds
 from distlib.pipeline.runtime import LossFunction, Runtime, own_loss
+from distlib.pipeline.shape_header import ShapeHeader
 from distlib.pipeline.simulate import Simulation, played
 from distlib.pipeline.stage import Stage
 from distlib.pipeline.steps import Steps
@@ -64,6 +65,8 @@ class PipelineParallel(nn.Module):
         whole: sharded stages that are whole at a time on a rank, if data_parallel shards parameters.
         limit: for schedule="auto": most micro-batches whose activations a rank holds.
         timeout: for messages between stages; default: the group's.
+        shape_header: the rank of the first stage tells the others what its batch looks like. They need not be given
+            it, and lengths may change as only that rank knows; see `train_step`.
         device: where this rank's stages compute; those on the CPU or on meta go there after the model was divided, by
             `data_parallel` where it is given. Default: where the model is, the CPU for one on meta.
 
@@ -94,6 +97,7 @@ class PipelineParallel(nn.Module):
         whole: int = 2,
         limit: float | None = None,
         timeout: Timeout = None,
+        shape_header: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -156,13 +160,23 @@ class PipelineParallel(nn.Module):
             where,
         )
         self._runtime.connect(found.edges)
+        self._header: ShapeHeader | None = None
+        if shape_header and group.size > 1 and not group.counts_only:
+            self._header = ShapeHeader(group, table.placement[0], table.placement[-1], where)
 
     # ------------------------------------------------------------ training
 
-    def train_step(self, inputs: Any, target: Any = None, *, loss_scale: float = 1.0, **keywords: Any) -> Tensor:
+    @property
+    def needs_batch(self) -> bool:
+        """Whether this rank must be given a step's inputs: with `shape_header` only that of the first stage must."""
+        return self._header is None or self._group.rank == self._schedule.placement[0]
+
+    def train_step(self, inputs: Any = None, target: Any = None, *, loss_scale: float = 1.0, **keywords: Any) -> Tensor:
         """Forwards and backwards of one batch. Adds the gradients of its mean loss to `.grad`; no optimizer step.
 
-        Every rank must call it, with the same batch: ranks read what their stages use of it, and the shapes.
+        Every rank must call it, with the same batch: ranks read what their stages use of it, and the shapes. With
+        `shape_header` only the rank of the first stage needs inputs and keywords, and it or the rank of the last stage
+        the target; what others are given is not looked at, and what their stages read comes from there.
 
         Args:
             inputs: the model's one argument, a tuple of positional ones, or a dict of keyword arguments. Tensors with
@@ -180,19 +194,20 @@ class PipelineParallel(nn.Module):
             StageError: on the rank whose stage failed, naming stage, micro-batch and action; CollectiveError on the
                 others, with the same words, within the timeout. ValueError: a batch with fewer rows than micro-batches.
         """
-        batches = micro_batches.divide(inputs, target, self._schedule.micro_batches, keywords, self._weigh)
-        loss, _ = self._run(batches, train=True, scale=loss_scale)
+        batch = inputs if isinstance(inputs, Batch) else self.prepare(inputs, target, keywords, train=True)
+        loss, _ = self._run(batch, train=True, scale=loss_scale)
         assert loss is not None
         return loss
 
     @torch.no_grad()
-    def eval_step(self, inputs: Any, target: Any = None, **keywords: Any) -> Tensor:
+    def eval_step(self, inputs: Any = None, target: Any = None, **keywords: Any) -> Tensor:
         """The loss of a batch, without gradients; arguments and result as of `train_step`. Every rank must call it.
 
         Batches with fewer rows than micro-batches are divided into as many as there are rows. Modules are in the mode
         that `train()` and `eval()` set.
         """
-        loss, _ = self._run(self._divide(inputs, target, keywords, self._weigh), train=False)
+        batch = inputs if isinstance(inputs, Batch) else self.prepare(inputs, target, keywords, train=False)
+        loss, _ = self._run(batch, train=False)
         assert loss is not None
         return loss
 
@@ -202,15 +217,31 @@ class PipelineParallel(nn.Module):
 
         Tensors that have the micro-batches' rows are put together; scalars are averaged.
         """
-        batches = self._divide(inputs, None, keywords)
-        _, outputs = self._run(batches, train=False, has_loss=False)
+        batch = self._prepared(lambda: self._divide(inputs, None, keywords), None)
+        _, outputs = self._run(batch, train=False, has_loss=False)
         root = self._group.ranks[self._schedule.placement[-1]]
-        found = [micro_batches.join(outputs, [b.rows for b in batches]) if outputs else None]
+        found = [micro_batches.join(outputs, [b.rows for b in batch.micro_batches]) if outputs else None]
         if self._group.size > 1:
             found = [micro_batches.on_device(found[0], torch.device("cpu"))]  # a device has another name on each rank
             dist.broadcast_object_list(found, src=root, group=self._process_group)
             found = [micro_batches.on_device(found[0], self._device)]
         return found[0]
+
+    def prepare(self, inputs: Any, target: Any, keywords: dict[str, Any], train: bool) -> Batch:
+        """A batch as `train_step` and `eval_step` take it instead of inputs: divided, where the model computes, with
+        its weight. Every rank must call it."""
+
+        def divide() -> list[MicroBatch]:
+            if not train:
+                return self._divide(inputs, target, keywords, self._weigh)
+            return micro_batches.divide(inputs, target, self._schedule.micro_batches, keywords, self._weigh)
+
+        return self._prepared(divide, target)
+
+    def _prepared(self, divide: Callable[[], list[MicroBatch]], target: Any) -> Batch:
+        if self._header is not None:
+            return Batch(self._header.share(divide, target))
+        return Batch(micro_batches.moved(divide(), self._device))
 
     def _divide(
         self, inputs: Any, target: Any, keywords: dict[str, Any], weigh: Weigh | None = None
@@ -219,14 +250,16 @@ class PipelineParallel(nn.Module):
         count = min(rows, self._schedule.micro_batches)
         return micro_batches.divide(inputs, target, count, keywords, weigh)
 
-    def _run(self, batches: Sequence[MicroBatch], train: bool, scale: float = 1.0, has_loss: bool = True) -> Any:
-        batches = micro_batches.moved(batches, self._device)
+    def _run(self, batch: Batch, train: bool, scale: float = 1.0, has_loss: bool = True) -> Any:
+        batches = batch.micro_batches
         step = self._steps.of(batches, train)
         self._runtime.connect(step.schedule.edges)
+        if self._header is not None:
+            self._header.fill(step)
         seeds = micro_batch_seeds(len(batches))
         return self._runtime.run(step, batches, seeds, train=train, scale=scale, has_loss=has_loss)
 
-    def timed_step(self, inputs: Any, target: Any = None, **keywords: Any) -> tuple[Tensor, Simulation]:
+    def timed_step(self, inputs: Any = None, target: Any = None, **keywords: Any) -> tuple[Tensor, Simulation]:
         """`train_step`, and what each rank computed when, measured: `print(draw(simulation))`, `simulation.bubble`.
 
         Every rank must call it; all get the same. Times are in seconds from the first computation, on the clocks of

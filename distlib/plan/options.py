@@ -70,6 +70,7 @@ def pipeline(plan: Plan) -> dict[str, Any]:
         "costs": plan.costs,
         "limit": plan.limit,
         "timeout": timeout(plan),
+        "shape_header": plan.shape_header,
         "compute_dtype": DTYPES[plan.precision.dtype] if computes_apart else None,
     }
 

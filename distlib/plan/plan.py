@@ -136,6 +136,12 @@ class Plan(Checked):
         allow_inf_nan=False,
     )
 
+    shape_header: bool = setting(
+        False,
+        "True or False",
+        "of a pipeline: only the rank of the first stage is given the batch, and tells the others its shapes",
+    )
+
     stage: int = setting(
         0,
         "0 (replicated), 1, 2 or 3",

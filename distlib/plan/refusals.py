@@ -72,7 +72,7 @@ TABLE = (
     Refusal(
         "pipeline=1",
         lambda p: p.pipeline == 1,
-        ("schedule", "virtual", "split", "costs", "limit"),
+        ("schedule", "virtual", "split", "costs", "limit", "shape_header"),
         "there are no stages of a pipeline",
         "Give pipeline=2 or more, or leave it out",
     ),
