@@ -13,7 +13,8 @@ namespace {
 constexpr int kAhead = 8;  // partial sums that a thread reads before it adds them
 
 // Threads of a block, by what they do with its elements. Few large blocks work on few stretches of memory at a time,
-// which DRAM likes; those that sum need more blocks, whose ends do not coincide. Measured: see docs/cuda.md.
+// which DRAM likes; those that sum, or read twice as much as they write, do better with more, whose ends do not
+// coincide. Measured on an H200 for each: benchmarks/RESULTS.md.
 constexpr int kMoving = 512, kNarrowing = 256, kWidening = 512, kScaling = 256;
 
 struct Job {
