@@ -104,6 +104,7 @@ RECORDS: list[dict[str, Any]] = [
     {"name": "tied", "schedule": "interleaved"},
     {"name": "lengths", "schedule": "zb-v"},
     {"name": "skips", "schedule": "1f1b", "shape_header": True},  # what other stages read goes by the hosts
+    {"name": "language", "schedule": "1f1b", "shape_header": True},  # tokens that are sliced
 ]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distlib.data_parallel.naming import Transparent
-from distlib.pipeline.micro_batches import Batch, MicroBatch, Weigh, divide, join, moved, rows_of
+from distlib.pipeline.micro_batches import Batch, MicroBatch, Weigh, batch_of, divide, join, moved, rows_of
 from distlib.pipeline.random import Numbers, micro_batch_seeds
 from distlib.pipeline.runtime import LossFunction, own_loss, scalar
 
@@ -50,8 +50,7 @@ class MicroSteps(Transparent):
 
     def train_step(self, inputs: Any, target: Any = None, *, loss_scale: float = 1.0, **keywords: Any) -> Tensor:
         """Forwards and backwards of one batch, as `PipelineParallel.train_step`. Returns the batch's loss, detached."""
-        batch = inputs if isinstance(inputs, Batch) else self.prepare(inputs, target, keywords, train=True)
-        batches = batch.micro_batches
+        batches = batch_of(self, inputs, target, keywords, train=True).micro_batches
         total: Tensor | None = None
         for k, (seed, part) in enumerate(zip(micro_batch_seeds(len(batches)), batches, strict=True)):
             with contextlib.nullcontext() if k == len(batches) - 1 else self._no_sync():
@@ -66,8 +65,7 @@ class MicroSteps(Transparent):
     @torch.no_grad()
     def eval_step(self, inputs: Any, target: Any = None, **keywords: Any) -> Tensor:
         """The loss of a batch, without gradients; `train()` and `eval()` are the caller's."""
-        batch = inputs if isinstance(inputs, Batch) else self.prepare(inputs, target, keywords, train=False)
-        batches = batch.micro_batches
+        batches = batch_of(self, inputs, target, keywords, train=False).micro_batches
         total: Tensor | None = None
         for seed, part in zip(micro_batch_seeds(len(batches)), batches, strict=True):
             with self._numbers.of(seed):

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from distlib.pipeline.leaves import nearest
@@ -65,7 +66,7 @@ class Part:
     state: tuple[str, ...]
     random: bool
 
-    @property
+    @cached_property
     def inputs(self) -> frozenset[int]:
         """Numbers of the model's inputs, leaves of (args, kwargs), that it reads."""
         loads = (step for step in self.steps if isinstance(step, Load) and step.port is None)

@@ -84,7 +84,7 @@ def disagreement(sent: Header, expected: Header, sender: int, receiver: int) -> 
         )
     return (
         f"rank {sender} sent {sent.text}; rank {receiver} expects {expected.text}. Was one of them given a batch of "
-        "another size, or another sequence length? Every rank must be given inputs of equal shapes"
+        "another size, or another sequence length? Give every rank inputs of equal shapes, or say shape_header=True"
     )
 
 

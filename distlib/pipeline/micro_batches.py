@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
@@ -49,6 +49,21 @@ class Batch:
     @property
     def weight(self) -> float:
         return sum(batch.weight for batch in self.micro_batches)
+
+
+class Prepares(Protocol):
+    """A model that makes such batches."""
+
+    def prepare(self, inputs: Any, target: Any, keywords: dict[str, Any], train: bool) -> Batch: ...
+
+
+def batch_of(model: Prepares, inputs: Any, target: Any, keywords: dict[str, Any], train: bool) -> Batch:
+    """What `model` makes of the arguments of a step; or the batch that it made before, given in place of inputs."""
+    if not isinstance(inputs, Batch):
+        return model.prepare(inputs, target, keywords, train)
+    if target is not None or keywords:
+        raise ValueError("a batch that was prepared has its target and keywords: give it alone")
+    return inputs
 
 
 def divide(

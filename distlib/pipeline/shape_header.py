@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from distlib.comm.group import Group
-from distlib.pipeline.micro_batches import MicroBatch, divide_target, moved
+from distlib.pipeline.micro_batches import Batch, MicroBatch, divide_target, moved
 from distlib.pipeline.step import Step
 
 _REFUSED = -1  # in place of a description's number: its bytes are the words of an error
@@ -33,19 +33,14 @@ _ALIGNMENT = 16  # bytes, of each tensor among those that are sent together
 
 @dataclass(frozen=True)
 class Like:
-    """A tensor without its values. same_as: the number of the leaf that is the same tensor, its own if it is first."""
+    """A dense tensor without its values. same_as: the number of the leaf that is the same tensor, its own if it is
+    first."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     requires_grad: bool
     same_as: int
-
-    @staticmethod
-    def of(tensor: Tensor, same_as: int) -> Like:
-        if tensor.layout is not torch.strided:
-            raise ValueError(f"shape_header: an input of layout {tensor.layout} cannot be described; make it dense")
-        return Like(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad, same_as)
 
     @property
     def nbytes(self) -> int:
@@ -58,166 +53,228 @@ class Like:
 
 @dataclass(frozen=True)
 class Looks:
-    """All micro-batches of a step. spec, leaves: of their (args, kwargs, target), a Like for each tensor. counts: how
-    many leaves of each micro-batch are inputs, how many are its target's. has_target: whether the first rank has it."""
+    """All micro-batches of a step. parts: (args, kwargs, target) of each, with a Like for each tensor. weighed: by
+    something else than rows. has_target: whether the first rank has it."""
 
-    spec: TreeSpec
-    leaves: tuple[Any, ...]
-    counts: tuple[tuple[int, int], ...]
+    parts: tuple[tuple[Any, Any, Any], ...]
     rows: tuple[int, ...]
-    weighed: bool  # by something else than rows
+    weighed: bool
     has_target: bool
 
     @staticmethod
     def of(batches: Sequence[MicroBatch]) -> Looks:
-        leaves, spec = tree_flatten([(b.args, b.kwargs, b.target) for b in batches])
+        """batches: with dense tensors, see `dense`."""
         first: dict[int, int] = {}
-        described = tuple(
-            Like.of(leaf, first.setdefault(id(leaf), k)) if isinstance(leaf, Tensor) else leaf
-            for k, leaf in enumerate(leaves)
-        )
-        counts = tuple((len(tree_flatten((b.args, b.kwargs))[0]), len(tree_flatten(b.target)[0])) for b in batches)
+        count = 0
+
+        def like(leaf: Any) -> Any:
+            nonlocal count
+            number, count = count, count + 1
+            if not isinstance(leaf, Tensor):
+                return leaf
+            same_as = first.setdefault(id(leaf), number)
+            return Like(tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.requires_grad, same_as)
+
         return Looks(
-            spec,
-            described,
-            counts,
+            tuple(tree_map(like, (b.args, b.kwargs, b.target)) for b in batches),
             tuple(b.rows for b in batches),
             any(b.weight != b.rows for b in batches),
             any(b.target is not None for b in batches),
         )
 
-    def pack(self) -> bytes:
-        """ValueError where one of the inputs cannot be told to other processes."""
-        try:
-            return pickle.dumps(self)
-        except (pickle.PicklingError, TypeError, AttributeError) as error:
-            kinds = sorted({type(leaf).__name__ for leaf in self.leaves if not isinstance(leaf, Like)})
-            raise ValueError(
-                f"shape_header: an input that is no tensor cannot be told to the other ranks ({error}); there are "
-                f"{', '.join(kinds)}"
-            ) from error
-
     def empty(self, weights: Sequence[float], device: torch.device) -> list[MicroBatch]:
         """Micro-batches that look so."""
         made: list[Any] = []
-        for leaf in self.leaves:
+
+        def tensor(leaf: Any) -> Any:
             if isinstance(leaf, Like):
                 leaf = made[leaf.same_as] if leaf.same_as < len(made) else leaf.empty(device)
             made.append(leaf)
-        about = zip(tree_unflatten(made, self.spec), self.rows, weights, strict=True)
+            return leaf
+
+        about = zip(tree_map(tensor, self.parts), self.rows, weights, strict=True)
         total = sum(weights)
         return [
             MicroBatch(args, kwargs, target, rows, weight / total, weight)
             for (args, kwargs, target), rows, weight in about
         ]
 
-    def read_elsewhere(self, step: Step, rank: int) -> list[int]:
-        """Numbers of the leaves whose values stages of other ranks than `rank` read, each tensor once."""
-        found: set[int] = set()
-        begin = 0
+    def read_elsewhere(self, step: Step, rank: int) -> list[tuple[int, Like]]:
+        """Leaves whose values stages of other ranks than `rank` read, each tensor once, with their numbers."""
+        found: dict[int, Like] = {}
         target_goes = self.has_target and step.schedule.placement[-1] != rank
-        for (inputs, targets), reads in zip(self.counts, step.read_beyond(rank), strict=True):
-            found.update(begin + number for number in reads)
-            begin += inputs
-            if target_goes:
-                found.update(range(begin, begin + targets))
-            begin += targets
-        likes = (self.leaves[number] for number in found)
-        return sorted({leaf.same_as for leaf in likes if isinstance(leaf, Like) and leaf.nbytes})
+        for (args, kwargs, target), reads in zip(self.parts, step.read_beyond(rank), strict=True):
+            inputs, targets = tree_leaves((args, kwargs)), tree_leaves(target)
+            read = [inputs[number] for number in reads] + (targets if target_goes else [])
+            found.update({leaf.same_as: leaf for leaf in read if isinstance(leaf, Like) and leaf.nbytes})
+        return sorted(found.items())
+
+
+@dataclass(frozen=True)
+class Told(Batch):
+    """A batch that ranks have agreed on. looks: of it. given: what its values are taken from, or filled into: the
+    leaves that `looks` describes."""
+
+    looks: Looks
+    given: tuple[Any, ...]
 
 
 class ShapeHeader:
     """On one rank of a pipeline. group: its ranks. first, last: those of the first and of the last stage. device: where
-    the model computes. All ranks call `share`, then `fill`, once a step."""
+    the model computes. timeout: seconds, of the wait for the first rank, and its data.
 
-    def __init__(self, group: Group, first: int, last: int, device: torch.device) -> None:
-        self._group, self._first, self._last, self._device = group, first, last, device
+    All ranks call `share` for each batch, and `fill` before it is used, in the same order.
+    """
+
+    def __init__(self, group: Group, first: int, last: int, device: torch.device, timeout: float) -> None:
+        self._group, self._first, self._last = group, first, last
+        self._device, self._timeout = device, timeout
         self._told: dict[bytes, int] = {}  # descriptions, by the number that stands for one from then on
-        self._heard: list[Looks] = []
-        self._looks: Looks | None = None
-        self._given: list[MicroBatch] = []
+        self._heard: dict[int, Looks] = {}
 
-    def share(self, divide: Callable[[], list[MicroBatch]], target: Any) -> list[MicroBatch]:
-        """The micro-batches of this step, where the model computes. On the first stage's rank those of `divide()`; on
+    def share(self, divide: Callable[[], list[MicroBatch]], target: Any) -> Told:
+        """The micro-batches of a step, where the model computes. On the first stage's rank those of `divide()`; on
         others tensors that look like them, with nothing in them but this rank's own `target`, if it has the last stage
-        and the first stage's has none. ValueError of `divide` is raised on all ranks."""
-        if self._group.rank == self._first:
+        and the first stage's has none. What `divide` raises is raised on all ranks, there as ValueError."""
+        if self._group.rank != self._first:
+            return self._hear(target)
+        try:
+            given = dense(divide())
+            looks = Looks.of(given)
+            data = packed(looks)
+        except Exception as error:  # whatever it is, the other ranks must be told
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            self._send(_REFUSED, f"{kind}{error}".encode())
+            raise
+        if len(self._told) == _MOST:
+            self._told.clear()
+        known = data in self._told
+        self._send(self._told.setdefault(data, len(self._told)), b"" if known else data)
+        if looks.weighed:
+            self._broadcast(torch.tensor([batch.weight for batch in given], dtype=torch.float64))
+        if not looks.has_target:
+            self._agree("")
+        return Told(moved(given, self._device), looks, _leaves(given))
+
+    def _hear(self, target: Any) -> Told:
+        heading = torch.zeros(2, dtype=torch.int64)
+        self._broadcast(heading)
+        number, size = heading.tolist()
+        data = self._bytes_of(size)
+        if number == _REFUSED:
+            raise ValueError(f"rank {self._group.ranks[self._first]}: {data.decode()}")
+        if data:
             try:
-                self._given = given = divide()
-                looks = Looks.of(given)
-                data = looks.pack()
-            except ValueError as error:
-                self._send(_REFUSED, str(error).encode())
+                self._heard[number] = pickle.loads(data)
+            except Exception as error:
+                me = self._group.ranks[self._group.rank]
+                self._group.abort(f"rank {me} cannot read what a batch looks like: {type(error).__name__}: {error}")
                 raise
-            self._tell(data)
-            if looks.weighed:
-                self._broadcast(torch.tensor([batch.weight for batch in given], dtype=torch.float64))
-            self._looks = looks
-            return moved(given, self._device)
-        self._looks = looks = self._hear()
+        looks = self._heard[number]
         weights = torch.tensor(looks.rows, dtype=torch.float64)
         if looks.weighed:
             self._broadcast(weights)
         batches = looks.empty(weights.tolist(), self._device)
-        if self._group.rank == self._last and not looks.has_target and target is not None:
-            targets = moved(divide_target(batches, target), self._device)
-            batches = [replace(batch, target=its.target) for batch, its in zip(batches, targets, strict=True)]
-        self._given = batches
-        return batches
+        given = _leaves(batches)
+        if not looks.has_target:
+            batches = self._with_target(batches, target)
+        return Told(batches, looks, given)
 
-    def fill(self, step: Step) -> None:
-        """Values of all that stages of other ranks read go to them."""
-        looks = self._looks
-        assert looks is not None, "share() comes first"
-        numbers = looks.read_elsewhere(step, self._first)
-        batches, self._given, self._looks = self._given, [], None
-        if not numbers:
+    def _with_target(self, batches: list[MicroBatch], target: Any) -> list[MicroBatch]:
+        """Where the first stage's rank has no target: that of the last stage's may have one."""
+        if self._group.rank != self._last or target is None:
+            self._agree("")
+            return batches
+        try:
+            targets = moved(divide_target(batches, target), self._device)
+        except Exception as error:
+            self._agree(str(error))
+            raise
+        self._agree("")
+        return [replace(batch, target=its.target) for batch, its in zip(batches, targets, strict=True)]
+
+    def _agree(self, text: str) -> None:
+        """Raises on all ranks but the last stage's if that one has not got a target that fits; `text` is its."""
+        if self._last == self._first:
             return
-        leaves = tree_flatten([(b.args, b.kwargs, b.target) for b in batches])[0] if looks.has_target else None
-        if leaves is None:  # a target that a rank has of its own is not among what was told
-            leaves = tree_flatten([(b.args, b.kwargs, None) for b in batches])[0]
-        places = list(_places([looks.leaves[number].nbytes for number in numbers]))
-        packed = torch.zeros(places[-1][1], dtype=torch.uint8)
+        heading = torch.tensor([len(text.encode())])
+        self._broadcast(heading, self._last)
+        if size := int(heading):
+            words = torch.zeros(size, dtype=torch.uint8)
+            if text:
+                words = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+            self._broadcast(words, self._last)
+            if self._group.rank != self._last:
+                raise ValueError(f"rank {self._group.ranks[self._last]}: {words.numpy().tobytes().decode()}")
+
+    def fill(self, batch: Told, step: Step) -> None:
+        """Values of all that stages of other ranks read go to them."""
+        read = batch.looks.read_elsewhere(step, self._first)
+        if not read:
+            return
+        places = list(_places(like.nbytes for _, like in read))
+        values = torch.zeros(places[-1][1], dtype=torch.uint8)
         if self._group.rank == self._first:
-            for number, (begin, end) in zip(numbers, places, strict=True):
-                packed[begin:end] = _bytes(leaves[number])
-        self._broadcast(packed)
+            for (number, _), (begin, end) in zip(read, places, strict=True):
+                values[begin:end] = _bytes(batch.given[number])
+        self._broadcast(values)
         if self._group.rank != self._first:
             with torch.no_grad():
-                for number, (begin, end) in zip(numbers, places, strict=True):
-                    like = looks.leaves[number]
-                    leaves[number].copy_(packed[begin:end].view(like.dtype).view(like.shape))
+                for (number, like), (begin, end) in zip(read, places, strict=True):
+                    batch.given[number].copy_(values[begin:end].view(like.dtype).view(like.shape))
 
-    # ------------------------------------------------------------ descriptions
-
-    def _tell(self, data: bytes) -> None:
-        if len(self._told) == _MOST:
-            self._told.clear()
-        known = data in self._told
-        number = self._told.setdefault(data, len(self._told))
-        self._send(number, b"" if known else data)
+    # ------------------------------------------------------------ messages
 
     def _send(self, number: int, data: bytes) -> None:
         self._broadcast(torch.tensor([number, len(data)]))
         if data:
             self._broadcast(torch.frombuffer(bytearray(data), dtype=torch.uint8))
 
-    def _hear(self) -> Looks:
-        heading = torch.zeros(2, dtype=torch.int64)
-        self._broadcast(heading)
-        number, size = heading.tolist()
+    def _bytes_of(self, size: int) -> bytes:
+        data = torch.zeros(size, dtype=torch.uint8)
         if size:
-            packed = torch.zeros(size, dtype=torch.uint8)
-            self._broadcast(packed)
-            data = packed.numpy().tobytes()
-            if number == _REFUSED:
-                raise ValueError(f"rank {self._group.ranks[self._first]}: {data.decode()}")
-            del self._heard[number:]
-            self._heard.append(pickle.loads(data))
-        return self._heard[number]
+            self._broadcast(data)
+        return data.numpy().tobytes()
 
-    def _broadcast(self, tensor: Tensor) -> None:
-        self._group.broadcast(tensor, self._first)
+    def _broadcast(self, tensor: Tensor, root: int | None = None) -> None:
+        self._group.broadcast(tensor, self._first if root is None else root, timeout=self._timeout)
+
+
+def dense(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+    """The micro-batches with all tensors dense, as they are on a device that they are copied to: strides then say all
+    about their memory. What is shared stays shared. ValueError for tensors without values, or of another layout."""
+    copies: dict[int, Tensor] = {}
+
+    def copied(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if leaf.layout is not torch.strided or leaf.device.type == "meta":
+            raise ValueError(f"shape_header: an input of layout {leaf.layout} on {leaf.device} cannot be sent")
+        if id(leaf) not in copies:
+            own = torch.empty_like(leaf, device="meta").stride()
+            copies[id(leaf)] = leaf if own == leaf.stride() else leaf.clone()
+        return copies[id(leaf)]
+
+    return [
+        replace(b, args=tree_map(copied, b.args), kwargs=tree_map(copied, b.kwargs), target=tree_map(copied, b.target))
+        for b in batches
+    ]
+
+
+def packed(looks: Looks) -> bytes:
+    """As bytes. ValueError where something in it cannot be told to other processes."""
+    try:
+        return pickle.dumps(looks)
+    except Exception as error:
+        raise ValueError(
+            f"shape_header: an input that is no tensor, or what inputs or target are held in, cannot be pickled to be "
+            f"told to the other ranks: {error}"
+        ) from error
+
+
+def _leaves(batches: Sequence[MicroBatch]) -> tuple[Any, ...]:
+    """As Looks numbers them."""
+    return tuple(tree_flatten([(b.args, b.kwargs, b.target) for b in batches])[0])
 
 
 def _places(sizes: Iterable[int]) -> Iterable[tuple[int, int]]:

@@ -47,7 +47,8 @@ class Step:
     def read_beyond(self, rank: int) -> list[frozenset[int]]:
         """Per micro-batch, the numbers of the inputs that stages of other ranks than `rank` read."""
         elsewhere = [stage for stage, its in enumerate(self.schedule.placement) if its != rank]
-        found = {id(p): frozenset[int]().union(*(p[stage].inputs for stage in elsewhere)) for p in self.parts}
+        alike = {id(p): p for p in self.parts}
+        found = {key: frozenset[int]().union(*(p[stage].inputs for stage in elsewhere)) for key, p in alike.items()}
         return [found[id(p)] for p in self.parts]
 
     @cached_property

@@ -18,10 +18,10 @@ from distlib.pipeline import build, division, micro_batches
 from distlib.pipeline.actions import Schedule
 from distlib.pipeline.ghost import places
 from distlib.pipeline.losses import LossShare
-from distlib.pipeline.micro_batches import Batch, MicroBatch, Weigh
+from distlib.pipeline.micro_batches import Batch, MicroBatch, Weigh, batch_of
 from distlib.pipeline.random import Numbers, micro_batch_seeds
 from distlib.pipeline.runtime import LossFunction, Runtime, own_loss
-from distlib.pipeline.shape_header import ShapeHeader
+from distlib.pipeline.shape_header import ShapeHeader, Told
 from distlib.pipeline.simulate import Simulation, played
 from distlib.pipeline.stage import Stage
 from distlib.pipeline.steps import Steps
@@ -162,7 +162,7 @@ class PipelineParallel(nn.Module):
         self._runtime.connect(found.edges)
         self._header: ShapeHeader | None = None
         if shape_header and group.size > 1 and not group.counts_only:
-            self._header = ShapeHeader(group, table.placement[0], table.placement[-1], where)
+            self._header = ShapeHeader(group, table.placement[0], table.placement[-1], where, limit)
 
     # ------------------------------------------------------------ training
 
@@ -194,7 +194,7 @@ class PipelineParallel(nn.Module):
             StageError: on the rank whose stage failed, naming stage, micro-batch and action; CollectiveError on the
                 others, with the same words, within the timeout. ValueError: a batch with fewer rows than micro-batches.
         """
-        batch = inputs if isinstance(inputs, Batch) else self.prepare(inputs, target, keywords, train=True)
+        batch = batch_of(self, inputs, target, keywords, train=True)
         loss, _ = self._run(batch, train=True, scale=loss_scale)
         assert loss is not None
         return loss
@@ -206,7 +206,7 @@ class PipelineParallel(nn.Module):
         Batches with fewer rows than micro-batches are divided into as many as there are rows. Modules are in the mode
         that `train()` and `eval()` set.
         """
-        batch = inputs if isinstance(inputs, Batch) else self.prepare(inputs, target, keywords, train=False)
+        batch = batch_of(self, inputs, target, keywords, train=False)
         loss, _ = self._run(batch, train=False)
         assert loss is not None
         return loss
@@ -228,8 +228,8 @@ class PipelineParallel(nn.Module):
         return found[0]
 
     def prepare(self, inputs: Any, target: Any, keywords: dict[str, Any], train: bool) -> Batch:
-        """A batch as `train_step` and `eval_step` take it instead of inputs: divided, where the model computes, with
-        its weight. Every rank must call it."""
+        """A batch as `train_step` and `eval_step` take it instead of inputs, target and keywords: divided, where the
+        model computes, with its weight. Every rank must call it: with `shape_header` ranks talk to each other."""
 
         def divide() -> list[MicroBatch]:
             if not train:
@@ -240,7 +240,7 @@ class PipelineParallel(nn.Module):
 
     def _prepared(self, divide: Callable[[], list[MicroBatch]], target: Any) -> Batch:
         if self._header is not None:
-            return Batch(self._header.share(divide, target))
+            return self._header.share(divide, target)
         return Batch(micro_batches.moved(divide(), self._device))
 
     def _divide(
@@ -254,8 +254,8 @@ class PipelineParallel(nn.Module):
         batches = batch.micro_batches
         step = self._steps.of(batches, train)
         self._runtime.connect(step.schedule.edges)
-        if self._header is not None:
-            self._header.fill(step)
+        if self._header is not None and isinstance(batch, Told):
+            self._header.fill(batch, step)
         seeds = micro_batch_seeds(len(batches))
         return self._runtime.run(step, batches, seeds, train=train, scale=scale, has_loss=has_loss)
 
