@@ -99,6 +99,37 @@ def test_memory_is_saved_also_where_the_host_is_far_ahead(slow: str) -> None:
     assert moved < 0.4 * plain, (plain, moved)
 
 
+def _peaks(rank: int, n: int, window: int, resident: int) -> list[list[float]]:
+    """Peaks of forward and backward, in activations: where blocks that stay lend, and where they do not."""
+    device = device_here("fake")
+    found = []
+    for lends in (True, False):
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(256, 256), nn.GELU()) for _ in range(32))).to(device)
+        x = torch.ones(512, 256, device=device)
+        distlib.checkpoint_activations(model, "offload", resident=resident, window=window * x.nbytes)
+        model[0].forward.setting.offloader.lends = lends
+        for _ in range(3):
+            model(x).sum().backward()
+        torch.accelerator.synchronize()
+        torch.accelerator.empty_cache()
+        before, peaks = torch.accelerator.memory_allocated(), []
+        torch.accelerator.reset_peak_memory_stats()
+        loss = model(x).sum()
+        peaks.append((torch.accelerator.max_memory_allocated() - before) / x.nbytes)
+        torch.accelerator.reset_peak_memory_stats()
+        loss.backward()
+        peaks.append((torch.accelerator.max_memory_allocated() - before) / x.nbytes)
+        found.append(peaks)
+        del model, loss
+    return found
+
+
+@pytest.mark.parametrize(("window", "resident"), [(2, 8), (8, 8), (16, 8), (8, 1), (4, 16)])
+def test_lent_memory_raises_no_peak_on_a_device(window: int, resident: int) -> None:
+    (lent, own) = run_ranks(1, _peaks, window, resident)[0]
+    assert all(peak <= without + 0.6 for peak, without in zip(lent, own, strict=True)), (lent, own)
+
+
 def _budget(rank: int, n: int) -> None:
     device = device_here("fake")
     plain, model, x = pair("dropout", device)

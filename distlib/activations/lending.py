@@ -5,12 +5,41 @@
     backward                                 blocks 7 ... 3        blocks 2, 1, 0
     memory                                  [ stays ][ what is back ahead of need ]
 
-How much stays is known from the last step: in the first there is nothing to lend.
+Each of both, what waits and what is back, has a window of its own; what they take beyond their windows is lent, by both
+together. How much stays is known from the last step: in the first there is nothing to lend.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
+
+
+class Held:
+    """Bytes, counted from several threads."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self.lock = threading.RLock()  # loans end when their owners die, in any thread, also while it is held
+
+
+class Loan:
+    """So many bytes that count in `held`, or do not."""
+
+    def __init__(self, held: Held, nbytes: int) -> None:
+        self._held, self._nbytes = held, nbytes
+        self._taken = False
+
+    def take(self) -> None:
+        self._set(True)
+
+    def give(self) -> None:
+        self._set(False)
+
+    def _set(self, taken: bool) -> None:
+        with self._held.lock:
+            self._held.nbytes += self._nbytes * (taken - self._taken)
+            self._taken = taken
 
 
 class Lending:
@@ -20,11 +49,13 @@ class Lending:
         self._now = 0
         self._peak = 0  # of this step
         self._known = 0  # of the last
+        self._largest = 0
 
     @property
     def room(self) -> int:
-        """Bytes that nobody needs yet, or any more."""
-        return max(0, self._known - self._now)
+        """Bytes that nobody needs yet, or any more; but for those of a block, since one at work takes about as much
+        beside what it keeps."""
+        return max(0, self._known - self._now - self._largest)
 
     def begin_step(self) -> None:
         self._known = self._peak
@@ -33,6 +64,7 @@ class Lending:
     def stay(self, nbytes: int) -> Stay:
         """A block has kept so many bytes."""
         self._now += nbytes
+        self._largest = max(self._largest, nbytes)
         self._peak = max(self._peak, self._now)
         return Stay(self, nbytes)
 

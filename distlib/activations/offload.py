@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distlib.activations.lending import Lending, Stay
+from distlib.activations.lending import Held, Lending, Loan, Stay
 from distlib.activations.live import storage_key
 from distlib.activations.stores import FileStore, PinnedStore, Store, Transfer
 
@@ -29,9 +29,22 @@ MOSTLY = 16  # a tensor that is less than this part of the memory it looks at st
 
 
 class Moved:
-    """Memory that moved, or is about to. The slab's piece goes back when the last who may need it is gone."""
+    """Memory that moved, or is about to. The slab's piece goes back when the last who may need it is gone.
 
-    def __init__(self, store: Store, source: torch.Tensor, device: torch.device, index: int, version: int) -> None:
+    waiting, ahead: bytes of those whose memory is still here, and of those whose memory is back; until they are asked
+    for.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        source: torch.Tensor,
+        device: torch.device,
+        index: int,
+        version: int,
+        waiting: Held,
+        ahead: Held,
+    ) -> None:
         self.nbytes = source.numel()
         self.device = device
         self.index = index
@@ -43,6 +56,10 @@ class Moved:
         self._store = store
         self._offset = store.reserve(self.nbytes)
         weakref.finalize(self, store.slab.give, self._offset, self.nbytes).atexit = False
+        self.waits, self.is_ahead = Loan(waiting, self.nbytes), Loan(ahead, self.nbytes)
+        for loan in (self.waits, self.is_ahead):
+            weakref.finalize(self, loan.give).atexit = False
+        self.waits.take()
         me = weakref.ref(self)  # a copy under way does not keep alive what nobody needs any more
         self.write: Transfer = store.write(source, self._offset, lambda: _forget_source(me))
 
@@ -50,11 +67,19 @@ class Moved:
         """Begins to come back, unless it is under way or still here."""
         if self.back is None and self.source is None:
             self.back = self._store.read(self._offset, self.nbytes, self.device)
+            self.is_ahead.take()
+
+    def drop(self) -> None:
+        """What came back too early goes again; it comes once more when it is needed."""
+        if self.back is not None and not self.asked:
+            self.back = None
+            self.is_ahead.give()
 
     def get(self) -> torch.Tensor:
         """Its bytes. Those of a tensor never moved, if its turn had not come."""
         source = self.source
         self.asked += 1
+        self.waits.give()  # from here on it is the backward's
         if source is not None:
             if not self.write.cancel():
                 self.write.wait()  # under way: it ends soon, and tells if it failed
@@ -63,6 +88,7 @@ class Moved:
         self.write.wait()
         self.fetch()
         assert self.back is not None
+        self.is_ahead.give()
         memory, transfer = self.back
         transfer.wait()
         if self.asked % self.uses == 0:  # the last who looks at it; with retain_graph it is asked for again later
@@ -74,6 +100,7 @@ def _forget_source(reference: weakref.ref[Moved]) -> None:
     moved = reference()
     if moved is not None:
         moved.source = None
+        moved.waits.give()
 
 
 class _Ticket:
@@ -105,8 +132,8 @@ class Offloader:
         self.waited = 0  # times that it was not
         self._stores: dict[torch.device, Store] = {}
         self._here: dict[int, tuple[Any, weakref.ref[Moved]]] = {}  # storage -> (weak storage, its Moved)
-        self._writing: deque[tuple[Transfer, int]] = deque()
-        self._waiting = 0
+        self._writing: deque[weakref.ref[Moved]] = deque()
+        self._waiting, self._ahead = Held(), Held()
         self._tape: list[weakref.ref[Moved]] = []  # of this step, in order of packing
         self._alive = 0
         self._needed: list[int] = []  # indices in order of first need: of this step
@@ -139,24 +166,40 @@ class Offloader:
         """Returns when nothing waits to be written."""
         self._drain(0)
 
-    def _allowed(self) -> int:
-        """Bytes that may be here beside what stays."""
-        return (self.window or self._largest_block) + self._lending.room
+    @property
+    def _own(self) -> int:
+        """Bytes that may wait for being written, and that may be back ahead of need, whoever stays."""
+        return self.window or self._largest_block
+
+    def _lent(self, room: int, held: Held) -> int:
+        """Bytes of `room` that one of both may take, as the other holds so many."""
+        return max(0, room - max(0, held.nbytes - self._own))
 
     # ------------------------------------------------------------ blocks that stay
 
     def make_room(self, nbytes: int) -> None:
         """A block is about to keep so many bytes: what was lent of them comes back."""
-        self._drain(max(0, self._allowed() - nbytes))
+        room = self._lending.room - nbytes
+        self._drain(self._own + self._lent(room, self._ahead))
+        self._reclaim(self._own + self._lent(room, self._waiting))
+
+    def _reclaim(self, left: int) -> None:
+        """At most so many bytes are back ahead of need: what is needed last goes again."""
+        for index in reversed(self._order):
+            if self._ahead.nbytes <= left:
+                return
+            moved = self._tape[index]() if index < len(self._tape) else None
+            if moved is not None:
+                moved.drop()
 
     def stay(self, nbytes: int) -> Stay:
         """It has kept them."""
         return self._lending.stay(nbytes)
 
     def left(self, stay: Stay) -> None:
-        """Its backward has run: there is room for what is needed next."""
+        """Its backward has run: there is room for what is needed next, beside what still waits to be written."""
         if stay.end():
-            self._prefetch(0)
+            self._prefetch(0, self._own + self._lending.room - self._waiting.nbytes)
 
     # ------------------------------------------------------------ forward
 
@@ -175,16 +218,16 @@ class Offloader:
             self._begin_step()
         storage = tensor.untyped_storage()
         nbytes = storage.nbytes()
-        self._drain(max(0, self._allowed() - nbytes))
+        self._drain(max(0, self._own + self._lent(self._lending.room, self._ahead) - nbytes))
         with torch.no_grad():
             source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-        moved = Moved(self._stores[tensor.device], source, tensor.device, len(self._tape), tensor._version)
+        store, index = self._stores[tensor.device], len(self._tape)
+        moved = Moved(store, source, tensor.device, index, tensor._version, self._waiting, self._ahead)
         self._alive += 1
         weakref.finalize(moved, self._died).atexit = False
         self._tape.append(weakref.ref(moved))
         self._here[storage._cdata] = (torch.multiprocessing.reductions.StorageWeakRef(storage), weakref.ref(moved))
-        self._writing.append((moved.write, nbytes))
-        self._waiting += nbytes
+        self._writing.append(weakref.ref(moved))
         self.moved_bytes += nbytes
         return moved
 
@@ -194,6 +237,7 @@ class Offloader:
         self._place = {index: place for place, index in enumerate(self._order)}
         self._needed = []
         self._tape = []
+        self._writing.clear()
         self._here.clear()
         self.moved_bytes = 0
 
@@ -202,15 +246,17 @@ class Offloader:
 
     def _drain(self, left: int) -> None:
         """Waits until at most `left` bytes wait to be written. Raises what went wrong in the worker."""
-        while self._writing and self._waiting > left:
-            transfer, nbytes = self._writing.popleft()
-            self._waiting -= nbytes
-            try:
-                transfer.wait()
-            except RuntimeError:  # told once here; whatever else failed tells when it is needed
-                self._writing.clear()
-                self._waiting = 0
-                raise
+        while self._writing:
+            moved = self._writing[0]()
+            if moved is not None and moved.source is not None and not moved.asked:
+                if self._waiting.nbytes <= left:
+                    return
+                try:
+                    moved.write.wait()
+                except RuntimeError:  # told once here; whatever else failed tells when it is needed
+                    self._writing.clear()
+                    raise
+            self._writing.popleft()
 
     def ran(self, nbytes: int) -> None:
         """A block's forward moved so many bytes."""
@@ -219,12 +265,7 @@ class Offloader:
     # ------------------------------------------------------------ backward
 
     def unpack(self, ticket: _Ticket) -> torch.Tensor:
-        if ticket.counter._version != ticket.version:
-            dtype, _, size, _ = ticket.like
-            raise RuntimeError(
-                f"a {dtype} tensor of shape {list(size)} that backward needs has been modified by an inplace operation "
-                f"since it was saved: it is at version {ticket.counter._version}, and was at version {ticket.version}"
-            )
+        _require_version(ticket.counter, ticket.version, ticket.like[0], ticket.like[2])
         moved = ticket.moved
         if moved.asked == 0:
             self._needed.append(moved.index)
@@ -234,7 +275,8 @@ class Offloader:
         moved.fetch()
         place = self._place.get(moved.index)
         if place is not None:
-            self._prefetch(place + 1)
+            now = moved.nbytes if moved.back is not None and moved.asked == 0 else 0  # it is not ahead any more
+            self._prefetch(place + 1, now + self._own + max(0, self._lending.room - self._waiting.nbytes))
         memory = moved.get()
         dtype, offset, size, stride = ticket.like
         with torch.no_grad():
@@ -242,17 +284,36 @@ class Offloader:
                 memory.untyped_storage(), offset, size, stride
             )
 
-    def _prefetch(self, place: int) -> None:
-        """Begins to bring back what is needed from this place in the order on."""
-        room = self._allowed()
+    def _prefetch(self, place: int, most: int) -> None:
+        """Begins to bring back what is needed from this place in the order on, until `most` bytes are ahead of need."""
         for after in self._order[place:]:
             moved = self._tape[after]() if after < len(self._tape) else None
-            if moved is None or moved.source is not None or moved.asked:
+            if moved is None or moved.source is not None or moved.back is not None or moved.asked:
                 continue
-            room -= moved.nbytes
-            if room < 0:
+            if self._ahead.nbytes + moved.nbytes > most:
                 return
             moved.fetch()
+
+
+class _Kept:
+    """A saved tensor that stays. Without its history: the operation that made it holds it, and it would hold that."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor.detach()
+        self.version = tensor._version
+
+    def get(self) -> torch.Tensor:
+        _require_version(self.tensor, self.version, self.tensor.dtype, self.tensor.size())
+        return self.tensor
+
+
+def _require_version(counter: torch.Tensor, version: int, dtype: torch.dtype, size: torch.Size) -> None:
+    """counter: shares the version counter of what was saved."""
+    if counter._version != version:
+        raise RuntimeError(
+            f"a {dtype} tensor of shape {list(size)} that backward needs has been modified by an inplace operation "
+            f"since it was saved: it is at version {counter._version}, and was at version {version}"
+        )
 
 
 class _BlockHooks(torch.autograd.graph.saved_tensors_hooks):
@@ -275,11 +336,13 @@ class _BlockHooks(torch.autograd.graph.saved_tensors_hooks):
         odd = tensor.is_conj() or tensor.is_neg() or tensor.is_meta
         if odd or nbytes < SMALLEST or tensor.nbytes * MOSTLY < nbytes:
             self.kept[key] = nbytes
-            return tensor
+            return tensor if tensor.grad_fn is None else _Kept(tensor)
         self.moved[key] = nbytes
         return self._offloader.pack(tensor)
 
     def _unpack(self, packed: Any) -> torch.Tensor:
+        if isinstance(packed, _Kept):
+            return packed.get()
         return self._offloader.unpack(packed) if isinstance(packed, _Ticket) else packed
 
     def __exit__(self, *args: object) -> None:

@@ -37,6 +37,7 @@ class Record:
     def __init__(self, name: str, kind: str) -> None:
         self.name = name
         self.kind = kind
+        self.kept_by_a_call = 0  # bytes, as last counted, of a block that keeps everything
         self.clear()
         self.clear_bytes()
 
@@ -242,11 +243,11 @@ class Wrapped:
         if offloader is None or not offloader.lends:
             offloader = None
         if offloader is not None:
-            offloader.make_room(self.record.kept)
+            offloader.make_room(self.record.kept_by_a_call)
         result = self._inner(*args, **kwargs)
         if counts:
             self.record.kept = self.record.baseline
-        return result, None if offloader is None else offloader.stay(self.record.kept)
+        return result, None if offloader is None else offloader.stay(self.record.kept_by_a_call)
 
     def _offloaded(self, args: Any, kwargs: Any, counts: bool) -> Any:
         offloader = self.setting.offloader
@@ -269,7 +270,7 @@ class Wrapped:
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             if has_storage(tensor) and storage_key(tensor) not in own:
                 saved[storage_key(tensor)] = tensor.untyped_storage().nbytes()
-            return tensor
+            return tensor.detach()  # its history would hold the graph that holds it
 
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         given = {storage_key(leaf): leaf for leaf in leaves if has_storage(leaf)}
@@ -281,7 +282,8 @@ class Wrapped:
         del result  # the graph holds what was counted until here, so that no two were counted as one
         held = {key: given[key] for key in saved if key in given}
         made = sum(nbytes for key, nbytes in saved.items() if key not in given)
-        self.record.baseline += self.setting.watcher.accounts()[0].add(held, made)
+        self.record.kept_by_a_call = self.setting.watcher.accounts()[0].add(held, made)
+        self.record.baseline += self.record.kept_by_a_call
 
     def _time_backward(
         self, tensors: list[torch.Tensor], result: Any, device: torch.device, stay: Stay | None
@@ -289,24 +291,31 @@ class Wrapped:
         """From the first gradient of an output to the last of the inputs."""
         entering = [tensor for tensor in tensors if tensor.grad_fn is not None]
         record, watcher, span = self.record, self.setting.watcher, Span(device)
-        offloader = self.setting.offloader
+        offloader, missing = self.setting.offloader, len(entering)
 
-        def begins(_: Any) -> None:
+        def begins(_: Any, stay: Stay | None = stay) -> None:  # the graph holds `stay`, whatever enters
             watcher.backward_runs()
             span.begin()
 
         def ends(_: Any) -> None:
+            nonlocal missing
+            missing -= 1
             if not span.begun:  # the block's output was not used
                 return
             if span.end() not in record.backwards:
                 record.backwards.append(span)
-            if stay is not None and offloader is not None:
+            if stay is not None and offloader is not None and missing <= 0 and not graph_is_kept():
                 offloader.left(stay)
 
-        if entering:
+        if entering or stay is not None:
             on_first_gradient(result, begins)
             for tensor in entering:
                 tensor.register_hook(ends)
+
+
+def graph_is_kept() -> bool:
+    """Whether the backward that runs leaves saved tensors where they are (retain_graph)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def on_first_gradient(tree: Any, call: Callable[[Any], None]) -> None:

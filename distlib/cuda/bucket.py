@@ -59,8 +59,8 @@ class PackTable:
             raise ValueError(f"tensors of {dtype} and a buffer of {flat.dtype}: equal ones, or fp32 with fp16 or bf16")
         self._codes = CODES.get(dtype, BYTES), CODES.get(flat.dtype, BYTES)
         self._signature = _signature(tensors, flat)
-        self._chunk = chunk
         size = dtype.itemsize if self._codes[0] == BYTES else 1  # elements that are only moved are that many bytes
+        self._chunk = chunk * size
         at = [t.data_ptr() for t in tensors]
         rows = [
             (a, flat.data_ptr() + place * flat.dtype.itemsize, count * size)
@@ -71,7 +71,7 @@ class PackTable:
             [(a, count * (dtype.itemsize // size)) for a, _, count in rows],
             [(f, count * (flat.dtype.itemsize // size)) for _, f, count in rows],
         )
-        first_chunk, chunk_rows = cut([count for _, _, count in rows], chunk)
+        first_chunk, chunk_rows = cut([count for _, _, count in rows], self._chunk)
         self._chunks = len(chunk_rows)
         words = np.asarray(rows, dtype=np.int64).reshape(-1, 3)
         forth = np.column_stack([words, first_chunk])

@@ -318,7 +318,7 @@ def _saved(parameters: set[int]) -> Iterator[dict[int, int]]:
         if storage._cdata not in parameters:
             kept.append(tensor)
             found[storage._cdata] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # its history would hold the graph that holds it
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield found
