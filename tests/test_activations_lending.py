@@ -17,6 +17,7 @@ from distlib.activations.lending import Lending
 from distlib.activations.live import LiveBytes
 
 BLOCKS = 8
+SMALL = X[:, :16].contiguous()  # 128 KiB
 
 
 def test_room_is_what_stayed_at_the_peak_of_the_last_step_and_is_not_there_now() -> None:
@@ -91,7 +92,7 @@ def in_order(model: nn.Module, order: str, **options: Any) -> None:
     losses: list[Tensor] = []
     for what in order:
         if what == "F":
-            losses.append(model(X).square().sum())
+            losses.append(model(SMALL).square().sum())
         else:
             losses.pop(0 if what == "B" else -1).backward(**options)
 
@@ -120,8 +121,10 @@ STEPS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", STEPS)
-@pytest.mark.parametrize(("resident", "window"), [(4, 1), (4, 4), (1, 2), (7, 1)])
+@pytest.mark.parametrize(
+    ("resident", "window", "name"),
+    [(4, 4, name) for name in STEPS] + [(4, 1, "plain"), (1, 2, "plain"), (7, 1, "plain"), (6, 1, "orders that change")],
+)
 def test_lent_memory_does_not_raise_the_peak(name: str, resident: int, window: int, tmp_path: Path) -> None:
     called, steps, options = STEPS[name]
     peaks = []
@@ -129,7 +132,7 @@ def test_lent_memory_does_not_raise_the_peak(name: str, resident: int, window: i
         layers = model_of(BLOCKS)
         model = Thrice(layers) if called == "thrice" else layers
         report = distlib.checkpoint_activations(
-            model, "offload", folder=tmp_path, resident=resident, window=window * X.nbytes
+            model, "offload", folder=tmp_path, resident=resident, window=window * SMALL.nbytes
         )
         offloader = layers[0].forward.setting.offloader
         offloader.lends = lends
@@ -142,7 +145,9 @@ def test_lent_memory_does_not_raise_the_peak(name: str, resident: int, window: i
         assert offloader._lending._now == offloader._alive == 0
         assert offloader._waiting.nbytes == offloader._ahead.nbytes == 0
         report.remove()
-    assert peaks[0] <= peaks[1] + X.nbytes, [peak / X.nbytes for peak in peaks]
+    # A window more at most, where forwards of what stays come between backwards of what moved.
+    more = SMALL.nbytes * (1 if name in ("plain", "retained graphs") else window)
+    assert peaks[0] <= peaks[1] + more, [peak / SMALL.nbytes for peak in peaks]
 
 
 def test_a_graph_that_is_dropped_leaves_nothing_though_a_small_result_stays(tmp_path: Path) -> None:

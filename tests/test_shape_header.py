@@ -132,7 +132,7 @@ def trains_alike(rank: int, n: int, names: list[str], schedules: list[str], targ
     ("n", "schedules", "target_on"),
     [
         (1, ["1f1b"], "first"),
-        (2, ["1f1b", "zb-h1", "zb-v"], "first"),
+        (2, ["zb-v"], "first"),
         (3, ["interleaved"], "first"),
         (3, ["1f1b"], "last"),
     ],
@@ -367,11 +367,13 @@ def test_a_description_that_cannot_be_read_ends_all_ranks() -> None:
 
 
 def slow(rank: int, n: int) -> float:
-    with process_group(rank, n, timeout=3):
+    with process_group(rank, n, timeout=30):
         case = CASES["language"]
         model = piped(case, timeout=60)
+        assert model._header is not None
+        model._header._group.timeout = 1.0  # of all that does not say how long it waits
         if rank == 0:
-            time.sleep(5)  # its data are late
+            time.sleep(2)  # its data are late
         return float(model.train_step(*(case.batch(ROWS, 0) if rank == 0 else ())))
 
 
