@@ -53,9 +53,9 @@ class Lending:
 
     @property
     def room(self) -> int:
-        """Bytes that nobody needs yet, or any more; but for those of a block, since one at work takes about as much
-        beside what it keeps."""
-        return max(0, self._known - self._now - self._largest)
+        """Bytes that nobody needs yet, or any more; but for those of two blocks: one at work has its own memory, and
+        takes about as much beside it, for gradients."""
+        return max(0, self._known - self._now - 2 * self._largest)
 
     def begin_step(self) -> None:
         self._known = self._peak
