@@ -240,14 +240,13 @@ class Wrapped:
     def _kept(self, args: Any, kwargs: Any, counts: bool) -> tuple[Any, Stay | None]:
         """Nothing changes; but who moves tensors of other blocks is told what stays here."""
         offloader = self.setting.offloader
-        if offloader is None or not offloader.lends:
-            offloader = None
-        if offloader is not None:
-            offloader.make_room(self.record.kept_by_a_call)
+        borrower = offloader if offloader is not None and offloader.lends else None
+        if borrower is not None:
+            borrower.make_room(self.record.kept_by_a_call)
         result = self._inner(*args, **kwargs)
         if counts:
             self.record.kept = self.record.baseline
-        return result, None if offloader is None else offloader.stay(self.record.kept_by_a_call)
+        return result, None if borrower is None else borrower.stay(self.record.kept_by_a_call)
 
     def _offloaded(self, args: Any, kwargs: Any, counts: bool) -> Any:
         offloader = self.setting.offloader

@@ -160,7 +160,7 @@ class ShapeHeader:
         heading = torch.zeros(2, dtype=torch.int64)
         self._broadcast(heading)
         number, size = heading.tolist()
-        data = self._bytes_of(size)
+        data = self._passed_on(b"", size, self._first)
         if number == _REFUSED:
             raise ValueError(f"rank {self._group.ranks[self._first]}: {data.decode()}")
         if data:
@@ -199,13 +199,9 @@ class ShapeHeader:
             return
         heading = torch.tensor([len(text.encode())])
         self._broadcast(heading, self._last)
-        if size := int(heading):
-            words = torch.zeros(size, dtype=torch.uint8)
-            if text:
-                words = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-            self._broadcast(words, self._last)
-            if self._group.rank != self._last:
-                raise ValueError(f"rank {self._group.ranks[self._last]}: {words.numpy().tobytes().decode()}")
+        words = self._passed_on(text.encode(), int(heading), self._last)
+        if words and self._group.rank != self._last:
+            raise ValueError(f"rank {self._group.ranks[self._last]}: {words.decode()}")
 
     def fill(self, batch: Told, step: Step) -> None:
         """Values of all that stages of other ranks read go to them."""
@@ -227,14 +223,17 @@ class ShapeHeader:
 
     def _send(self, number: int, data: bytes) -> None:
         self._broadcast(torch.tensor([number, len(data)]))
-        if data:
-            self._broadcast(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        self._passed_on(data, len(data), self._first)
 
-    def _bytes_of(self, size: int) -> bytes:
-        data = torch.zeros(size, dtype=torch.uint8)
-        if size:
-            self._broadcast(data)
-        return data.numpy().tobytes()
+    def _passed_on(self, data: bytes, size: int, root: int) -> bytes:
+        """`data` of rank `root`, where all know its size; nothing is sent of nothing."""
+        if not size:
+            return b""
+        passed = torch.zeros(size, dtype=torch.uint8)
+        if self._group.rank == root:
+            passed = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        self._broadcast(passed, root)
+        return passed.numpy().tobytes()
 
     def _broadcast(self, tensor: Tensor, root: int | None = None) -> None:
         self._group.broadcast(tensor, self._first if root is None else root, timeout=self._timeout)
