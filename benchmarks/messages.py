@@ -1,8 +1,10 @@
 """What a message between stages of one host costs its sender: a copy into a slot, or an operator that writes there.
 
 An addition makes a tensor, and the tensor is lent to another rank: from ordinary memory by a copy, from a room of the
-slot without. In the other rows the same is made by a stage whose module has 44 operators, as a transformer's block has:
-to use a room, each of them is looked at. One process, one thread; nothing is trained.
+slot without. In the other rows the same is made by a stage whose module has 44 operators, as a transformer's block has.
+They are called by a module inside, as most are, and the addition follows: to use a room, it alone is looked at. Or all
+are called by the module itself: then each is looked at, where the message is so large that this pays. One process, one
+thread; nothing is trained.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 from distlib.comm.slots import SlotPool
 from distlib.pipeline.channels import LEAST_IN_ROOMS
-from distlib.pipeline.landing import Landing
+from distlib.pipeline.landing import LOOK, Landing
 from distlib.pipeline.program import Spec
 
 COPIED, MADE = "copied", "made there"
@@ -29,22 +31,40 @@ OPERATORS = 44
 GONE = SimpleNamespace(alive=False)  # a receiver that has let go at once
 
 
-class Sums(nn.Module):
-    """The sum of two tensors, after other operators that cost nothing but their call."""
+class Others(nn.Module):
+    """Operators that cost nothing but their call."""
 
     def __init__(self, operators: int) -> None:
         super().__init__()
         self.operators, self.little = operators, torch.ones(1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        for _ in range(self.operators - 1):
+    def forward(self) -> None:
+        for _ in range(self.operators):
             self.little.mul(1.0)
+
+
+class Sums(nn.Module):
+    """The sum of two tensors, after other operators."""
+
+    def __init__(self, before: Callable[[], None]) -> None:
+        super().__init__()
+        self.before = before
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.before()
         return x + x
+
+
+MODULES = {
+    "an addition": lambda: Sums(lambda: None),
+    f"and {OPERATORS - 1} operators by a module inside": lambda: Sums(Others(OPERATORS - 1)),
+    f"and {OPERATORS - 1} operators by itself": lambda: Sums(Others(OPERATORS - 1).forward),
+}
 
 
 def sender(module: nn.Module, x: Tensor, in_rooms: bool) -> Callable[[], None]:
     """Makes a tensor and lends it, once per call."""
-    pool, landing, spec = SlotPool(), Landing(), [Spec.of(x)]
+    pool, landing, spec = SlotPool(), Landing(lambda: module), [Spec.of(x)]
     values: list[Any] = [None]
 
     def step() -> None:
@@ -64,8 +84,8 @@ def sender(module: nn.Module, x: Tensor, in_rooms: bool) -> Callable[[], None]:
     return send
 
 
-def row(nbytes: int, operators: int, rounds: int) -> Row:
-    x, module = torch.ones(nbytes // 4), Sums(operators)
+def row(what: str, nbytes: int, rounds: int) -> Row:
+    x, module = torch.ones(nbytes // 4), MODULES[what]()
     calls = {COPIED: sender(module, x, False), MADE: sender(module, x, True)}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(-3, rounds):
@@ -74,9 +94,9 @@ def row(nbytes: int, operators: int, rounds: int) -> Row:
             call()
             if turn >= 0:
                 samples[name].append(time.perf_counter() - begin)
-    bar = Bar(COPIED, MADE, at_least=1.0 if nbytes > LEAST_IN_ROOMS else None)
-    what = f"{nbytes // MIB} MiB, {'an addition' if operators == 1 else f'{operators} operators'}"
-    return Row(what, 1, samples, [bar])
+    looks = OPERATORS if what.endswith("itself") else 1
+    bar = Bar(COPIED, MADE, at_least=1.0 if nbytes > max(LEAST_IN_ROOMS, looks * LOOK) else None)
+    return Row(f"{nbytes // MIB} MiB, {what}", 1, samples, [bar])
 
 
 def main() -> None:
@@ -84,9 +104,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=101)
     options: argparse.Namespace = parser.parse_args()
     torch.set_num_threads(1)
-    sizes = [1, 2, 4, 8, 16, 32]
-    rows = [row(size * MIB, operators, options.rounds) for operators in (1, OPERATORS) for size in sizes]
-    notes = [f"Pipelines make messages from {LEAST_IN_ROOMS // MIB} MiB on where they are sent from, and copy others."]
+    rows = [row(what, size * MIB, options.rounds) for what in MODULES for size in (1, 2, 4, 8, 16, 32)]
+    notes = [
+        f"Pipelines make messages from {LEAST_IN_ROOMS // MIB} MiB on where they are sent from, if they have "
+        f"{LOOK >> 10} KiB for each operator that is looked at, and copy others."
+    ]
     report.publish(Report("messages", "A message between stages of one host", rows, notes), options)
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 import distlib
 from distlib import native
 from distlib.comm.slots import SlotPool
-from distlib.pipeline import channels
+from distlib.pipeline import channels, landing
 from distlib.pipeline.runtime import StageError
 
 pytestmark = pytest.mark.skipif(native.core() is None, reason=native.why_not())
@@ -27,22 +27,23 @@ pytestmark = pytest.mark.skipif(native.core() is None, reason=native.why_not())
 
 @contextmanager
 def counted(least: int = 0) -> Iterator[list[tuple[int, int]]]:
-    """Messages from `least` bytes on get rooms. Of each that gets some: how many tensors were made there, of all."""
-    before, plain, found = channels.LEAST_IN_ROOMS, SlotPool.fill, []
+    """Messages from `least` bytes on get rooms, whatever looks cost. Of each that gets some: how many tensors were made
+    there, of all."""
+    before, look, plain, found = channels.LEAST_IN_ROOMS, landing.LOOK, SlotPool.fill, []
 
     def fill(self: SlotPool, tensors: Any, borrower: Any, reserved: Any = None) -> Any:
-        made = sum(room.used and room.holds(tensors[k]) for k, room in enumerate(reserved.rooms)) if reserved else 0
+        made = sum(room.holds(tensors[k]) for k, room in enumerate(reserved.rooms)) if reserved else 0
         count = len(tensors)
         lent = plain(self, tensors, borrower, reserved)
         if reserved is not None:
             found.append((made if lent is reserved else 0, count))
         return lent
 
-    channels.LEAST_IN_ROOMS, SlotPool.fill = least, fill  # type: ignore[method-assign]
+    channels.LEAST_IN_ROOMS, landing.LOOK, SlotPool.fill = least, 0, fill  # type: ignore[method-assign]
     try:
         yield found
     finally:
-        channels.LEAST_IN_ROOMS, SlotPool.fill = before, plain  # type: ignore[method-assign]
+        channels.LEAST_IN_ROOMS, landing.LOOK, SlotPool.fill = before, look, plain  # type: ignore[method-assign]
 
 
 def trained(name: str, schedule: str, least: int) -> tuple[dict[str, Tensor], list[float], list[tuple[int, int]]]:

@@ -61,20 +61,22 @@ class Room:
 
     def __init__(self, memory: memoryview, offset: int, nbytes: int) -> None:
         self._memory: memoryview | None = memory
-        self._offset, self._nbytes = offset, nbytes
+        self._offset, self._nbytes, self._address = offset, nbytes, 0
         self.used = self.kept = False
 
     def tensor(self, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
         """A new tensor that fills the room, contiguous and not initialised. To be asked for once."""
         assert self._memory is not None and not self.used and math.prod(shape) * dtype.itemsize == self._nbytes
         self.used = True
-        return _on(self._memory, self._offset, self._nbytes, dtype, shape)
+        made = _on(self._memory, self._offset, self._nbytes, dtype, shape)
+        self._address = made.data_ptr()
+        return made
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is what a receiver would find here. Until the message is sent."""
+        """Whether a tensor is what was made here, and as a receiver would find it. Until the message is sent."""
         assert self._memory is not None
-        begin = torch.frombuffer(self._memory, dtype=torch.uint8, count=1, offset=self._offset).data_ptr()
-        return tensor.data_ptr() == begin and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
+        same = self.used and tensor.data_ptr() == self._address
+        return same and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
 
     def close(self) -> None:
         """Nothing is made here any more, and it holds no memory."""

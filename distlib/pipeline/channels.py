@@ -34,7 +34,7 @@ from distlib.pipeline.program import Spec
 
 Tensors = tuple[Tensor, ...]
 _CONTROL = "control"  # the ledger's name of headers
-LEAST_IN_ROOMS = 8 << 20  # bytes of a message whose copy takes longer than a look at all operators (landing.py)
+LEAST_IN_ROOMS = 2 << 20  # bytes of a message whose copy takes longer than to make it there (landing.py)
 
 
 def words(source: int, target: int, micro_batch: int) -> str:

@@ -48,7 +48,8 @@ class Player:
                 drop = tuple(v for v in dict.fromkeys(_used(step)) if last[v] == k)
                 self._steps.append(self._call(step, drop, last))
                 if made := goes.intersection(refs(step.result)):
-                    self._landings[k] = Landing(), tuple(sorted(made))
+                    module = self._finder(step.target) if isinstance(step.target, str) else lambda: None
+                    self._landings[k] = Landing(module), tuple(sorted(made))
 
     def __call__(
         self,
@@ -141,15 +142,24 @@ class Player:
         if not isinstance(call.target, str):
             run = call.target
         else:
-            path, _, key = call.target.rpartition(".")
-            siblings = self._stage.get_submodule(path)._modules
+            find = self._finder(call.target)
 
             def run(*args: Any, **kwargs: Any) -> Any:
-                leaf = siblings[key]
-                assert leaf is not None
-                return leaf(*args, **kwargs)
+                return find()(*args, **kwargs)
 
         return run if call.context is None else _within(call.context, run)
+
+    def _finder(self, name: str) -> Callable[[], nn.Module]:
+        """Finds a leaf anew each time: wrappers exchange modules."""
+        path, _, key = name.rpartition(".")
+        siblings = self._stage.get_submodule(path)._modules
+
+        def find() -> nn.Module:
+            leaf = siblings[key]
+            assert leaf is not None
+            return leaf
+
+        return find
 
     # ------------------------------------------------------------ arguments
 
