@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import io
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -17,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from distlib import native
 from distlib.comm.slots import SlotPool
 from distlib.pipeline import landing as landing_module
-from distlib.pipeline.landing import Landing, _Into
+from distlib.pipeline.landing import Landing, _Redirect
 from distlib.pipeline.program import Spec
 
 pytestmark = pytest.mark.skipif(native.core() is None, reason=native.why_not())
@@ -280,6 +282,47 @@ def test_operators_of_higher_order_are_let_be() -> None:
         in_rooms(lambda x, _: torch.cond(x.sum() > 0, lambda v: v + 1, lambda v: v - 1, (x,)) + x, [False] * 3)
 
 
+def test_memory_that_no_operator_was_seen_to_make_is_not_taken_for_another_that_ended() -> None:
+    """torch.from_numpy, and what inductor compiles, get memory where results were that have ended."""
+
+    def run(x: Tensor, _: bool) -> Tensor:
+        larger = x.repeat(1, 4)
+        several = [larger * 2 for _ in range(8)]
+        before = {result.untyped_storage()._cdata for result in several}
+        del several
+        unseen = [torch.from_numpy(x.numpy() * 2) for _ in range(16)]
+        return next((result for result in unseen if result.untyped_storage()._cdata in before), unseen[0])
+
+    assert in_rooms(run, [False] * 4) == [False] * 4
+
+
+VARIED = {
+    "a mask's rows": (lambda x: x[torch.tensor([True] * 4)], lambda x: x[torch.tensor([True, True, False, False])]),
+    "a list's end": (lambda x: x.expand(2, 4, 8).sum([0], True), lambda x: x.expand(2, 4, 8).sum([0, 1])),
+    "strides": (lambda x: x * 3, lambda x: (x.view(8, 4).t() * 3).t().view(4, 8)),
+}
+
+
+@pytest.mark.parametrize("name", VARIED)
+def test_calls_that_only_look_alike_are_not_taken_for_the_maker(name: str) -> None:
+    other, last = VARIED[name]
+
+    def run(x: Tensor, more: bool) -> Tensor:
+        if more:
+            other(x)
+        return last(x)
+
+    in_rooms(run, [False, False, True, False, True])
+    in_rooms(lambda x, more: (last if more else other)(x), [False, False, True, False, True])
+
+
+def test_in_inference_mode_what_is_composed_of_others_has_the_same_bits() -> None:
+    """There the dispatcher shows linear itself, whose form for a given result rounds the product before it adds."""
+    module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).bfloat16()
+    with torch.inference_mode():
+        in_rooms(lambda x, _: module(x.bfloat16().expand(2, 4, 8)), [False] * 4, module)
+
+
 # ---------------------------------------------------------------- where later runs begin to look at operators
 
 
@@ -301,13 +344,13 @@ class Many(nn.Module):
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The operators that later runs look at."""
     found: list[Any] = []
-    plain = _Into.__torch_dispatch__
+    plain = _Redirect.__torch_dispatch__
 
-    def dispatch(self: _Into, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def dispatch(self: _Redirect, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found.append(func)
         return plain(self, func, types, args, kwargs)
 
-    monkeypatch.setattr(_Into, "__torch_dispatch__", dispatch)
+    monkeypatch.setattr(_Redirect, "__torch_dispatch__", dispatch)
     return found
 
 
@@ -429,6 +472,77 @@ def test_an_error_after_the_border_leaves_no_mode_and_no_hook() -> None:
             landing.run(step, values, {0: slot.rooms[0]})
     assert not _get_current_dispatch_mode_stack()
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
+class Doubles(Counts):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result * 2 if func is torch.ops.aten.add.Tensor else result
+
+
+def test_a_mode_around_the_stage_sees_what_it_always_sees() -> None:
+    module = Many()
+    with Doubles():
+        assert in_rooms(lambda x, _: module(x), [False] * 3, module) == [False] * 3
+    assert in_rooms(lambda x, _: module(x), [False] * 2, module) == [False, True]
+
+
+@torch.library.custom_op("distlib_tests::through_a_module", mutates_args=())
+def through_a_module(x: Tensor) -> Tensor:
+    return INSIDE(x).detach().clone()
+
+
+INSIDE = nn.Linear(8, 8)
+
+
+def test_a_module_called_inside_of_an_operator_is_no_border(seen: list[Any]) -> None:
+    class Calls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.inside = nn.Linear(8, 8), INSIDE
+
+        def forward(self, x: Tensor) -> Tensor:
+            return through_a_module(self.first(x)) + 1
+
+    module = Calls()
+    assert in_rooms(lambda x, _: module(x), [False] * 3, module) == [False, True, True]
+    assert seen
+
+
+class KeepsACopy(nn.Module):
+    """Of its part, in run number `at`, from 1, in which the part does not run."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.part, self.at, self.runs = Many(), at, 0
+        self.copies: list[Any] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        if self.runs == self.at:
+            buffer = io.BytesIO()
+            torch.save(self.part, buffer)
+            buffer.seek(0)
+            self.copies += [copy.deepcopy(self.part), torch.load(buffer, weights_only=False)]
+            return x + 1
+        return self.part(x) + 1
+
+
+@pytest.mark.parametrize("at", [1, 2])  # the watched run, and the next
+def test_copies_of_modules_made_inside_of_a_run_have_hooks_that_do_nothing(at: int) -> None:
+    module, x = KeepsACopy(at), torch.randn(4, 8)
+    landing, pool, values = Landing(lambda: module), SlotPool(), [None]
+
+    def step() -> None:
+        values[0] = module(x)
+
+    for _ in range(4):
+        slot = pool.reserve([Spec.of(x)])
+        landing.run(step, values, {0: slot.rooms[0]})
+    assert len(module.copies) == 2
+    for part in module.copies:
+        assert torch.equal(part(x), module.part(x)) and not _get_current_dispatch_mode_stack()
+    pool.close()
 
 
 class OnThreads(nn.Module):

@@ -20,35 +20,42 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from distlib.comm.slots import Room
 from distlib.pipeline.borders import Border, all_borders, at_border
 
-_Kind = tuple[Any, Hashable]  # an operator, and what of its arguments decides the shape and dtype of the result
+_Kind = tuple[Any, Hashable]  # an operator, and all of its arguments but the values of tensors
 
-_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 LOOK = 256 << 10  # bytes whose copy takes as long as to see an operator
 _TRIES = 3  # a step that makes its result elsewhere each time is left alone
 
 
-class _Made(NamedTuple):
-    """How a tensor of this dtype and shape came to be. at: how many calls of operators there were before. into: the
-    same operator for a given result."""
+class _Origin(NamedTuple):
+    """How a tensor of this dtype and shape came to be. at: how many calls of operators there were before. out_variant:
+    the same operator for a given result. memory: it keeps the storage's address from being used again."""
 
     at: int
-    into: Callable[..., Tensor]
+    out_variant: Callable[..., Tensor] | None
     dtype: torch.dtype
     shape: torch.Size
+    memory: StorageWeakRef
 
 
 class _Maker(NamedTuple):
-    """The operator's call that makes a tensor: number `number` of `kind` after the border from which on they are
-    seen."""
+    """The call that makes a tensor: number `number` of `kind` after the border from which on operators are seen."""
 
     kind: _Kind
     number: int
-    made: _Made
+    origin: _Origin
+
+
+class _Plan(NamedTuple):
+    """What later runs do: they see operators from a border on, or from the beginning; makers by value."""
+
+    border: Border | None
+    makers: dict[int, _Maker]
 
 
 class Landing:
@@ -59,55 +66,47 @@ class Landing:
 
     def __init__(self, module: Callable[[], nn.Module | None]) -> None:
         self._module = module
-        self._border: Border | None = None
-        self._makers: dict[int, _Maker] = {}
+        self._plan: _Plan | None = None
         self._tries = _TRIES if hasattr(TorchDispatchMode, "ignore_compile_internals") else 0  # it came in torch 2.9
-        self._known = False
-        self._before: list[Room] = []  # of the last run
+        self._last_rooms: list[Room] = []
 
     def run(self, step: Callable[[], None], values: Sequence[Any], rooms: Mapping[int, Room]) -> None:
         """Runs a step that fills in `values`, those of `rooms` in their rooms if that can be."""
-        if any(room.kept for room in self._before):  # it had to be copied: the stage itself keeps its results
-            self._makers, self._known = {}, True
-        self._before = list(rooms.values()) if self._makers else []
-        if self._known and not self._makers:
+        if any(room.kept for room in self._last_rooms):  # it had to be copied: the stage itself keeps its results
+            self._plan, self._tries = None, 0
+        self._last_rooms = []
+        if _get_current_dispatch_mode_stack():  # whatever the user watches is to see what it always sees
             step()
-        elif self._known:
-            found = [(self._makers[v], room) for v, room in rooms.items() if v in self._makers]
-            wanted = {(maker.kind, maker.number): (maker.made, room) for maker, room in found}
-            with _entered(_Into(wanted), self._border):
-                step()
-            self._known = all(room.holds(values[v]) for v, room in rooms.items() if v in self._makers)
+        elif self._plan is not None:
+            self._land(self._plan, step, values, rooms)
         elif self._tries:
-            self._tries -= 1
-            with _Watch() as watch, all_borders(self._module(), watch.passed):
-                step()
-            self._border, self._makers = watch.makers_of({v: values[v] for v in rooms})
-            self._known = True
+            self._watch(step, values, rooms)
         else:
             step()
 
+    def _watch(self, step: Callable[[], None], values: Sequence[Any], rooms: Mapping[int, Room]) -> None:
+        self._tries -= 1
+        with _Watch() as watch, all_borders(self._module(), watch.passed):
+            step()
+        self._plan = watch.plan({v: values[v] for v in rooms})
+        if not self._plan.makers:
+            self._plan, self._tries = None, 0
 
-@contextlib.contextmanager
-def _entered(mode: TorchDispatchMode, border: Border | None) -> Iterator[None]:
-    """A mode from a border on; without one from now on."""
-    if border is None:
-        with mode:
-            yield
-        return
-    outer, inside = _get_current_dispatch_mode_stack(), []
+    def _land(self, plan: _Plan, step: Callable[[], None], values: Sequence[Any], rooms: Mapping[int, Room]) -> None:
+        makers = {v: maker for v, maker in plan.makers.items() if v in rooms}
+        redirect = _Redirect({(m.kind, m.number): (m.origin, rooms[v]) for v, m in makers.items()})
+        with contextlib.ExitStack() as entered:
 
-    def enter() -> None:
-        if _get_current_dispatch_mode_stack() == outer:  # another one begun meanwhile would end before this one
-            mode.__enter__()
-            inside.append(mode)
+            def enter() -> None:
+                # Modes end in reverse order: one that began meanwhile would end first, and take this for itself.
+                if not _get_current_dispatch_mode_stack():
+                    entered.enter_context(redirect)
 
-    with at_border(border, enter):
-        try:
-            yield
-        finally:
-            for entered in inside:
-                entered.__exit__(None, None, None)
+            with at_border(plan.border, enter):
+                step()
+        self._last_rooms = list(rooms.values())
+        if not all(rooms[v].holds(values[v]) for v in makers):
+            self._plan = None
 
 
 class _Mode(TorchDispatchMode):
@@ -127,16 +126,17 @@ class _Watch(_Mode):
         super().__init__()
         self._kinds: list[_Kind | None] = []  # of all calls of operators
         self._borders: list[tuple[int, Border]] = []  # and after how many of them
-        self._made: dict[int, _Made | None] = {}  # by storage: of those that ended, others may have the number
+        self._origins: dict[int, _Origin] = {}  # by storage
 
     def passed(self, border: Border) -> None:
-        if _get_current_dispatch_mode_stack()[-1] is self:  # what began meanwhile ends before this one
+        if _get_current_dispatch_mode_stack() == [self]:  # not inside of an operator, nor of another mode
             self._borders.append((len(self._kinds), border))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result, kind = func(*args, **kwargs), _kind(func, args, kwargs)
+        at, kind = len(self._kinds), _kind(func, args, kwargs)
         self._kinds.append(kind)
+        result = func(*args, **kwargs)
         if kind is None:
             return result
         declared = func._schema.returns
@@ -145,41 +145,43 @@ class _Watch(_Mode):
         for tensor, returned in zip(results, declared, strict=True):
             if not _is_dense(tensor) or returned.alias_info is not None or _storage(tensor) in given:
                 continue  # memory that was there before, said (a view) or not (aten._unsafe_view)
-            into = _into(func) if len(declared) == 1 and tensor.is_contiguous() else None
-            made = None if into is None else _Made(len(self._kinds) - 1, into, tensor.dtype, tensor.shape)
-            self._made[_storage(tensor)] = made
+            variant = _out_variant(func) if len(declared) == 1 and tensor.is_contiguous() else None
+            memory = StorageWeakRef(tensor.untyped_storage())
+            self._origins[_storage(tensor)] = _Origin(at, variant, tensor.dtype, tensor.shape, memory)
         return result
 
-    def makers_of(self, tensors: Mapping[int, Tensor]) -> tuple[Border | None, dict[int, _Maker]]:
-        """What made tensors, as far as it could make them elsewhere, and the last border before all of that. Nothing
-        where a copy takes less than the looks."""
-        found = {v: made for v, tensor in tensors.items() if (made := self._made_of(tensor)) is not None}
-        first = min((made.at for made in found.values()), default=0)
-        before = [(at, border) for at, border in self._borders if at <= first]
-        begin, border = before[-1] if before else (0, None)
+    def plan(self, tensors: Mapping[int, Any]) -> _Plan:
+        """How to make tensors elsewhere, as far as that can be, and takes less than to copy them."""
+        found = {v: origin for v, tensor in tensors.items() if (origin := self._origin(tensor)) is not None}
+        found = {v: origin for v, origin in found.items() if tensors[v].nbytes >= LOOK}
+        first = min((origin.at for origin in found.values()), default=0)
+        begin, border = 0, None
+        for at, passed in self._borders:
+            if at <= first:
+                begin, border = at, passed
+        if sum(tensors[v].nbytes for v in found) < (len(self._kinds) - begin) * LOOK:
+            return _Plan(None, {})
         makers = {}
-        for v, made in found.items():
-            kind = self._kinds[made.at]
+        for v, origin in found.items():
+            kind = self._kinds[origin.at]
             assert kind is not None
-            makers[v] = _Maker(kind, self._kinds[begin : made.at].count(kind), made)
-        looks = len(self._kinds) - begin
-        worth = sum(tensors[v].nbytes for v in makers) >= looks * LOOK
-        return (border, makers) if worth else (None, {})
+            makers[v] = _Maker(kind, self._kinds[begin : origin.at].count(kind), origin)
+        return _Plan(border, makers)
 
-    def _made_of(self, tensor: Tensor) -> _Made | None:
+    def _origin(self, tensor: Any) -> _Origin | None:
         """How all of a tensor was made; None if not by what could make it elsewhere."""
-        if not _is_dense(tensor):
+        origin = self._origins.get(_storage(tensor)) if _is_dense(tensor) else None
+        if origin is None or origin.out_variant is None or origin.dtype != tensor.dtype:
             return None
         storage = tensor.untyped_storage()
         whole = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes > 0
-        made = self._made.get(_storage(tensor)) if whole else None
-        return made if made is not None and made.dtype == tensor.dtype else None
+        return origin if whole and origin.shape.numel() == tensor.numel() else None
 
 
-class _Into(_Mode):
+class _Redirect(_Mode):
     """Calls makers with a tensor on their room."""
 
-    def __init__(self, wanted: Mapping[tuple[_Kind, int], tuple[_Made, Room]]) -> None:
+    def __init__(self, wanted: Mapping[tuple[_Kind, int], tuple[_Origin, Room]]) -> None:
         super().__init__()
         self._wanted = dict(wanted)
         self._operators = {kind[0] for kind, _ in wanted}
@@ -192,47 +194,57 @@ class _Into(_Mode):
             found = self._wanted.pop((kind, self._counts[kind]), None)
             self._counts[kind] += 1
             if found is not None:
-                made, room = found
-                return made.into(*args, **kwargs, out=room.tensor(made.dtype, made.shape))
+                origin, room = found
+                assert origin.out_variant is not None
+                return origin.out_variant(*args, **kwargs, out=room.tensor(origin.dtype, origin.shape))
         return func(*args, **kwargs)
 
 
+# ---------------------------------------------------------------- operators
+
+
 def _kind(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Kind | None:
-    """Of a call; None if it is of higher order, or on other tensors than dense ones."""
-    if not isinstance(func, torch._ops.OpOverload):
+    """Of a call. None if it is of higher order, on other tensors than dense ones, or if values decide the shape."""
+    if not isinstance(func, torch._ops.OpOverload) or torch.Tag.dynamic_output_shape in func.tags:
         return None
     traits: list[Any] = []
     for x in _leaves(args, kwargs):
         if isinstance(x, Tensor):
             if not _is_dense(x):
                 return None
-            traits.append((x.shape, x.dtype))
+            traits.append((x.shape, x.stride(), x.dtype, x.device))
+        elif isinstance(x, (int, float, str, torch.dtype)):
+            traits.append((type(x), x))
         else:
-            traits.append(x if isinstance(x, (int, str, torch.dtype)) else type(x))
+            traits.append(type(x))
     return func, tuple(traits)
 
 
 def _leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
-    """Arguments of an operator: those are no deeper than lists."""
+    """Arguments of an operator: those are no deeper than lists. Lists are told by their lengths."""
     for x in (*args, *kwargs.values()):
         if isinstance(x, (list, tuple)):
+            yield len(x)
             yield from x
         else:
             yield x
 
 
 def _storage(tensor: Tensor) -> int:
-    """Which memory a tensor has, while it lives."""
+    """Which memory a tensor has, while it lives or a StorageWeakRef does."""
     return tensor.untyped_storage()._cdata
 
 
 def _is_dense(x: Any) -> bool:
     """Whether it is a tensor with memory of its own. Subclasses and nested tensors know few operators."""
-    return type(x) in _PLAIN and x.layout is torch.strided and not x.is_nested
+    return (type(x) is Tensor or type(x) is nn.Parameter) and x.layout is torch.strided and not x.is_nested
 
 
-def _into(func: Any) -> Callable[..., Tensor] | None:
-    """The same operator for a given result, if it has one that makes it there (and does not copy it there)."""
+def _out_variant(func: Any) -> Callable[..., Tensor] | None:
+    """The same operator for a given result, if it has one that makes it there (and does not copy it there), by the same
+    kernel (what is composed of others, as inference mode shows it, may be composed in another way)."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        return None
     packet, arguments = func.overloadpacket, func._schema.arguments
     for name in packet.overloads():
         other = getattr(packet, name)
