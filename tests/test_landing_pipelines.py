@@ -26,10 +26,10 @@ pytestmark = pytest.mark.skipif(native.core() is None, reason=native.why_not())
 
 
 @contextmanager
-def counted(least: int = 0) -> Iterator[list[tuple[int, int]]]:
-    """Messages from `least` bytes on get rooms, whatever looks cost. Of each that gets some: how many tensors were made
-    there, of all."""
-    before, look, plain, found = channels.LEAST_IN_ROOMS, landing.LOOK, SlotPool.fill, []
+def counted(least: int = 0, look: int = 0) -> Iterator[list[tuple[int, int]]]:
+    """Messages from `least` bytes on get rooms, if they have `look` bytes for each operator that is looked at. Of each
+    that gets some: how many tensors were made there, of all."""
+    before, plain, found = (channels.LEAST_IN_ROOMS, landing.LOOK), SlotPool.fill, []
 
     def fill(self: SlotPool, tensors: Any, borrower: Any, reserved: Any = None) -> Any:
         made = sum(room.holds(tensors[k]) for k, room in enumerate(reserved.rooms)) if reserved else 0
@@ -39,11 +39,11 @@ def counted(least: int = 0) -> Iterator[list[tuple[int, int]]]:
             found.append((made if lent is reserved else 0, count))
         return lent
 
-    channels.LEAST_IN_ROOMS, landing.LOOK, SlotPool.fill = least, 0, fill  # type: ignore[method-assign]
+    channels.LEAST_IN_ROOMS, landing.LOOK, SlotPool.fill = least, look, fill  # type: ignore[method-assign]
     try:
         yield found
     finally:
-        channels.LEAST_IN_ROOMS, landing.LOOK, SlotPool.fill = before, look, plain  # type: ignore[method-assign]
+        (channels.LEAST_IN_ROOMS, landing.LOOK), SlotPool.fill = before, plain  # type: ignore[method-assign]
 
 
 def trained(name: str, schedule: str, least: int) -> tuple[dict[str, Tensor], list[float], list[tuple[int, int]]]:
@@ -181,7 +181,7 @@ def test_what_is_passed_on_as_the_models_output_is_the_callers_to_write_to() -> 
 
 def large_and_small(rank: int, n: int) -> None:
     """Without any setting: large messages are made in rooms, small ones copied."""
-    with distlib.init(), counted(channels.LEAST_IN_ROOMS) as messages:
+    with distlib.init(), counted(channels.LEAST_IN_ROOMS, landing.LOOK) as messages:
         for width, expected in ((1 << 14, 4), (1 << 10, 0)):
             messages.clear()
             model = nn.Sequential(nn.Linear(8, width, bias=False), nn.Linear(width, 8, bias=False))
