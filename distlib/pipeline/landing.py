@@ -89,8 +89,8 @@ class Landing:
         with _Watch() as watch, all_borders(self._module(), watch.passed):
             step()
         self._plan = watch.plan({v: values[v] for v in rooms})
-        if not self._plan.makers:
-            self._plan, self._tries = None, 0
+        if self._plan is None:
+            self._tries = 0
 
     def _land(self, plan: _Plan, step: Callable[[], None], values: Sequence[Any], rooms: Mapping[int, Room]) -> None:
         makers = {v: maker for v, maker in plan.makers.items() if v in rooms}
@@ -150,8 +150,8 @@ class _Watch(_Mode):
             self._origins[_storage(tensor)] = _Origin(at, variant, tensor.dtype, tensor.shape, memory)
         return result
 
-    def plan(self, tensors: Mapping[int, Any]) -> _Plan:
-        """How to make tensors elsewhere, as far as that can be, and takes less than to copy them."""
+    def plan(self, tensors: Mapping[int, Any]) -> _Plan | None:
+        """How to make tensors elsewhere, as far as that can be, and takes less than to copy them; None if none."""
         found = {v: origin for v, tensor in tensors.items() if (origin := self._origin(tensor)) is not None}
         found = {v: origin for v, origin in found.items() if tensors[v].nbytes >= LOOK}
         first = min((origin.at for origin in found.values()), default=0)
@@ -159,8 +159,8 @@ class _Watch(_Mode):
         for at, passed in self._borders:
             if at <= first:
                 begin, border = at, passed
-        if sum(tensors[v].nbytes for v in found) < (len(self._kinds) - begin) * LOOK:
-            return _Plan(None, {})
+        if not found or sum(tensors[v].nbytes for v in found) < (len(self._kinds) - begin) * LOOK:
+            return None
         makers = {}
         for v, origin in found.items():
             kind = self._kinds[origin.at]
