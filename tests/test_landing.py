@@ -13,18 +13,12 @@ from torch.nn import functional
 
 from distlib import native
 from distlib.comm.slots import SlotPool
-from distlib.pipeline import landing as landing_module
 from distlib.pipeline.landing import Landing
 from distlib.pipeline.program import Spec
 
 pytestmark = pytest.mark.skipif(native.core() is None, reason=native.why_not())
 
 GONE = SimpleNamespace(alive=False)  # a receiver
-
-
-@pytest.fixture(autouse=True)
-def looks_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(landing_module, "LOOK", 0)  # the tensors are small here
 
 
 class Ends(nn.Module):
@@ -72,9 +66,18 @@ MADE = {
     "saves what it returns": SavesWhatItReturns,
     "compiled": lambda: nn.Sequential(torch.compile(nn.Linear(8, 8), backend="aot_eager"), nn.Linear(8, 8)),
 }
-NOT_MADE = {
+LOOKED_INTO = {  # they have no form for a given result
     "layer norm": lambda: nn.LayerNorm(8),
+    "norm over groups": lambda: Ends(lambda x: functional.group_norm(x.view(1, 4, -1), 2)),
     "relu": lambda: Ends(torch.relu),
+    "embedding": lambda: Ends(lambda x: functional.embedding(torch.arange(4), x)),
+    "dropout, seeded": lambda: Ends(lambda x: torch.ops.aten.native_dropout(x, 0.0, True)[0]),
+    "other strides": lambda: Ends(lambda x: x.transpose(0, 1).contiguous()),
+    "padded": lambda: Ends(lambda x: functional.pad(x, (1, 1))),
+    "a post-norm layer": lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.0),
+}
+NOT_MADE = {
+    "by index": lambda: Ends(lambda x: x[torch.tensor([1, 0])]),  # had it been a mask, its values were the shape
     "its input": lambda: nn.Identity(),
     "some rows": lambda: Ends(lambda x: (x + 1)[1:]),
     "some columns": lambda: Ends(lambda x: (x + 1)[:, 1:]),
@@ -86,7 +89,7 @@ def run_in_rooms(make: Callable[[], nn.Module], dtype: torch.dtype, dims: int = 
     """Three runs of a module as the step of a player. Per run, whether its result was made in the room; gradients."""
     torch.manual_seed(0)
     module, pool = make().to(dtype), SlotPool()
-    landing = Landing(lambda: module)
+    landing = Landing(lambda: module, 0)
     made = []
     for run in range(3):
         x = torch.randn(4, 8, generator=torch.Generator().manual_seed(run), dtype=dtype)
@@ -120,15 +123,35 @@ def test_a_product_of_three_dimensions_is_a_view_of_what_was_made(name: str) -> 
     assert run_in_rooms(MADE[name], torch.float32, dims=3)[0] == [False, True, True]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", LOOKED_INTO)
+def test_what_an_operator_makes_inside_is_made_in_its_room_from_the_third_run_on(name: str, dtype: torch.dtype) -> None:
+    made, _ = run_in_rooms(LOOKED_INTO[name], dtype)
+    assert made == [False, False, True]
+
+
+def convolve(x: Tensor) -> Tensor:
+    x = x.repeat(24, 2)
+    return functional.conv2d(x.view(2, 3, 16, 16), x.view(-1)[:216].view(8, 3, 3, 3))
+
+
+@pytest.mark.parametrize("dtype, library", [(torch.float32, True), (torch.float64, False)])
+def test_a_convolution_is_made_in_its_room_by_oneDNN_and_by_torch(dtype: torch.dtype, library: bool) -> None:
+    if library and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    made, _ = run_in_rooms(lambda: Ends(convolve), dtype)
+    assert made == [False, False, True]
+
+
 @pytest.mark.parametrize("name", NOT_MADE)
 def test_what_no_operator_can_make_elsewhere_stays_where_it_is(name: str) -> None:
     made, _ = run_in_rooms(NOT_MADE[name], torch.float32)
     assert made == [False, False, False]
 
 
-@pytest.mark.parametrize("name", [*MADE, *NOT_MADE])
+@pytest.mark.parametrize("name", [*MADE, *LOOKED_INTO, *NOT_MADE])
 def test_gradients_have_the_same_bits(name: str) -> None:
-    make = (MADE | NOT_MADE)[name]
+    make = (MADE | LOOKED_INTO | NOT_MADE)[name]
     _, found = run_in_rooms(make, torch.float32)
     torch.manual_seed(0)
     module = make()
@@ -153,7 +176,7 @@ class Changes(nn.Module):
 
 def test_a_module_that_makes_it_elsewhere_each_time_is_right_and_left_alone() -> None:
     module, pool = Changes(), SlotPool()
-    landing = Landing(lambda: module)
+    landing = Landing(lambda: module, 0)
     for run in range(16):
         x, values = torch.full((4, 8), float(run)), [None]
         slot = pool.reserve([Spec.of(x)])
@@ -204,9 +227,11 @@ def test_what_the_sender_keeps_stays_its_own_and_is_copied(keep: Callable[[Tenso
 # ---------------------------------------------------------------- what changes from run to run, and other tensors
 
 
-def in_rooms(run: Callable[[Tensor, bool], Tensor], changes: list[bool], module: nn.Module | None = None) -> list[bool]:
+def in_rooms(
+    run: Callable[[Tensor, bool], Tensor], changes: list[bool], module: nn.Module | None = None, least: int = 0
+) -> list[bool]:
     """Runs of a step whose operators may change. Of each: whether its result was made in the room."""
-    pool, landing, made = SlotPool(), Landing(lambda: module), []
+    pool, landing, made = SlotPool(), Landing(lambda: module, least), []
     for change in changes:
         x, values = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), [None]
         expected = run(x, change)

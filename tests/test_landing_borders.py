@@ -16,16 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from distlib import native
 from distlib.comm.slots import SlotPool
-from distlib.pipeline import landing as landing_module
 from distlib.pipeline.landing import Landing, _Redirect
 from distlib.pipeline.program import Spec
 
 pytestmark = pytest.mark.skipif(native.core() is None, reason=native.why_not())
-
-
-@pytest.fixture(autouse=True)
-def looks_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(landing_module, "LOOK", 0)  # the tensors are small here
 
 
 class Many(nn.Module):
@@ -70,12 +64,9 @@ def test_without_a_module_they_see_all(seen: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("look, made", [(4 * 8 * 4 // 3, True), (4 * 8 * 4 // 3 + 1, False)])
-def test_a_result_of_fewer_bytes_than_its_looks_are_worth_is_copied(
-    look: int, made: bool, seen: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(landing_module, "LOOK", look)
+def test_a_result_of_fewer_bytes_than_its_looks_are_worth_is_copied(look: int, made: bool, seen: list[Any]) -> None:
     module = Many()
-    assert in_rooms(lambda x, _: module(x), [False] * 3, module) == [False, made, made]
+    assert in_rooms(lambda x, _: module(x), [False] * 3, module, 8 * look) == [False, made, made]
     assert len(seen) == 6 * made
 
 
@@ -88,7 +79,7 @@ def test_a_module_that_runs_often_is_counted(seen: list[Any]) -> None:
 
 def test_two_results_are_seen_from_the_first_ones_border_on(seen: list[Any]) -> None:
     module, pool = Many(), SlotPool()
-    landing = Landing(lambda: module)
+    landing = Landing(lambda: module, 0)
     for run in range(3):
         x, values = torch.randn(4, 8), [None, None]
         slot = pool.reserve([Spec.of(x), Spec.of(x)])
@@ -161,7 +152,7 @@ def test_an_error_after_the_border_leaves_no_mode_and_no_hook() -> None:
             raise ArithmeticError
         return result
 
-    pool, landing, spec = SlotPool(), Landing(lambda: module), [Spec.of(torch.empty(4, 8))]
+    pool, landing, spec = SlotPool(), Landing(lambda: module, 0), [Spec.of(torch.empty(4, 8))]
     for k in range(3):
         fails += [k] if k == 2 else []
         values: list[Any] = [None]
@@ -233,7 +224,7 @@ class KeepsACopy(nn.Module):
 @pytest.mark.parametrize("at", [1, 2])  # the watched run, and the next
 def test_copies_of_modules_made_inside_of_a_run_have_hooks_that_do_nothing(at: int) -> None:
     module, x = KeepsACopy(at), torch.randn(4, 8)
-    landing, pool, values = Landing(lambda: module), SlotPool(), [None]
+    landing, pool, values = Landing(lambda: module, 0), SlotPool(), [None]
 
     def step() -> None:
         values[0] = module(x)
@@ -297,7 +288,7 @@ def test_what_is_compiled_while_watched_keeps_nothing_of_it(how: str) -> None:
 
     torch.compiler.reset()
     module = Compiled(how, backend)
-    landing, pool, values = Landing(lambda: module), SlotPool(), [None]
+    landing, pool, values = Landing(lambda: module, 0), SlotPool(), [None]
     for run in range(3):
         x = torch.randn(4, 8)
         slot = pool.reserve([Spec.of(x)])

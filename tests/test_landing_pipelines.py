@@ -19,17 +19,18 @@ from torch.nn import functional
 import distlib
 from distlib import native
 from distlib.comm.slots import SlotPool
-from distlib.pipeline import channels, landing
 from distlib.pipeline.runtime import StageError
 
 pytestmark = pytest.mark.skipif(native.core() is None, reason=native.why_not())
 
+NONE = str(1 << 30)  # KiB
+
 
 @contextmanager
-def counted(least: int = 0, look: int = 0) -> Iterator[list[tuple[int, int]]]:
-    """Messages from `least` bytes on get rooms, if they have `look` bytes for each operator that is looked at. Of each
-    that gets some: how many tensors were made there, of all."""
-    before, plain, found = (channels.LEAST_IN_ROOMS, landing.LOOK), SlotPool.fill, []
+def counted(least: str | None = "0") -> Iterator[list[tuple[int, int]]]:
+    """Messages of pipelines made inside get rooms from `least` KiB on. Of each that gets some: how many tensors were
+    made there, of all."""
+    plain, found = SlotPool.fill, []
 
     def fill(self: SlotPool, tensors: Any, borrower: Any, reserved: Any = None) -> Any:
         made = sum(room.holds(tensors[k]) for k, room in enumerate(reserved.rooms)) if reserved else 0
@@ -39,22 +40,22 @@ def counted(least: int = 0, look: int = 0) -> Iterator[list[tuple[int, int]]]:
             found.append((made if lent is reserved else 0, count))
         return lent
 
-    channels.LEAST_IN_ROOMS, landing.LOOK, SlotPool.fill = least, look, fill  # type: ignore[method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SlotPool, "fill", fill)
+        if least is not None:
+            patch.setenv("DISTLIB_ROOMS_KB", least)
         yield found
-    finally:
-        (channels.LEAST_IN_ROOMS, landing.LOOK), SlotPool.fill = before, plain  # type: ignore[method-assign]
 
 
-def trained(name: str, schedule: str, least: int) -> tuple[dict[str, Tensor], list[float], list[tuple[int, int]]]:
+def trained(name: str, schedule: str, least: str) -> tuple[dict[str, Tensor], list[float], list[tuple[int, int]]]:
     """Weights of this rank after 4 steps, losses, and messages that got rooms."""
     case = CASES[name]
-    model = distlib.PipelineParallel(
-        case.made(), None, schedule, 4, case.loss, "auto", case.batch(8, 0)[0], costs="estimated"
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses: list[float] = []
     with counted(least) as messages:
+        model = distlib.PipelineParallel(
+            case.made(), None, schedule, 4, case.loss, "auto", case.batch(8, 0)[0], costs="estimated"
+        )
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         for step in range(4):
             torch.manual_seed(step)
             losses.append(float(model.train_step(*case.batch(8, step))))
@@ -71,8 +72,8 @@ def same_bits(rank: int, n: int, names: list[str], schedule: str) -> dict[str, l
     made = {}
     with distlib.init():
         for name in names:
-            weights, losses, none = trained(name, schedule, 1 << 40)
-            again, losses_again, made[name] = trained(name, schedule, 0)
+            weights, losses, none = trained(name, schedule, NONE)
+            again, losses_again, made[name] = trained(name, schedule, "0")
             assert not none and losses == losses_again, (name, losses, losses_again)
             assert all(torch.equal(weights[key], again[key]) for key in weights), name
     return made
@@ -181,7 +182,7 @@ def test_what_is_passed_on_as_the_models_output_is_the_callers_to_write_to() -> 
 
 def large_and_small(rank: int, n: int) -> None:
     """Without any setting: large messages are made in rooms, small ones copied."""
-    with distlib.init(), counted(channels.LEAST_IN_ROOMS, landing.LOOK) as messages:
+    with distlib.init(), counted(None) as messages:
         for width, expected in ((1 << 14, 4), (1 << 10, 0)):
             messages.clear()
             model = nn.Sequential(nn.Linear(8, width, bias=False), nn.Linear(width, 8, bias=False))
@@ -273,7 +274,7 @@ LATE_WRITES = {
 def writes_late(rank: int, n: int, name: str) -> list[Any]:
     found = []
     with distlib.init(timeout=timedelta(seconds=20)):
-        for least in (1 << 40, 0):
+        for least in (NONE, "0"):
             torch.manual_seed(0)
             x, model = torch.randn(8, 8), LATE_WRITES[name]()
             with counted(least):

@@ -26,10 +26,12 @@ from typing import Any, Protocol
 
 import torch
 
+from distlib import settings
 from distlib.comm.meeting import Host
 
 _LINE, _PAGE = 64, 4096  # bytes of a cache line, and of a page: the arena gives whole ones
 _RETURNED, _LENT, _TAKEN = 0, 1, 2
+_LEAST_IN_ROOMS = 2048  # KiB
 _KEEP_STEPS = 16  # a free slot that no step used for so long is given back to the arena
 
 
@@ -51,6 +53,11 @@ def layout(sizes: Sequence[int]) -> tuple[list[int], int]:
         offsets.append(end)
         end += -(-size // _LINE) * _LINE
     return offsets, end
+
+
+def least_in_rooms() -> int:
+    """From how many bytes on a message is made in its slot, if that can be: the copy of a smaller one takes less."""
+    return settings.integer("DISTLIB_ROOMS_KB", _LEAST_IN_ROOMS, 0, "KiB") << 10
 
 
 class Room:

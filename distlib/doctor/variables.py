@@ -10,6 +10,7 @@ SETTINGS = {
     "DISTLIB_INTERFACE": "the network interface between hosts",
     "DISTLIB_ARENA_MB": "address space of each rank's shared memory, in MiB",
     "DISTLIB_STAGING_KB": "shared memory through which ordinary tensors pass, in KiB",
+    "DISTLIB_ROOMS_KB": "smallest message between stages that is made where it is sent from, in KiB",
     "DISTLIB_CHUNK_KB": "piece in which a tensor travels between hosts, in KiB",
     "DISTLIB_FINGERPRINT": "0: between hosts, ranks do not compare what they are about to do",
     "DISTLIB_DEVICE_STAGING_KB": "GPU memory of each rank through which tensors pass, in KiB a block of threads",

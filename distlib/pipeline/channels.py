@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from distlib.comm.line import Line
-from distlib.comm.slots import Room, Slot, SlotPool, borrow
+from distlib.comm.slots import Room, Slot, SlotPool, borrow, least_in_rooms
 from distlib.comm.threads import Runner
 from distlib.comm.work import CollectiveError, Work
 from distlib.pipeline.header import ABORT, HELLO, Header, disagreement, empty
@@ -34,7 +34,6 @@ from distlib.pipeline.program import Spec
 
 Tensors = tuple[Tensor, ...]
 _CONTROL = "control"  # the ledger's name of headers
-LEAST_IN_ROOMS = 2 << 20  # bytes of a message whose copy takes longer than to make it there (landing.py)
 
 
 def words(source: int, target: int, micro_batch: int) -> str:
@@ -171,6 +170,7 @@ class SlotSender:
 
     edge: Edge
     pool: SlotPool
+    _least: int = field(default_factory=least_in_rooms)
     _reserved: dict[int, Slot] = field(default_factory=dict)  # by micro-batch
     _under_way: list[tuple[Work, int, Slot | None]] = field(default_factory=list)  # header, micro-batch, slot
 
@@ -178,7 +178,7 @@ class SlotSender:
         return self.edge.send(Header(HELLO), self.edge.tag)
 
     def rooms(self, micro_batch: int, specs: Sequence[Spec]) -> tuple[Room, ...]:
-        if sum(spec.nbytes for spec in specs) < LEAST_IN_ROOMS:
+        if sum(spec.nbytes for spec in specs) < self._least:
             return ()
         slot = self._reserved[micro_batch] = self.pool.reserve(specs)
         return slot.rooms

@@ -5,17 +5,21 @@
     later runs     from there on operators are seen, and that addition is called as out=room.tensor(...);
                    autograd above it sees a result like any other
 
+    an operator that has no out= is looked into, in another run:
+                                               the 1st layer norm's kernel asks for memory, first of [8, 512, 1024]
+    later runs     its kernel is called in sight, too, and gets the room for memory
+
 A module of the model, wrapped in whatever, makes the result somewhere inside. Which operator it was is known only below
 autograd, in torch's dispatcher, where seeing one costs some 6 us. Later runs hence see few: those since the last border
 (borders.py) before it. That costs 25 us and what is seen in vain, so it is for large messages (channels.py says from
-where on). Where no operator can write into given memory, or too many would be seen, later runs are let be.
+where on). Where nothing can write into given memory, or too many would be seen, later runs are let be.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,18 +29,36 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from distlib.comm.slots import Room
 from distlib.pipeline.borders import Border, all_borders, at_border
+from distlib.pipeline.operators import (
+    Kind,
+    can_be_looked_into,
+    is_dense,
+    kind_of,
+    leaves,
+    out_variant,
+    seen_inside,
+    storage_of,
+)
 
-_Kind = tuple[Any, Hashable]  # an operator, and all of its arguments but the values of tensors
-
-LOOK = 256 << 10  # bytes whose copy takes as long as to see an operator
+_LOOKS = 8  # so many operators are seen, beside the hook, in the time in which the smallest message is copied
+_INSIDE = 4  # to see one inside of another takes so many times as long, with the way there
 _TRIES = 3  # a step that makes its result elsewhere each time is left alone
+
+_Path = tuple[int, ...]  # to a call: how many others there were before it, and so on inside of it
+
+
+class _Call(NamedTuple):
+    """Of an operator. inside: what its kernel called, if that was looked into."""
+
+    kind: Kind | None
+    inside: list[_Call]
 
 
 class _Origin(NamedTuple):
-    """How a tensor of this dtype and shape came to be. at: how many calls of operators there were before. out_variant:
-    the same operator for a given result. memory: it keeps the storage's address from being used again."""
+    """How a tensor of this dtype and shape came to be. out_variant: the same operator for a given result. memory: it
+    keeps the storage's address from being used again."""
 
-    at: int
+    path: _Path
     out_variant: Callable[..., Tensor] | None
     dtype: torch.dtype
     shape: torch.Size
@@ -44,10 +66,11 @@ class _Origin(NamedTuple):
 
 
 class _Maker(NamedTuple):
-    """The call that makes a tensor: number `number` of `kind` after the border from which on operators are seen."""
+    """The call that makes a tensor: `number` of its kind after the border, and from there on by the origin's path.
+    kinds: of the calls on the way, itself included."""
 
-    kind: _Kind
     number: int
+    kinds: tuple[Kind, ...]
     origin: _Origin
 
 
@@ -61,13 +84,15 @@ class _Plan(NamedTuple):
 class Landing:
     """How the results of one step of a player come to be made in rooms.
 
-    module: what the step calls, if that is a module; asked for when a run is watched.
+    module: what the step calls, if that is a module; asked for when a run is watched. least: bytes of the smallest
+    message that is worth it.
     """
 
-    def __init__(self, module: Callable[[], nn.Module | None]) -> None:
-        self._module = module
+    def __init__(self, module: Callable[[], nn.Module | None], least: int) -> None:
+        self._module, self._look = module, least // _LOOKS
         self._plan: _Plan | None = None
         self._tries = _TRIES if hasattr(TorchDispatchMode, "ignore_compile_internals") else 0  # it came in torch 2.9
+        self._opaque: set[Kind] = set()  # what the next watched run looks into
         self._last_rooms: list[Room] = []
 
     def run(self, step: Callable[[], None], values: Sequence[Any], rooms: Mapping[int, Room]) -> None:
@@ -86,15 +111,19 @@ class Landing:
 
     def _watch(self, step: Callable[[], None], values: Sequence[Any], rooms: Mapping[int, Room]) -> None:
         self._tries -= 1
-        with _Watch() as watch, all_borders(self._module(), watch.passed):
+        with _Watch(self._opaque) as watch, all_borders(self._module(), watch.passed):
             step()
-        self._plan = watch.plan({v: values[v] for v in rooms})
-        if self._plan is None:
-            self._tries = 0
+        sent = {v: values[v] for v in rooms}
+        opaque = watch.opaque(sent) - self._opaque
+        self._opaque |= opaque
+        if not opaque:
+            self._plan = watch.plan(sent, self._look)
+            if self._plan is None:
+                self._tries = 0
 
     def _land(self, plan: _Plan, step: Callable[[], None], values: Sequence[Any], rooms: Mapping[int, Room]) -> None:
         makers = {v: maker for v, maker in plan.makers.items() if v in rooms}
-        redirect = _Redirect({(m.kind, m.number): (m.origin, rooms[v]) for v, m in makers.items()})
+        redirect = _Redirect([(maker, rooms[v]) for v, maker in makers.items()])
         with contextlib.ExitStack() as entered:
 
             def enter() -> None:
@@ -120,138 +149,140 @@ class _Mode(TorchDispatchMode):
 
 
 class _Watch(_Mode):
-    """Notes of each memory what made it."""
+    """Notes of each memory what made it.
 
-    def __init__(self) -> None:
+    opaque: the kinds of operators to look into, where they have no variant for a given result; None for all.
+    """
+
+    def __init__(self, opaque: Container[Kind] | None, outer: _Watch | None = None, path: _Path = ()) -> None:
         super().__init__()
-        self._kinds: list[_Kind | None] = []  # of all calls of operators
-        self._borders: list[tuple[int, Border]] = []  # and after how many of them
-        self._origins: dict[int, _Origin] = {}  # by storage
+        self._look_into, self._path = opaque, path
+        self._calls: list[_Call] = [] if outer is None else outer._calls[path[-1]].inside
+        self._borders: list[tuple[int, Border]] = []  # and after how many calls
+        self._origins: dict[int, _Origin] = {} if outer is None else outer._origins  # by storage
 
     def passed(self, border: Border) -> None:
         if _get_current_dispatch_mode_stack() == [self]:  # not inside of an operator, nor of another mode
-            self._borders.append((len(self._kinds), border))
+            self._borders.append((len(self._calls), border))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        at, kind = len(self._kinds), _kind(func, args, kwargs)
-        self._kinds.append(kind)
-        result = func(*args, **kwargs)
+        path, kind = (*self._path, len(self._calls)), kind_of(func, args, kwargs)
+        self._calls.append(_Call(kind, []))
         if kind is None:
-            return result
+            return func(*args, **kwargs)
+        given = {storage_of(x) for x in leaves(args, kwargs) if isinstance(x, Tensor)}
         declared = func._schema.returns
-        results = [result] if len(declared) == 1 else list(result or ())
-        given = {_storage(x) for x in _leaves(args, kwargs) if isinstance(x, Tensor)}
-        for tensor, returned in zip(results, declared, strict=True):
-            if not _is_dense(tensor) or returned.alias_info is not None or _storage(tensor) in given:
-                continue  # memory that was there before, said (a view) or not (aten._unsafe_view)
-            variant = _out_variant(func) if len(declared) == 1 and tensor.is_contiguous() else None
-            memory = StorageWeakRef(tensor.untyped_storage())
-            self._origins[_storage(tensor)] = _Origin(at, variant, tensor.dtype, tensor.shape, memory)
+        variant = out_variant(func) if len(declared) == 1 else None
+        looks = self._look_into is None or kind in self._look_into
+        if looks and variant is None and can_be_looked_into(func, args, kwargs):
+            with _Watch(None, self, path):
+                result = seen_inside(func, args, kwargs)
+        else:
+            result = func(*args, **kwargs)
+        for tensor in [result] if len(declared) == 1 else list(result or ()):
+            if not is_dense(tensor) or storage_of(tensor) in given:
+                continue  # memory that was there before
+            known = self._origins.get(storage_of(tensor))
+            if known is None or known.path[: len(path)] != path:  # else it was seen inside
+                of = variant if tensor.is_contiguous() else None
+                memory = StorageWeakRef(tensor.untyped_storage())
+                self._origins[storage_of(tensor)] = _Origin(path, of, tensor.dtype, tensor.shape, memory)
         return result
 
-    def plan(self, tensors: Mapping[int, Any]) -> _Plan | None:
-        """How to make tensors elsewhere, as far as that can be, and takes less than to copy them; None if none."""
+    def opaque(self, tensors: Mapping[int, Any]) -> set[Kind]:
+        """What made tensors and might do so elsewhere, seen from inside."""
+        origins = [self._origin(tensor) for tensor in tensors.values()]
+        made = [self._calls[o.path[0]].kind for o in origins if o is not None and o.out_variant is None]
+        return {kind for kind in made if kind is not None}
+
+    def plan(self, tensors: Mapping[int, Any], look: int) -> _Plan | None:
+        """How to make tensors elsewhere, as far as that can be, and takes less than to copy them; None if none.
+
+        look: bytes that are copied in the time in which an operator is seen.
+        """
         found = {v: origin for v, tensor in tensors.items() if (origin := self._origin(tensor)) is not None}
-        found = {v: origin for v, origin in found.items() if tensors[v].nbytes >= LOOK}
-        first = min((origin.at for origin in found.values()), default=0)
+        found = {v: o for v, o in found.items() if o.out_variant is not None and tensors[v].nbytes >= look}
+        first = min((origin.path[0] for origin in found.values()), default=0)
         begin, border = 0, None
         for at, passed in self._borders:
             if at <= first:
                 begin, border = at, passed
-        if not found or sum(tensors[v].nbytes for v in found) < (len(self._kinds) - begin) * LOOK:
+        seen = len(self._calls) - begin
+        for path in {origin.path[:depth] for origin in found.values() for depth in range(1, len(origin.path))}:
+            seen += _INSIDE * len(self._called(path).inside)
+        if not found or sum(tensors[v].nbytes for v in found) < seen * look:
             return None
-        makers = {}
-        for v, origin in found.items():
-            kind = self._kinds[origin.at]
-            assert kind is not None
-            makers[v] = _Maker(kind, self._kinds[begin : origin.at].count(kind), origin)
-        return _Plan(border, makers)
+        return _Plan(border, {v: self._maker(origin, begin) for v, origin in found.items()})
 
     def _origin(self, tensor: Any) -> _Origin | None:
-        """How all of a tensor was made; None if not by what could make it elsewhere."""
-        origin = self._origins.get(_storage(tensor)) if _is_dense(tensor) else None
-        if origin is None or origin.out_variant is None or origin.dtype != tensor.dtype:
+        """How all of a tensor was made; None if that was not seen."""
+        origin = self._origins.get(storage_of(tensor)) if is_dense(tensor) else None
+        if origin is None or origin.dtype != tensor.dtype:
             return None
         storage = tensor.untyped_storage()
         whole = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes > 0
         return origin if whole and origin.shape.numel() == tensor.numel() else None
 
+    def _called(self, path: _Path) -> _Call:
+        calls = self._calls
+        for at in path[:-1]:
+            calls = calls[at].inside
+        return calls[path[-1]]
+
+    def _maker(self, origin: _Origin, begin: int) -> _Maker:
+        kinds = [self._called(origin.path[: depth + 1]).kind for depth in range(len(origin.path))]
+        known = [kind for kind in kinds if kind is not None]
+        assert known == kinds, "what has no kind is not looked into, and has no variant"
+        number = sum(call.kind == kinds[0] for call in self._calls[begin : origin.path[0]])
+        return _Maker(number, tuple(known), origin)
+
+
+_Target = tuple[_Maker, Room]
+
 
 class _Redirect(_Mode):
     """Calls makers with a tensor on their room."""
 
-    def __init__(self, wanted: Mapping[tuple[_Kind, int], tuple[_Origin, Room]]) -> None:
+    def __init__(self, targets: Sequence[_Target]) -> None:
         super().__init__()
-        self._wanted = dict(wanted)
-        self._operators = {kind[0] for kind, _ in wanted}
-        self._counts: Counter[_Kind] = Counter()
+        self._targets = [(maker.kinds[0], maker.number, (maker, room)) for maker, room in targets]
+        self._operators = {id(kind[0]) for kind, _, _ in self._targets}
+        self._counts: Counter[Kind] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        kind = _kind(func, args, kwargs) if func in self._operators else None
-        if kind is not None:
-            found = self._wanted.pop((kind, self._counts[kind]), None)
-            self._counts[kind] += 1
-            if found is not None:
-                origin, room = found
-                assert origin.out_variant is not None
-                return origin.out_variant(*args, **kwargs, out=room.tensor(origin.dtype, origin.shape))
+        kind = kind_of(func, args, kwargs) if id(func) in self._operators else None
+        if kind is None:
+            return func(*args, **kwargs)
+        number = self._counts[kind]
+        self._counts[kind] += 1
+        return _made([t for of, nth, t in self._targets if nth == number and of == kind], 1, func, args, kwargs)
+
+
+class _RedirectInside(_Mode):
+    """The same for what a kernel calls. depth: how many kernels this is inside of."""
+
+    def __init__(self, targets: Sequence[_Target], depth: int) -> None:
+        super().__init__()
+        self._targets, self._depth, self._at = targets, depth, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, depth = kwargs or {}, self._depth
+        targets = [target for target in self._targets if target[0].origin.path[depth] == self._at]
+        self._at += 1
+        if targets and targets[0][0].kinds[depth] != kind_of(func, args, kwargs):
+            targets = []
+        return _made(targets, depth + 1, func, args, kwargs)
+
+
+def _made(targets: Sequence[_Target], depth: int, func: Any, args: Any, kwargs: Any) -> Any:
+    """What a call makes. targets: which are made by it or inside of it; depth: of its inside."""
+    if not targets:
         return func(*args, **kwargs)
-
-
-# ---------------------------------------------------------------- operators
-
-
-def _kind(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Kind | None:
-    """Of a call. None if it is of higher order, on other tensors than dense ones, or if values decide the shape."""
-    if not isinstance(func, torch._ops.OpOverload) or torch.Tag.dynamic_output_shape in func.tags:
-        return None
-    traits: list[Any] = []
-    for x in _leaves(args, kwargs):
-        if isinstance(x, Tensor):
-            if not _is_dense(x):
-                return None
-            traits.append((x.shape, x.stride(), x.dtype, x.device))
-        elif isinstance(x, (int, float, str, torch.dtype)):
-            traits.append((type(x), x))
-        else:
-            traits.append(type(x))
-    return func, tuple(traits)
-
-
-def _leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
-    """Arguments of an operator: those are no deeper than lists. Lists are told by their lengths."""
-    for x in (*args, *kwargs.values()):
-        if isinstance(x, (list, tuple)):
-            yield len(x)
-            yield from x
-        else:
-            yield x
-
-
-def _storage(tensor: Tensor) -> int:
-    """Which memory a tensor has, while it lives or a StorageWeakRef does."""
-    return tensor.untyped_storage()._cdata
-
-
-def _is_dense(x: Any) -> bool:
-    """Whether it is a tensor with memory of its own. Subclasses and nested tensors know few operators."""
-    return (type(x) is Tensor or type(x) is nn.Parameter) and x.layout is torch.strided and not x.is_nested
-
-
-def _out_variant(func: Any) -> Callable[..., Tensor] | None:
-    """The same operator for a given result, if it has one that makes it there (and does not copy it there), by the same
-    kernel (what is composed of others, as inference mode shows it, may be composed in another way)."""
-    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-        return None
-    packet, arguments = func.overloadpacket, func._schema.arguments
-    for name in packet.overloads():
-        other = getattr(packet, name)
-        declared = other._schema.arguments
-        outs = [argument for argument in declared if argument.is_out]
-        rest = [argument for argument in declared if not argument.is_out]
-        alike = [(a.name, str(a.type)) for a in rest] == [(a.name, str(a.type)) for a in arguments]
-        if alike and [out.name for out in outs] == ["out"] and torch.Tag.generated not in other.tags:
-            return other
-    return None
+    (maker, room), origin = targets[0], targets[0][0].origin
+    if len(maker.kinds) > depth:
+        with _RedirectInside(targets, depth):
+            return seen_inside(func, args, kwargs)
+    assert origin.out_variant is not None
+    return origin.out_variant(*args, **kwargs, out=room.tensor(origin.dtype, origin.shape))

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from distlib.comm.slots import Room
+from distlib.comm.slots import Room, least_in_rooms
 from distlib.pipeline.cut import Load, Part, Port
 from distlib.pipeline.landing import Landing
 from distlib.pipeline.program import Branch, Call, Const, Context, Ref, Template, rebuild, refs
@@ -49,7 +49,7 @@ class Player:
                 self._steps.append(self._call(step, drop, last))
                 if made := goes.intersection(refs(step.result)):
                     module = self._finder(step.target) if isinstance(step.target, str) else lambda: None
-                    self._landings[k] = Landing(module), tuple(sorted(made))
+                    self._landings[k] = Landing(module, least_in_rooms()), tuple(sorted(made))
 
     def __call__(
         self,
