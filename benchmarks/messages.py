@@ -1,10 +1,11 @@
 """What a message between stages of one host costs its sender: a copy into a slot, or an operator that writes there.
 
 An addition makes a tensor, and the tensor is lent to another rank: from ordinary memory by a copy, from a room of the
-slot without. In the other rows the same is made by a stage whose module has 44 operators, as a transformer's block has.
+slot without. In other rows the same is made by a stage whose module has 44 operators, as a transformer's block has.
 They are called by a module inside, as most are, and the addition follows: to use a room, it alone is looked at. Or all
-are called by the module itself: then each is looked at, where the message is so large that this pays. One process, one
-thread; nothing is trained.
+are called by the module itself: then each is looked at, where the message is so large that this pays. Or a layer norm
+makes the tensor, which has no form for a given result: its kernel is looked into. One process, one thread; nothing is
+trained.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ import report
 import torch
 from report import Bar, Report, Row
 from torch import Tensor, nn
+from torch.nn import functional
 
-from distlib.comm.slots import SlotPool
-from distlib.pipeline.channels import LEAST_IN_ROOMS
-from distlib.pipeline.landing import LOOK, Landing
+from distlib.comm.slots import SlotPool, least_in_rooms
+from distlib.pipeline.landing import INSIDE, LOOKS, Landing
 from distlib.pipeline.program import Spec
 
 COPIED, MADE = "copied", "made there"
@@ -43,28 +44,42 @@ class Others(nn.Module):
             self.little.mul(1.0)
 
 
-class Sums(nn.Module):
-    """The sum of two tensors, after other operators."""
+class Ends(nn.Module):
+    """What the last operator makes, after others."""
 
-    def __init__(self, before: Callable[[], None]) -> None:
+    def __init__(self, before: Callable[[], None], end: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.before = before
+        self.before, self.end = before, end
 
     def forward(self, x: Tensor) -> Tensor:
         self.before()
-        return x + x
+        return self.end(x)
 
 
-MODULES = {
-    "an addition": lambda: Sums(lambda: None),
-    f"and {OPERATORS - 1} operators by a module inside": lambda: Sums(Others(OPERATORS - 1)),
-    f"and {OPERATORS - 1} operators by itself": lambda: Sums(Others(OPERATORS - 1).forward),
+def add(x: Tensor) -> Tensor:
+    return x + x
+
+
+def norm(x: Tensor) -> Tensor:
+    return functional.layer_norm(x.view(-1, 1024), (1024,))
+
+
+def nothing() -> None:
+    pass
+
+
+# Modules, and how many operators are looked at: a layer norm asks for memory three times, and makes two views.
+MODULES: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "an addition": (lambda: Ends(nothing, add), 1),
+    f"and {OPERATORS - 1} operators by a module inside": (lambda: Ends(Others(OPERATORS - 1), add), 1),
+    f"and {OPERATORS - 1} operators by itself": (lambda: Ends(Others(OPERATORS - 1).forward, add), OPERATORS),
+    f"a layer norm, and {OPERATORS - 1} so": (lambda: Ends(Others(OPERATORS - 1), norm), 1 + 5 * INSIDE),
 }
 
 
 def sender(module: nn.Module, x: Tensor, in_rooms: bool) -> Callable[[], None]:
     """Makes a tensor and lends it, once per call."""
-    pool, landing, spec = SlotPool(), Landing(lambda: module), [Spec.of(x)]
+    pool, landing, spec = SlotPool(), Landing(lambda: module, least_in_rooms()), [Spec.of(module(x))]
     values: list[Any] = [None]
 
     def step() -> None:
@@ -85,7 +100,8 @@ def sender(module: nn.Module, x: Tensor, in_rooms: bool) -> Callable[[], None]:
 
 
 def row(what: str, nbytes: int, rounds: int) -> Row:
-    x, module = torch.ones(nbytes // 4), MODULES[what]()
+    make, looks = MODULES[what]
+    x, module = torch.ones(nbytes // 4), make()
     calls = {COPIED: sender(module, x, False), MADE: sender(module, x, True)}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(-3, rounds):
@@ -94,8 +110,8 @@ def row(what: str, nbytes: int, rounds: int) -> Row:
             call()
             if turn >= 0:
                 samples[name].append(time.perf_counter() - begin)
-    looks = OPERATORS if what.endswith("itself") else 1
-    bar = Bar(COPIED, MADE, at_least=1.0 if nbytes > max(LEAST_IN_ROOMS, looks * LOOK) else None)
+    least = least_in_rooms() * max(1.0, looks / LOOKS)
+    bar = Bar(COPIED, MADE, at_least=1.0 if nbytes > least else None)
     return Row(f"{nbytes // MIB} MiB, {what}", 1, samples, [bar])
 
 
@@ -106,8 +122,9 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = [row(what, size * MIB, options.rounds) for what in MODULES for size in (1, 2, 4, 8, 16, 32)]
     notes = [
-        f"Pipelines make messages from {LEAST_IN_ROOMS // MIB} MiB on where they are sent from, if they have "
-        f"{LOOK >> 10} KiB for each operator that is looked at, and copy others."
+        f"Pipelines make messages from {least_in_rooms() // MIB} MiB on where they are sent from, if they have "
+        f"{least_in_rooms() // LOOKS >> 10} KiB for each operator that is looked at ({INSIDE} times that for one "
+        "inside of another), and copy others."
     ]
     report.publish(Report("messages", "A message between stages of one host", rows, notes), options)
 

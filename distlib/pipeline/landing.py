@@ -40,8 +40,9 @@ from distlib.pipeline.operators import (
     storage_of,
 )
 
-_LOOKS = 8  # so many operators are seen, beside the hook, in the time in which the smallest message is copied
-_INSIDE = 4  # to see one inside of another takes so many times as long, with the way there
+LOOKS = 8  # so many operators are seen, beside the hook, in the time in which the smallest message is copied
+_DEEPEST = 8  # kernels inside of kernels; a mode sees a detach call itself, without end
+INSIDE = 4  # to see one inside of another takes so many times as long, with the way there
 _TRIES = 3  # a step that makes its result elsewhere each time is left alone
 
 _Path = tuple[int, ...]  # to a call: how many others there were before it, and so on inside of it
@@ -89,7 +90,7 @@ class Landing:
     """
 
     def __init__(self, module: Callable[[], nn.Module | None], least: int) -> None:
-        self._module, self._look = module, least // _LOOKS
+        self._module, self._look = module, least // LOOKS
         self._plan: _Plan | None = None
         self._tries = _TRIES if hasattr(TorchDispatchMode, "ignore_compile_internals") else 0  # it came in torch 2.9
         self._opaque: set[Kind] = set()  # what the next watched run looks into
@@ -174,7 +175,7 @@ class _Watch(_Mode):
         given = {storage_of(x) for x in leaves(args, kwargs) if isinstance(x, Tensor)}
         declared = func._schema.returns
         variant = out_variant(func) if len(declared) == 1 else None
-        looks = self._look_into is None or kind in self._look_into
+        looks = len(path) < _DEEPEST and (self._look_into is None or kind in self._look_into)
         if looks and variant is None and can_be_looked_into(func, args, kwargs):
             with _Watch(None, self, path):
                 result = seen_inside(func, args, kwargs)
@@ -183,8 +184,7 @@ class _Watch(_Mode):
         for tensor in [result] if len(declared) == 1 else list(result or ()):
             if not is_dense(tensor) or storage_of(tensor) in given:
                 continue  # memory that was there before
-            known = self._origins.get(storage_of(tensor))
-            if known is None or known.path[: len(path)] != path:  # else it was seen inside
+            if storage_of(tensor) not in self._origins:  # else it was seen inside
                 of = variant if tensor.is_contiguous() else None
                 memory = StorageWeakRef(tensor.untyped_storage())
                 self._origins[storage_of(tensor)] = _Origin(path, of, tensor.dtype, tensor.shape, memory)
@@ -210,7 +210,7 @@ class _Watch(_Mode):
                 begin, border = at, passed
         seen = len(self._calls) - begin
         for path in {origin.path[:depth] for origin in found.values() for depth in range(1, len(origin.path))}:
-            seen += _INSIDE * len(self._called(path).inside)
+            seen += INSIDE * len(self._called(path).inside)
         if not found or sum(tensors[v].nbytes for v in found) < seen * look:
             return None
         return _Plan(border, {v: self._maker(origin, begin) for v, origin in found.items()})

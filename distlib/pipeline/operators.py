@@ -85,11 +85,12 @@ def _as_given(*args: Any, out: Tensor, **kwargs: Any) -> Tensor:
 
 
 def can_be_looked_into(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether `seen_inside` can call it: a kernel of its tensors' device takes its arguments as they are."""
-    tensors = [x for x in leaves(args, kwargs) if isinstance(x, Tensor)]
-    given = {argument.name: x for argument, x in zip(func._schema.arguments, args, strict=False)} | dict(kwargs)
-    wrapped = any(str(a.type) == "Tensor" and isinstance(given.get(a.name), (int, float, complex)) for a in func._schema.arguments)
-    return bool(tensors) and not wrapped
+    """Whether `seen_inside` can call it: there is a kernel of its tensors' device, and it takes its arguments as they
+    are. (Numbers stand for tensors in some calls; the operator's own call makes those.)"""
+    arguments = func._schema.arguments
+    given = {argument.name: x for argument, x in zip(arguments, args, strict=False)} | dict(kwargs)
+    numbers = any(str(a.type) == "Tensor" and isinstance(given.get(a.name), (int, float, complex)) for a in arguments)
+    return not numbers and any(isinstance(x, Tensor) for x in leaves(args, kwargs))
 
 
 def seen_inside(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
