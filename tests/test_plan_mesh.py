@@ -82,7 +82,7 @@ def test_neighbours_are_partition_groups_then_replicas_then_stages() -> None:
     assert mesh.partitions == ((0, 1), (2, 3), (4, 5), (6, 7)) and mesh.replications == ((0, 2), (1, 3), (4, 6), (5, 7))
     assert mesh.pipelines == ((0, 4), (1, 5), (2, 6), (3, 7)) and mesh.data_parallel == ((0, 1, 2, 3), (4, 5, 6, 7))
     assert max(map(mesh.hosts, mesh.data_parallel)) == 1 and mesh.hosts(mesh.pipelines[0]) == 2
-    assert "pipelines             4 of 2, on 2 hosts" in str(mesh)
+    assert "4 pipelines               of 2 ranks, on up to 2 hosts" in str(mesh)
     assert Mesh.of(plan.replace(partition_size="node"), mesh.topology).partition_size == 4
 
 

@@ -150,17 +150,22 @@ class Mesh:
         return len({self.topology.node_of(rank) for rank in group})
 
     def __str__(self) -> str:
-        def spans(groups: tuple[Ranks, ...]) -> str:
+        def line(kind: str, groups: tuple[Ranks, ...]) -> str:
             most = max(map(self.hosts, groups))
-            return f"{len(groups)} of {len(groups[0])}, on {most} host{'s' if most > 1 else ''} each at most"
+            hosts = "1 host" if most == 1 else f"up to {most} hosts"
+            return f"  {_count(len(groups), kind):24}  of {_count(len(groups[0]), 'rank')}, on {hosts}"
 
         kinds = {
-            "pipelines": self.pipelines,
-            "data-parallel groups": self.data_parallel,
-            "partition groups": self.partitions,
-            "replication groups": self.replications,
+            "pipeline": self.pipelines,
+            "data-parallel group": self.data_parallel,
+            "partition group": self.partitions,
+            "replication group": self.replications,
         }
-        return "\n".join([f"{self.size} ranks", *(f"  {kind:20}  {spans(groups)}" for kind, groups in kinds.items())])
+        return "\n".join([_count(self.size, "rank"), *(line(kind, groups) for kind, groups in kinds.items())])
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def topology_of(world: World) -> Topology:
