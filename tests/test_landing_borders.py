@@ -52,7 +52,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_later_runs_see_operators_from_the_last_border_on_only(seen: list[Any]) -> None:
     module = Many()
-    assert in_rooms(lambda x, _: module(x), [False] * 3, module) == [False, True, True]
+    assert in_rooms(lambda x, _: module(x), [False] * 4, module) == [False, False, True, True]
     assert [func.overloadpacket.__name__ for func in seen] == ["cos", "mul", "add"] * 2
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
@@ -66,21 +66,21 @@ def test_without_a_module_they_see_all(seen: list[Any]) -> None:
 @pytest.mark.parametrize("look, made", [(4 * 8 * 4 // 3, True), (4 * 8 * 4 // 3 + 1, False)])
 def test_a_result_of_fewer_bytes_than_its_looks_are_worth_is_copied(look: int, made: bool, seen: list[Any]) -> None:
     module = Many()
-    assert in_rooms(lambda x, _: module(x), [False] * 3, module, 8 * look) == [False, made, made]
+    assert in_rooms(lambda x, _: module(x), [False] * 4, module, 8 * look) == [False, False, made, made]
     assert len(seen) == 6 * made
 
 
 def test_a_module_that_runs_often_is_counted(seen: list[Any]) -> None:
     module = Many()
     module.parts = nn.ModuleList([module.parts[0]] * 4)
-    assert in_rooms(lambda x, _: module(x), [False] * 3, module) == [False, True, True]
+    assert in_rooms(lambda x, _: module(x), [False] * 4, module) == [False, False, True, True]
     assert len(seen) == 6
 
 
 def test_two_results_are_seen_from_the_first_ones_border_on(seen: list[Any]) -> None:
     module, pool = Many(), SlotPool()
     landing = Landing(lambda: module, 0)
-    for run in range(3):
+    for run in range(4):
         x, values = torch.randn(4, 8), [None, None]
         slot = pool.reserve([Spec.of(x), Spec.of(x)])
 
@@ -92,7 +92,7 @@ def test_two_results_are_seen_from_the_first_ones_border_on(seen: list[Any]) -> 
             handle.remove()
 
         landing.run(step, values, dict(enumerate(slot.rooms)))
-        assert [room.holds(v) for room, v in zip(slot.rooms, values, strict=True)] == [run > 0] * 2
+        assert [room.holds(v) for room, v in zip(slot.rooms, values, strict=True)] == [run > 1] * 2
     assert len(seen) == 2 * 14, "of 20"
     pool.close()
 
@@ -128,8 +128,8 @@ def test_modes_that_begin_before_a_border_end_in_order(to_the_end: bool) -> None
     module = Within(to_the_end)
     module(torch.ones(4, 8))
     calls, module.mode.calls = module.mode.calls, 0
-    assert in_rooms(lambda x, _: module(x), [False] * 3, module) == [False, True, True]
-    assert module.mode.calls == 6 * calls and not _get_current_dispatch_mode_stack()
+    assert in_rooms(lambda x, _: module(x), [False] * 5, module) == [False, False, False, True, True]
+    assert module.mode.calls == 10 * calls and not _get_current_dispatch_mode_stack()
 
 
 def test_a_mode_that_begins_before_the_border_in_some_runs_only_is_let_be() -> None:
@@ -139,7 +139,7 @@ def test_a_mode_that_begins_before_the_border_in_some_runs_only_is_let_be() -> N
         with Counts() if more else contextlib.nullcontext():
             return module(x)
 
-    in_rooms(run, [False, False, True, True, False], module)
+    in_rooms(run, [False, False, False, True, True, False], module)
     assert not _get_current_dispatch_mode_stack()
 
 
@@ -153,8 +153,8 @@ def test_an_error_after_the_border_leaves_no_mode_and_no_hook() -> None:
         return result
 
     pool, landing, spec = SlotPool(), Landing(lambda: module, 0), [Spec.of(torch.empty(4, 8))]
-    for k in range(3):
-        fails += [k] if k == 2 else []
+    for k in range(4):
+        fails += [k] if k == 3 else []
         values: list[Any] = [None]
 
         def step(values: list[Any] = values) -> None:
@@ -176,8 +176,8 @@ class Doubles(Counts):
 def test_a_mode_around_the_stage_sees_what_it_always_sees() -> None:
     module = Many()
     with Doubles():
-        assert in_rooms(lambda x, _: module(x), [False] * 3, module) == [False] * 3
-    assert in_rooms(lambda x, _: module(x), [False] * 2, module) == [False, True]
+        assert in_rooms(lambda x, _: module(x), [False] * 4, module) == [False] * 4
+    assert in_rooms(lambda x, _: module(x), [False] * 3, module) == [False, False, True]
 
 
 @torch.library.custom_op("distlib_tests::through_a_module", mutates_args=())
@@ -198,7 +198,7 @@ def test_a_module_called_inside_of_an_operator_is_no_border(seen: list[Any]) -> 
             return through_a_module(self.first(x)) + 1
 
     module = Calls()
-    assert in_rooms(lambda x, _: module(x), [False] * 3, module) == [False, True, True]
+    assert in_rooms(lambda x, _: module(x), [False] * 4, module) == [False, False, True, True]
     assert seen
 
 
@@ -221,7 +221,7 @@ class KeepsACopy(nn.Module):
         return self.part(x) + 1
 
 
-@pytest.mark.parametrize("at", [1, 2])  # the watched run, and the next
+@pytest.mark.parametrize("at", [1, 2, 3])  # the first run, the watched one, and the next
 def test_copies_of_modules_made_inside_of_a_run_have_hooks_that_do_nothing(at: int) -> None:
     module, x = KeepsACopy(at), torch.randn(4, 8)
     landing, pool, values = Landing(lambda: module, 0), SlotPool(), [None]
@@ -255,7 +255,7 @@ class OnThreads(nn.Module):
 
 def test_what_runs_on_other_threads_is_no_border() -> None:
     module = OnThreads()
-    assert in_rooms(lambda x, _: module(x), [False] * 3, module) == [False, True, True]
+    assert in_rooms(lambda x, _: module(x), [False] * 4, module) == [False, False, True, True]
 
 
 class Compiled(nn.Module):
@@ -289,7 +289,7 @@ def test_what_is_compiled_while_watched_keeps_nothing_of_it(how: str) -> None:
     torch.compiler.reset()
     module = Compiled(how, backend)
     landing, pool, values = Landing(lambda: module, 0), SlotPool(), [None]
-    for run in range(3):
+    for run in range(4):
         x = torch.randn(4, 8)
         slot = pool.reserve([Spec.of(x)])
 
@@ -297,7 +297,7 @@ def test_what_is_compiled_while_watched_keeps_nothing_of_it(how: str) -> None:
             values[0] = module(x)
 
         landing.run(step, values, {0: slot.rooms[0]})
-        assert (slot.rooms[0].holds(values[0])) == (run > 0)
+        assert (slot.rooms[0].holds(values[0])) == (run > 1)
     assert len(graphs) == (2 if how == "function" else 1), "a function once with hooks on its modules"
     pool.close()
 
@@ -307,5 +307,5 @@ def test_a_layer_that_runs_otherwise_with_hooks_has_none(seen: list[Any]) -> Non
     layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
     module = nn.Sequential(nn.TransformerEncoder(layer, 2), Adds()).eval()
     with torch.no_grad():
-        made = in_rooms(lambda x, _: module(x.unsqueeze(0)), [False] * 3, module)
-    assert made == [False, True, True] and len(seen) < 6
+        made = in_rooms(lambda x, _: module(x.unsqueeze(0)), [False] * 4, module)
+    assert made == [False, False, True, True] and len(seen) < 6

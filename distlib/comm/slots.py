@@ -71,16 +71,20 @@ class Room:
         self._offset, self._nbytes, self._address = offset, nbytes, 0
         self.used = self.kept = False
 
+    def fits(self, dtype: torch.dtype, shape: Sequence[int]) -> bool:
+        """Whether such a tensor fills the room."""
+        return math.prod(shape) * dtype.itemsize == self._nbytes
+
     def tensor(self, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
         """A new tensor that fills the room, contiguous and not initialised. To be asked for once."""
-        assert self._memory is not None and not self.used and math.prod(shape) * dtype.itemsize == self._nbytes
+        assert self._memory is not None and not self.used and self.fits(dtype, shape)
         self.used = True
         made = _on(self._memory, self._offset, self._nbytes, dtype, shape)
         self._address = made.data_ptr()
         return made
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is what was made here, and as a receiver would find it. Until the message is sent."""
+        """Whether a tensor lies where one was made here, and as a receiver would find it. Until the message is sent."""
         assert self._memory is not None
         same = self.used and tensor.data_ptr() == self._address
         return same and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())

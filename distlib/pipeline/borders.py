@@ -62,7 +62,8 @@ def _hooked(module: nn.Module, ends: bool, then: Callable[[], None]) -> Iterator
 
 
 class _Hook:
-    """Calls `then` on the thread that made it, while it is registered. Copies, made with a module's, do nothing."""
+    """Calls `then` on the thread that made it, while it is registered, and not inside of an operator. Copies, made when
+    a module is copied, do nothing."""
 
     def __init__(self, then: Callable[[], None] | None = None) -> None:
         self.then, self._thread = then, threading.get_ident()
@@ -71,11 +72,16 @@ class _Hook:
         # A function that torch.compile makes of modules is compiled once more when they have hooks, and calls none.
         if torch.compiler.is_compiling():
             return
-        if self.then is not None and self._thread == threading.get_ident():
+        if self.then is not None and self._thread == threading.get_ident() and not _is_inside_of_an_operator():
             self.then()
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
         return _Hook, ()
+
+
+def _is_inside_of_an_operator() -> bool:
+    """Or in inference mode."""
+    return torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality)
 
 
 def _inside(module: nn.Module, known: set[nn.Module]) -> Iterator[nn.Module]:

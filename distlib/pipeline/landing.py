@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,17 +31,20 @@ from distlib.comm.slots import Room
 from distlib.pipeline.borders import Border, all_borders, at_border
 from distlib.pipeline.operators import (
     Kind,
+    call,
+    call_kernel,
     can_be_looked_into,
+    has_default_strides,
     is_dense,
+    is_known_to_autograd,
     kind_of,
     leaves,
     out_variant,
-    seen_inside,
     storage_of,
 )
 
 LOOKS = 8  # so many operators are seen, beside the hook, in the time in which the smallest message is copied
-_DEEPEST = 8  # kernels inside of kernels; a mode sees a detach call itself, without end
+_BACK = 8  # borders: what made a result is after these, the last ones
 INSIDE = 4  # to see one inside of another takes so many times as long, with the way there
 _TRIES = 3  # a step that makes its result elsewhere each time is left alone
 
@@ -91,9 +94,10 @@ class Landing:
 
     def __init__(self, module: Callable[[], nn.Module | None], least: int) -> None:
         self._module, self._look = module, least // LOOKS
-        self._plan: _Plan | None = None
+        self._borders: list[Border] | None = None  # of the first run
         self._tries = _TRIES if hasattr(TorchDispatchMode, "ignore_compile_internals") else 0  # it came in torch 2.9
         self._opaque: set[Kind] = set()  # what the next watched run looks into
+        self._plan: _Plan | None = None
         self._last_rooms: list[Room] = []
 
     def run(self, step: Callable[[], None], values: Sequence[Any], rooms: Mapping[int, Room]) -> None:
@@ -101,21 +105,32 @@ class Landing:
         if any(room.kept for room in self._last_rooms):  # it had to be copied: the stage itself keeps its results
             self._plan, self._tries = None, 0
         self._last_rooms = []
-        if _get_current_dispatch_mode_stack():  # whatever the user watches is to see what it always sees
+        # Whatever the user watches is to see what it always sees. In inference mode, torch computes some otherwise if
+        # they are seen at all.
+        if _get_current_dispatch_mode_stack() or torch.is_inference_mode_enabled():
             step()
         elif self._plan is not None:
             self._land(self._plan, step, values, rooms)
-        elif self._tries:
-            self._watch(step, values, rooms)
-        else:
+        elif not self._tries:
             step()
+        elif self._borders is None and (module := self._module()) is not None:
+            self._borders = []
+            with all_borders(module, self._borders.append):
+                step()
+        else:
+            self._watch(step, values, rooms)
 
     def _watch(self, step: Callable[[], None], values: Sequence[Any], rooms: Mapping[int, Room]) -> None:
         self._tries -= 1
-        with _Watch(self._opaque) as watch, all_borders(self._module(), watch.passed):
+        border = next(iter((self._borders or [])[-_BACK:]), None)
+        watch = _Watch(border, self._opaque)
+        with all_borders(self._module(), watch.passed), _from(border, watch):
             step()
+        if border is not None and not watch.calls:  # there is a mode of the user's: next time from before that
+            self._borders = []
+            return
         sent = {v: values[v] for v in rooms}
-        opaque = watch.opaque(sent) - self._opaque
+        opaque = watch.opaque(sent, self._look) - self._opaque
         self._opaque |= opaque
         if not opaque:
             self._plan = watch.plan(sent, self._look)
@@ -123,20 +138,26 @@ class Landing:
                 self._tries = 0
 
     def _land(self, plan: _Plan, step: Callable[[], None], values: Sequence[Any], rooms: Mapping[int, Room]) -> None:
-        makers = {v: maker for v, maker in plan.makers.items() if v in rooms}
-        redirect = _Redirect([(maker, rooms[v]) for v, maker in makers.items()])
-        with contextlib.ExitStack() as entered:
-
-            def enter() -> None:
-                # Modes end in reverse order: one that began meanwhile would end first, and take this for itself.
-                if not _get_current_dispatch_mode_stack():
-                    entered.enter_context(redirect)
-
-            with at_border(plan.border, enter):
-                step()
+        fit = {v: m for v, m in plan.makers.items() if v in rooms and rooms[v].fits(m.origin.dtype, m.origin.shape)}
+        with _from(plan.border, _Redirect([(maker, rooms[v]) for v, maker in fit.items()])):
+            step()
         self._last_rooms = list(rooms.values())
-        if not all(rooms[v].holds(values[v]) for v in makers):
+        if not all(rooms[v].holds(values[v]) for v in fit):
             self._plan = None
+
+
+@contextlib.contextmanager
+def _from(border: Border | None, mode: _Mode) -> Iterator[None]:
+    """A mode from a border on, or from the beginning."""
+    with contextlib.ExitStack() as entered:
+
+        def enter() -> None:
+            # Modes end in reverse order: one that began meanwhile would end first, and take this for itself.
+            if not _get_current_dispatch_mode_stack():
+                entered.enter_context(mode)
+
+        with at_border(border, enter):
+            yield
 
 
 class _Mode(TorchDispatchMode):
@@ -152,49 +173,60 @@ class _Mode(TorchDispatchMode):
 class _Watch(_Mode):
     """Notes of each memory what made it.
 
-    opaque: the kinds of operators to look into, where they have no variant for a given result; None for all.
+    since: where it begins. opaque: the kinds of operators to look into, where they have no variant for a given result;
+    None for all that can be.
     """
 
-    def __init__(self, opaque: Container[Kind] | None, outer: _Watch | None = None, path: _Path = ()) -> None:
+    def __init__(self, since: Border | None, opaque: Container[Kind] | None) -> None:
         super().__init__()
-        self._look_into, self._path = opaque, path
-        self._calls: list[_Call] = [] if outer is None else outer._calls[path[-1]].inside
+        self._since, self._look_into = since, opaque
+        self._path: _Path = ()
+        self.calls: list[_Call] = []
         self._borders: list[tuple[int, Border]] = []  # and after how many calls
-        self._origins: dict[int, _Origin] = {} if outer is None else outer._origins  # by storage
+        self._origins: dict[int, _Origin] = {}  # by storage
+        self._leaves_be = False  # it saw what is better not seen
 
     def passed(self, border: Border) -> None:
         if _get_current_dispatch_mode_stack() == [self]:  # not inside of an operator, nor of another mode
-            self._borders.append((len(self._calls), border))
+            self._borders.append((len(self.calls), border))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        path, kind = (*self._path, len(self._calls)), kind_of(func, args, kwargs)
-        self._calls.append(_Call(kind, []))
+        path, kind = (*self._path, len(self.calls)), kind_of(func, args, kwargs)
+        self.calls.append(_Call(kind, []))
+        self._leaves_be |= not is_known_to_autograd(func)
         if kind is None:
-            return func(*args, **kwargs)
-        given = {storage_of(x) for x in leaves(args, kwargs) if isinstance(x, Tensor)}
+            return call(func, args, kwargs)
         declared = func._schema.returns
         variant = out_variant(func) if len(declared) == 1 else None
-        looks = len(path) < _DEEPEST and (self._look_into is None or kind in self._look_into)
-        if looks and variant is None and can_be_looked_into(func, args, kwargs):
-            with _Watch(None, self, path):
-                result = seen_inside(func, args, kwargs)
+        if variant is None and can_be_looked_into(func) and (self._look_into is None or kind in self._look_into):
+            with self._inside(path):
+                result = call_kernel(func, args, kwargs)
         else:
-            result = func(*args, **kwargs)
-        for tensor in [result] if len(declared) == 1 else list(result or ()):
-            if not is_dense(tensor) or storage_of(tensor) in given:
-                continue  # memory that was there before
-            if storage_of(tensor) not in self._origins:  # else it was seen inside
-                of = variant if tensor.is_contiguous() else None
-                memory = StorageWeakRef(tensor.untyped_storage())
-                self._origins[storage_of(tensor)] = _Origin(path, of, tensor.dtype, tensor.shape, memory)
+            result = call(func, args, kwargs)
+        given = {storage_of(x) for x in leaves(args, kwargs) if isinstance(x, Tensor)}
+        for tensor in [result] if len(declared) == 1 else list(result or ()):  # one that returns nothing gives None
+            if is_dense(tensor) and storage_of(tensor) not in given:
+                self._note(path, variant, tensor)
         return result
 
-    def opaque(self, tensors: Mapping[int, Any]) -> set[Kind]:
-        """What made tensors and might do so elsewhere, seen from inside."""
-        origins = [self._origin(tensor) for tensor in tensors.values()]
-        made = [self._calls[o.path[0]].kind for o in origins if o is not None and o.out_variant is None]
-        return {kind for kind in made if kind is not None}
+    def _inside(self, path: _Path) -> _Watch:
+        """The watch of what the call there calls."""
+        inside = _Watch(None, None)
+        inside._path, inside.calls, inside._origins = path, self.calls[path[-1]].inside, self._origins
+        return inside
+
+    def _note(self, path: _Path, variant: Callable[..., Tensor] | None, tensor: Tensor) -> None:
+        if storage_of(tensor) not in self._origins:  # else it was made inside, or is somebody's that was handed on
+            variant = variant if has_default_strides(tensor) else None
+            memory = StorageWeakRef(tensor.untyped_storage())
+            self._origins[storage_of(tensor)] = _Origin(path, variant, tensor.dtype, tensor.shape, memory)
+
+    def opaque(self, tensors: Mapping[int, Any], look: int) -> set[Kind]:
+        """What made tensors of `look` bytes or more, and can be looked into."""
+        origins = [self._origin(tensor) for tensor in tensors.values() if is_dense(tensor) and tensor.nbytes >= look]
+        made = [self.calls[o.path[0]].kind for o in origins if o is not None and o.out_variant is None]
+        return {kind for kind in made if kind is not None and can_be_looked_into(kind[0])}
 
     def plan(self, tensors: Mapping[int, Any], look: int) -> _Plan | None:
         """How to make tensors elsewhere, as far as that can be, and takes less than to copy them; None if none.
@@ -204,14 +236,14 @@ class _Watch(_Mode):
         found = {v: origin for v, tensor in tensors.items() if (origin := self._origin(tensor)) is not None}
         found = {v: o for v, o in found.items() if o.out_variant is not None and tensors[v].nbytes >= look}
         first = min((origin.path[0] for origin in found.values()), default=0)
-        begin, border = 0, None
+        begin, border = 0, self._since
         for at, passed in self._borders:
             if at <= first:
                 begin, border = at, passed
-        seen = len(self._calls) - begin
+        seen = len(self.calls) - begin
         for path in {origin.path[:depth] for origin in found.values() for depth in range(1, len(origin.path))}:
             seen += INSIDE * len(self._called(path).inside)
-        if not found or sum(tensors[v].nbytes for v in found) < seen * look:
+        if not found or self._leaves_be or sum(tensors[v].nbytes for v in found) < seen * look:
             return None
         return _Plan(border, {v: self._maker(origin, begin) for v, origin in found.items()})
 
@@ -221,11 +253,11 @@ class _Watch(_Mode):
         if origin is None or origin.dtype != tensor.dtype:
             return None
         storage = tensor.untyped_storage()
-        whole = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes > 0
+        whole = has_default_strides(tensor) and storage.nbytes() == tensor.nbytes > 0
         return origin if whole and origin.shape.numel() == tensor.numel() else None
 
     def _called(self, path: _Path) -> _Call:
-        calls = self._calls
+        calls = self.calls
         for at in path[:-1]:
             calls = calls[at].inside
         return calls[path[-1]]
@@ -234,7 +266,7 @@ class _Watch(_Mode):
         kinds = [self._called(origin.path[: depth + 1]).kind for depth in range(len(origin.path))]
         known = [kind for kind in kinds if kind is not None]
         assert known == kinds, "what has no kind is not looked into, and has no variant"
-        number = sum(call.kind == kinds[0] for call in self._calls[begin : origin.path[0]])
+        number = sum(call.kind == kinds[0] for call in self.calls[begin : origin.path[0]])
         return _Maker(number, tuple(known), origin)
 
 
@@ -246,18 +278,19 @@ class _Redirect(_Mode):
 
     def __init__(self, targets: Sequence[_Target]) -> None:
         super().__init__()
-        self._targets = [(maker.kinds[0], maker.number, (maker, room)) for maker, room in targets]
-        self._operators = {id(kind[0]) for kind, _, _ in self._targets}
+        self._targets = targets
+        self._operators = {id(maker.kinds[0][0]) for maker, _ in targets}
         self._counts: Counter[Kind] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         kind = kind_of(func, args, kwargs) if id(func) in self._operators else None
         if kind is None:
-            return func(*args, **kwargs)
+            return call(func, args, kwargs)
         number = self._counts[kind]
         self._counts[kind] += 1
-        return _made([t for of, nth, t in self._targets if nth == number and of == kind], 1, func, args, kwargs)
+        targets = [target for target in self._targets if target[0].number == number and target[0].kinds[0] == kind]
+        return _made(targets, 1, func, args, kwargs)
 
 
 class _RedirectInside(_Mode):
@@ -277,12 +310,13 @@ class _RedirectInside(_Mode):
 
 
 def _made(targets: Sequence[_Target], depth: int, func: Any, args: Any, kwargs: Any) -> Any:
-    """What a call makes. targets: which are made by it or inside of it; depth: of its inside."""
+    """What a call makes. targets: those that it makes, or that are made inside of it; depth: of its inside. Two targets
+    of one call are one tensor, sent twice: one room is enough to find out."""
     if not targets:
-        return func(*args, **kwargs)
+        return call(func, args, kwargs)
     (maker, room), origin = targets[0], targets[0][0].origin
     if len(maker.kinds) > depth:
         with _RedirectInside(targets, depth):
-            return seen_inside(func, args, kwargs)
+            return call_kernel(func, args, kwargs)
     assert origin.out_variant is not None
     return origin.out_variant(*args, **kwargs, out=room.tensor(origin.dtype, origin.shape))
