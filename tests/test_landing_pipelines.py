@@ -92,6 +92,27 @@ def test_pipelines_have_the_same_bits_and_make_in_rooms_what_they_send(schedule:
             assert sum(made) >= 0.8 * len(made), (name, sending[name])
 
 
+def post_norm(rank: int, n: int) -> list[tuple[int, int]]:
+    """A model as BERT is: blocks that end in a layer norm."""
+    found = []
+    with distlib.init():
+        for least in (NONE, "0"):
+            torch.manual_seed(0)
+            model = nn.Sequential(*(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True) for _ in range(4)))
+            x, y = torch.randn(8, 4, 8), torch.randn(8, 4, 8)
+            with counted(least) as messages:
+                pipeline = distlib.PipelineParallel(model, None, "zb-h1", 4, mean_square, ["2"], x)
+                losses = [float(pipeline.train_step(x, y)) for _ in range(3)]
+            found.append((losses, [p.grad.tolist() for p in pipeline.parameters()]))
+    assert found[0] == found[1]
+    return messages
+
+
+def test_what_a_layer_norm_made_is_not_copied() -> None:
+    sent = run_ranks(2, post_norm)[0]
+    assert sent == [(0, 1)] * 3 + [(1, 1)] * 9
+
+
 class Writes(nn.Module):
     """Writes in place to what it is given."""
 

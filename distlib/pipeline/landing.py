@@ -1,18 +1,17 @@
 """What a stage sends is made where it is sent from: an operator writes its result into a slot of shared memory.
 
-    first run      every operator is watched:  x's memory came from the 1st addition of [8, 512, 1024] tensors
-                                               after the block's second dropout had ended
-    later runs     from there on operators are seen, and that addition is called as out=room.tensor(...);
-                   autograd above it sees a result like any other
-
-    an operator that has no out= is looked into, in another run:
-                                               the 1st layer norm's kernel asks for memory, first of [8, 512, 1024]
-    later runs     its kernel is called in sight, too, and gets the room for memory
+    first run      remember the borders: where modules inside begin and end (borders.py)
+    second run     since one of the last borders every operator is watched:
+                       x's memory came from the 1st addition of [8, 512, 1024] tensors after the 2nd dropout's end
+    third run      only where that operator has no out=; it is looked into:
+                       the memory came from the 1st layer norm's kernel, which asked for [8, 512, 1024] first
+    later runs     operators are seen since that border, and the addition is called as out=room.tensor(...), or the
+                   kernel gets the room for memory; autograd above it sees a result like any other
 
 A module of the model, wrapped in whatever, makes the result somewhere inside. Which operator it was is known only below
 autograd, in torch's dispatcher, where seeing one costs some 6 us. Later runs hence see few: those since the last border
-(borders.py) before it. That costs 25 us and what is seen in vain, so it is for large messages (channels.py says from
-where on). Where nothing can write into given memory, or too many would be seen, later runs are let be.
+before it. That costs 25 us and what is seen in vain, so it is for large messages (slots.py says from where on). Where
+nothing can write into given memory, or too many would be seen, later runs are let be.
 """
 
 from __future__ import annotations
