@@ -71,9 +71,9 @@ def nothing() -> None:
 # Modules, and how many operators are looked at: a layer norm asks for memory three times, and makes two views.
 MODULES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "an addition": (lambda: Ends(nothing, add), 1),
-    f"and {OPERATORS - 1} operators by a module inside": (lambda: Ends(Others(OPERATORS - 1), add), 1),
-    f"and {OPERATORS - 1} operators by itself": (lambda: Ends(Others(OPERATORS - 1).forward, add), OPERATORS),
-    f"a layer norm, and {OPERATORS - 1} so": (lambda: Ends(Others(OPERATORS - 1), norm), 1 + 5 * INSIDE),
+    f"an addition after {OPERATORS - 1} operators of a module inside": (lambda: Ends(Others(OPERATORS - 1), add), 1),
+    f"an addition after {OPERATORS - 1} operators of its own": (lambda: Ends(Others(OPERATORS - 1).forward, add), OPERATORS),
+    f"a layer norm after {OPERATORS - 1} operators of a module inside": (lambda: Ends(Others(OPERATORS - 1), norm), 1 + 5 * INSIDE),
 }
 
 
