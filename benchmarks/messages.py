@@ -28,7 +28,7 @@ from distlib.pipeline.program import Spec
 
 COPIED, MADE = "copied", "made there"
 MIB = 1 << 20
-OPERATORS = 44
+OTHERS = 43  # a transformer's block has 44 operators
 GONE = SimpleNamespace(alive=False)  # a receiver that has let go at once
 
 
@@ -71,9 +71,9 @@ def nothing() -> None:
 # Modules, and how many operators are looked at: a layer norm asks for memory three times, and makes two views.
 MODULES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "an addition": (lambda: Ends(nothing, add), 1),
-    f"an addition after {OPERATORS - 1} operators of a module inside": (lambda: Ends(Others(OPERATORS - 1), add), 1),
-    f"an addition after {OPERATORS - 1} operators of its own": (lambda: Ends(Others(OPERATORS - 1).forward, add), OPERATORS),
-    f"a layer norm after {OPERATORS - 1} operators of a module inside": (lambda: Ends(Others(OPERATORS - 1), norm), 1 + 5 * INSIDE),
+    f"an addition after {OTHERS} operators of a module inside": (lambda: Ends(Others(OTHERS), add), 1),
+    f"an addition after {OTHERS} operators of its own": (lambda: Ends(Others(OTHERS).forward, add), OTHERS + 1),
+    f"a layer norm after {OTHERS} operators of a module inside": (lambda: Ends(Others(OTHERS), norm), 1 + 5 * INSIDE),
 }
 
 
