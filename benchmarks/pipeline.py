@@ -1,6 +1,6 @@
 """Pipeline parallelism on one host: bubbles, training steps beside torch's pipelines, activations, and the split.
 
-    python benchmarks/pipeline.py            # all of it, some twenty-five minutes
+    python benchmarks/pipeline.py            # all of it, some thirty minutes
     python benchmarks/pipeline.py --quick    # the same claims from few rounds, and one GPT
 
 Bubbles: stages that sleep, see `pipeline_bubbles.py`. Steps: GPTs on 2 ranks of one thread each, 4 micro-batches of 256
@@ -265,21 +265,22 @@ def results(options: argparse.Namespace) -> Report:
     for ranks in (4, 8):
         found = part("bubbles", ranks, 3 if options.quick else 9)
         rows += pipeline_bubbles.rows_of(ranks, found)
-        latencies.append(f"{found['latency'] * 1e6:.0f} us on {ranks} ranks")
+        comm, send, post = (found["message"][cost] * 1e6 for cost in ("comm", "send", "post"))
+        latencies.append(f"{comm:.0f} us on {ranks} ranks (its sender is busy for {send:.0f}), {post:.0f} to expect it")
         if ranks == 4:
             for name in pipeline_bubbles.DRAWN:
                 file = f"pipeline_{name}.png"
                 save_png(pipeline_bubbles.time_line(name, ranks, found), options.out / file)
                 pictures.append(f"![Measured time line of {name}](results/{file})")
     for vocabulary in VOCABULARIES[: 1 if options.quick else None]:
-        found = part("steps", 2, 2 if options.quick else 10, f"--vocabulary={vocabulary}")
+        found = part("steps", 2, 2 if options.quick else 20, f"--vocabulary={vocabulary}")
         rows.append(step_row(vocabulary, found))
         steps += step_notes(vocabulary, found)
     rows += [*activation_rows(part("activations", HELD_RANKS, 1)), split_row()]
     notes = [
         "Bubbles: F, B and W of a rank are sleeps of "
         + " or ".join(", ".join(f"{s * 1e3:.0f}" for s in each) for each in pipeline_bubbles.LENGTHS.values())
-        + f" ms. A message takes {', '.join(latencies)}, by ping-pong.",
+        + f" ms. A message takes, by ping-pong, {'; '.join(latencies)}.",
         "Time lines, in seconds: F a forward, B the gradients of inputs, W those of weights, BW both; numbers are "
         "micro-batches; the later stage of a rank is paler. Where ranks sleep there are no activations: 0 bytes.",
         *pictures,

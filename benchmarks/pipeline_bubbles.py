@@ -3,8 +3,8 @@
     stage       forward: sleeps F       gradient of its input: sleeps B       gradient of its weight: sleeps W
 
 Sleeping needs no core, so that eight ranks fit on two. What is left is the runtime: its messages, its order of actions,
-and what it does between them. The simulator is given the lengths of the sleeps and the latency of a message, which is
-measured apart, by ping-pong over the same transport.
+and what it does between them. The simulator is given the lengths of the sleeps and what a message costs (until it is
+there, and of the time of its sender and receiver), which is measured apart, by ping-pong over the same transport.
 
 Each schedule runs with sleeps of two lengths: half as long as what a rank of the GPT in `pipeline.py` computes for a
 micro-batch, and a fifth as long, where what the runtime does per action weighs more than in any such training.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import distlib
 from distlib.comm.group import Group
-from distlib.pipeline import NAMES, Costs, Schedule, Simulation, generate, parse, simulate
+from distlib.pipeline import NAMES, Costs, Schedule, Simulation, generate, lower, parse, simulate
 from distlib.pipeline.record import Spec
 from distlib.pipeline.simulate import played
 from distlib.pipeline.transport import Transport
@@ -86,12 +86,13 @@ class Measured:
 
 
 def measure(steps: int) -> dict[str, Any]:
-    """{"latency": seconds of a message, lengths: {schedule: a `Measured` as a dict}}. Every rank must call it."""
+    """{"message": `message_costs`, lengths: {schedule: a `Measured` as a dict}}. Every rank must call it."""
     group = Group.of(None)
-    found: dict[str, Any] = {"latency": latency(group)}
+    message = message_costs(group)
+    found: dict[str, Any] = {"message": message}
     _sleep_exactly()
     for lengths in LENGTHS:
-        found[lengths] = {name: asdict(_measure(name, group.size, lengths, found["latency"], steps)) for name in NAMES}
+        found[lengths] = {name: asdict(_measure(name, group.size, lengths, message, steps)) for name in NAMES}
     return found
 
 
@@ -101,16 +102,16 @@ def _sleep_exactly() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_TIMERSLACK) failed")
 
 
-def schedule_of(name: str, ranks: int, lengths: str, comm: float) -> tuple[Schedule, Costs]:
+def schedule_of(name: str, ranks: int, lengths: str, message: Mapping[str, float]) -> tuple[Schedule, Costs]:
     """Twice as many micro-batches as ranks: the least at which zb-v has no bubble. Two stages of a rank have half of
     its work each."""
     virtual = 2 if name in ("interleaved", "zb-v") else 1
-    costs = Costs(*(seconds / virtual for seconds in LENGTHS[lengths]), comm=comm)
+    costs = Costs(*(seconds / virtual for seconds in LENGTHS[lengths]), **message)
     return generate(name, ranks, 2 * ranks, costs=costs if name == "auto" else None), costs
 
 
-def _measure(name: str, ranks: int, lengths: str, comm: float, steps: int) -> Measured:
-    schedule, costs = schedule_of(name, ranks, lengths, comm)
+def _measure(name: str, ranks: int, lengths: str, message: Mapping[str, float], steps: int) -> Measured:
+    schedule, costs = schedule_of(name, ranks, lengths, message)
     stages = [Sleeper(costs.forward, costs.backward, costs.weight) for _ in range(schedule.stages)]
     model = distlib.PipelineParallel(
         None,
@@ -124,31 +125,38 @@ def _measure(name: str, ranks: int, lengths: str, comm: float, steps: int) -> Me
         model.train_step(batch)
     runs = sorted((model.timed_step(batch)[1] for _ in range(steps)), key=lambda run: run.bubble)
     lines = [[(str(action), start, end) for action, start, end in line] for line in runs[steps // 2].lines]
-    return Measured([run.bubble for run in runs], simulate(schedule, costs).bubble, lines)
+    return Measured([run.bubble for run in runs], simulate(lower(schedule), costs).bubble, lines)
 
 
-def latency(group: Group, rounds: int = 60) -> float:
-    """Seconds from a send on rank 0 to the end of `take` on rank 1: half the median round trip. All ranks call it."""
+def message_costs(group: Group, rounds: int = 60) -> dict[str, float]:
+    """Seconds, medians, as `Costs` has them. All ranks must call it.
+
+    comm: from a send on rank 0 to the end of `take` on rank 1, half a round trip. send, post: of these calls on rank 0.
+    """
     transport = Transport(group, range(group.size), [(0, 1)])
     tensor = torch.ones(1, WIDTH)
     specs = [Spec.of(tensor)]
-    trips = []
+    spent: dict[str, list[float]] = {"comm": [], "send": [], "post": []}
     for k in range(rounds):
-        began = time.perf_counter()
         if group.rank == 0:
+            began = time.perf_counter()
             transport.post(1, 0, k, specs)
+            posted = time.perf_counter()
             transport.send(0, 1, k, [tensor])
+            sent = time.perf_counter()
             transport.take(1, 0, k)
+            spent["comm"].append((time.perf_counter() - posted) / 2)
+            spent["send"].append(sent - posted)
+            spent["post"].append(posted - began)
         elif group.rank == 1:
             transport.post(0, 1, k, specs)
             transport.take(0, 1, k)
             transport.send(1, 0, k, [tensor])
-        trips.append(time.perf_counter() - began)
         transport.finish()
     transport.close()
-    found = torch.tensor(statistics.median(trips) / 2, dtype=torch.float64)
+    found = torch.tensor([statistics.median(times or [0.0]) for times in spent.values()], dtype=torch.float64)
     group.broadcast(found, 0)
-    return found.item()
+    return dict(zip(spent, found.tolist(), strict=True))
 
 
 # ---- the process that starts the ranks --------------------------------------------------------------------
@@ -173,6 +181,6 @@ def rows_of(ranks: int, found: dict[str, Any]) -> list[Row]:
 def time_line(name: str, ranks: int, found: dict[str, Any]) -> Simulation:
     """What the ranks did when, in the step with the median bubble; for `distlib.pipeline.save_png`."""
     lengths = next(iter(LENGTHS))
-    schedule, _ = schedule_of(name, ranks, lengths, found["latency"])
+    schedule, _ = schedule_of(name, ranks, lengths, found["message"])
     lines: Sequence[Any] = found[lengths][name]["lines"]
     return played(schedule, [[(parse(token), start, end) for token, start, end in line] for line in lines])

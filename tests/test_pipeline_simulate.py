@@ -151,6 +151,24 @@ def test_channels_that_wait():
         simulate(schedule, channels="eager")
 
 
+def test_what_a_message_costs_its_ranks():
+    schedule = from_csv("rank 0,0F0,0SEND0>1,0F1,0SEND1>1\nrank 1,1RECV0<0,1RECV1<0,1F0,1F1\n")
+    costs = Costs(forward=[1, 5], comm=2, send=[0.5, 0], post=[0, 0.25])
+    for channels in ("buffered", "posted"):
+        played = simulate(schedule, costs, channels=channels)
+        assert [end for _, _, end in played.lines[0]] == [1, 1.5, 2.5, 3]
+        assert [end for _, _, end in played.lines[1]] == [0.25, 0.5, 8, 13]  # 0F0 at 1, 2 on the way
+        assert played.busy == (2, 10) and played.spans == (2.5, 10)
+    free = Costs(forward=[1, 5], comm=2)
+    assert simulate(schedule, costs, channels="blocking").lines == simulate(schedule, free, channels="blocking").lines
+    plain = generate("1f1b", 4, 8)
+    assert simulate(plain, Costs(send=1, post=1)).lines == simulate(plain).lines  # it has no messages
+    for name in NAMES:
+        lowered = lower(generate(name, 4, 8))
+        cost = simulate(lowered, Costs(comm=0.1)).cost
+        assert cost < simulate(lowered, Costs(comm=0.1, send=0.1, post=0.1)).cost < cost + 8 * 4 * 0.5
+
+
 def test_sending_before_the_weight_gradient_is_earlier():
     schedule = generate("1f1b", 4, 8)
     assert simulate(unfuse(schedule)).step_time < simulate(schedule).step_time
@@ -165,6 +183,8 @@ def test_costs_are_checked():
         (Costs(backward=float("nan")), "backward of stage 0 is nan"),
         (Costs(comm=[[0, 1], [1, 0]]), "no 3 x 3 matrix"),
         (Costs(comm=-1), "comm from rank 0"),
+        (Costs(send=-1), "send of stage 0 is -1"),
+        (Costs(post=[1, 2]), "post has 2 values"),
         (Costs(activations=1, kept=2), "stage 0 keeps 2.0 bytes after B"),
     ):
         with pytest.raises(ValueError, match=message):

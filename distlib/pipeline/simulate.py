@@ -1,7 +1,8 @@
 """Plays a schedule against costs: when every action runs, the step time, the bubble, the peak activations.
 
 Each rank runs its actions in order, one compute at a time. A compute starts when its rank is free and its inputs are
-there: of another rank, `comm` after they were sent (sending costs the sender nothing, links are never full).
+there: of another rank, `comm` after they were sent (links are never full). For as long as `send` and `post` say, a rank
+is busy with a message and does not compute (the overhead of LogP, Culler et al. 1993).
 
     rank 0  F0 F1 .. .. BW0-- F2 BW1-- ...      span of rank 0: first start to last end
     rank 1  .. F0 BW0-- F1 BW1-- ...            cost = the longest span of a rank
@@ -27,6 +28,8 @@ class Costs:
 
     forward, backward, weight: time of F, B (input gradient) and W. full: of BW; default: B + W.
     comm: time between a send and its arrival on another rank; one number, or a matrix [from rank][to rank].
+    send, post: time of SEND, which is a part of `comm`, and of RECV, on their own ranks; of no account to schedules
+    without messages, and to blocking channels.
     gather, reduce: time of GATHER and REDUCE of a stage, which run beside compute, one after the other on each rank.
     activations: bytes that a micro-batch holds in a stage from its F on.
     kept: of these, the bytes held until its W; default: all. The rest is released after its B.
@@ -36,6 +39,8 @@ class Costs:
     backward: PerStage = 1.0
     weight: PerStage = 1.0
     comm: float | Sequence[Sequence[float]] = 0.0
+    send: PerStage = 0.0
+    post: PerStage = 0.0
     full: PerStage | None = None
     gather: PerStage = 0.0
     reduce: PerStage = 0.0
@@ -84,6 +89,8 @@ class Costs:
             else spread("full", self.full),
             Kind.GATHER: spread("gather", self.gather),
             Kind.REDUCE: spread("reduce", self.reduce),
+            Kind.SEND: spread("send", self.send),
+            Kind.RECV: spread("post", self.post),
         }
         return StageCosts(times, comm, activations, kept)
 
@@ -276,7 +283,8 @@ class _Run:
         waits = self.channels == "blocking" or (self.channels == "posted" and sends)
         if waits and (other, message) not in self.facts:
             return other, message
-        start = end = max(free, self.facts[other, message]) if waits else free
+        start = max(free, self.facts[other, message]) if waits else free
+        end = start + self.costs.times[action.kind][action.stage]
         source, target, _ = message
         delay = self.costs.comm[self.schedule.placement[source]][self.schedule.placement[target]]
         if self.channels == "blocking":
