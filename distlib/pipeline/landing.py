@@ -43,8 +43,8 @@ from distlib.pipeline.operators import (
 )
 
 LOOKS = 8  # so many operators are seen, beside the hook, in the time in which the smallest message is copied
-_BACK = 8  # borders: what made a result is after these, the last ones
 INSIDE = 4  # to see one inside of another takes so many times as long, with the way there
+_BACK = 8  # what made a result is looked for among what follows so many borders, the last ones
 _TRIES = 3  # a step that makes its result elsewhere each time is left alone
 
 _Path = tuple[int, ...]  # to a call: how many others there were before it, and so on inside of it
