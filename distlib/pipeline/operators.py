@@ -24,8 +24,7 @@ _KERNELS = {
     getattr(_aten, name)
     for name in (
         *("native_layer_norm", "native_group_norm", "native_batch_norm"),
-        *("convolution", "_convolution", "mkldnn_convolution", "thnn_conv2d"),
-        *("slow_conv_dilated2d", "slow_conv_dilated3d", "_nnpack_spatial_convolution"),
+        *("convolution", "_convolution", "mkldnn_convolution", "thnn_conv2d", "slow_conv_dilated2d"),
         *("embedding", "relu", "clone", "_to_copy", "repeat", "constant_pad_nd", "flip", "roll"),
     )
     if hasattr(_aten, name)  # torch's own, not promised to stay
