@@ -19,8 +19,8 @@ from rich.table import Table
 import distlib
 from distlib import native
 from distlib.doctor.local_ranks import Ending, LocalRanks
-from distlib.doctor.words import digits, plural
-from distlib.doctor.words import size as size_text
+from distlib.words import digits, plural
+from distlib.words import size as size_text
 
 # Newer torch has renamed these two; the old names warn.
 all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

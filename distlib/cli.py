@@ -90,8 +90,8 @@ def collectives(
 ) -> None:
     """Time collectives over sizes, on the ranks of this job or on ranks started here."""
     from distlib import bench as benchmark
-    from distlib.doctor.words import parse_size
     from distlib.launchers import detect
+    from distlib.words import parse_size
 
     try:
         chosen = [op.strip() for op in ops.split(",")] if ops else list(benchmark.OPS)

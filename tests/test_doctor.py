@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 import distlib
-from distlib.doctor import gather, machine, words
+from distlib import words
+from distlib.doctor import gather, machine
 from distlib.doctor.check_job import check_job, check_selftest
 from distlib.doctor.check_settings import SMALLEST, SWITCHES
 from distlib.doctor.checks import check

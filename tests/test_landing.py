@@ -247,6 +247,7 @@ def in_rooms(
 
         landing.run(step, values, {0: slot.rooms[0]})
         assert values[0].dtype == expected.dtype and torch.equal(values[0], expected), change
+        assert values[0].stride() == expected.stride(), change
         made.append(slot.rooms[0].holds(values[0]))
     pool.close()
     return made

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from distlib.doctor.facts import Facts, Problem, warning
 from distlib.doctor.variables import BETTER_LEFT_ALONE, LOADING, QUEUES, is_obsolete
-from distlib.doctor.words import version_numbers
+from distlib.words import version_numbers
 
 OLDEST_LIBFABRIC = (1, 18)
 OLDEST_PLUGIN = (1, 7)

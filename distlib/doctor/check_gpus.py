@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from distlib.doctor.facts import Facts, Gpu, Problem, error, warning
-from distlib.doctor.words import plural, version_numbers
+from distlib.words import plural, version_numbers
 
 _BUILD_CUDA = "DISTLIB_CUDA=1 pip install --force-reinstall --no-deps distlib-train"
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from distlib.doctor.check_gpus import cards_shared
 from distlib.doctor.checks import check, split_fix
 from distlib.doctor.facts import Facts, Node, Problem, SelfTest, error, warning
-from distlib.doctor.words import plural, ranks_text
+from distlib.words import plural, ranks_text
 
 
 def check_job(facts: list[Facts], nodes: list[Node]) -> list[Problem]:

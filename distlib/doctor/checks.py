@@ -10,7 +10,7 @@ from distlib.doctor.check_fabric import check_fabric
 from distlib.doctor.check_gpus import check_cuda, check_gpus, check_nccl
 from distlib.doctor.check_settings import check_settings
 from distlib.doctor.facts import GIB, Facts, Problem, error, warning
-from distlib.doctor.words import gib, plural, version_numbers
+from distlib.words import gib, plural, version_numbers
 
 OLDEST_TORCH = (2, 6)
 _TORCH_BYTES = 8 * GIB  # address space of Python with torch, generously

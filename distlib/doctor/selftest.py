@@ -11,7 +11,7 @@ import torch.distributed as dist
 import distlib
 from distlib.bench import all_gather_flat, reduce_scatter_flat, ring_exchange, seconds_per_call
 from distlib.doctor.facts import SelfTest
-from distlib.doctor.words import ranks_text
+from distlib.words import ranks_text
 
 SMALL_BYTES = 4 << 10
 _N = 1000  # elements of what is compared

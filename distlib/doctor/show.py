@@ -11,7 +11,7 @@ from rich.text import Text
 
 from distlib.doctor.facts import GIB, Fabric, Facts, Problem, Report, SelfTest
 from distlib.doctor.variables import INSTALL_SETTINGS, SETTINGS
-from distlib.doctor.words import duration, gib, plural, ranks_text, size
+from distlib.words import duration, gib, plural, ranks_text, size
 
 _WIDEST = 110
 _SIMD = {"avx512": "AVX-512", "avx2": "AVX2", "neon": "NEON", "scalar": "no SIMD"}

@@ -23,6 +23,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from distlib.topology import Topology
+from distlib.words import plural
 
 if TYPE_CHECKING:
     from distlib.plan.plan import Plan
@@ -153,7 +154,7 @@ class Mesh:
         def line(kind: str, groups: tuple[Ranks, ...]) -> str:
             most = max(map(self.hosts, groups))
             hosts = "1 host" if most == 1 else f"up to {most} hosts"
-            return f"  {_count(len(groups), kind):24}  of {_count(len(groups[0]), 'rank')}, on {hosts}"
+            return f"  {plural(len(groups), kind):24}  of {plural(len(groups[0]), 'rank')}, on {hosts}"
 
         kinds = {
             "pipeline": self.pipelines,
@@ -161,11 +162,7 @@ class Mesh:
             "partition group": self.partitions,
             "replication group": self.replications,
         }
-        return "\n".join([_count(self.size, "rank"), *(line(kind, groups) for kind, groups in kinds.items())])
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+        return "\n".join([plural(self.size, "rank"), *(line(kind, groups) for kind, groups in kinds.items())])
 
 
 def topology_of(world: World) -> Topology:
