@@ -12,6 +12,7 @@ comes in the input pass: see `_Graph.settle`. The graph, and with it all activat
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -25,10 +26,12 @@ from distlib.pipeline.deferral import Entry, Hold
 Node = Any  # torch.autograd.graph.Node
 Root: TypeAlias = Tensor | GradientEdge  # where a backward starts
 
+_RECOMPUTED = "inside a checkpoint or an offload, which each pass would run again"
+
 
 def _leaf(node: Node) -> Tensor | None:
     """The leaf that a node accumulates into."""
-    return getattr(node, "variable", None) if node.name() == "torch::autograd::AccumulateGrad" else None
+    return node.variable if type(node).__name__ == "AccumulateGrad" else None
 
 
 def _children(node: Node) -> list[Node]:
@@ -39,114 +42,153 @@ def _children(node: Node) -> list[Node]:
     return following
 
 
+@functools.lru_cache(maxsize=1024)
+def _saved_by(kind: type[Node]) -> tuple[str, ...]:
+    """The attributes in which nodes of a kind have what they saved."""
+    return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
+
+
 def _is_hooked(node: Node) -> bool:
     """Whether reading what the node saved calls a hook: a checkpoint recomputes, an offload reads back."""
-    for name in dir(node):
-        if name.startswith("_raw_saved_"):
-            saved = getattr(node, name)
-            for one in saved if isinstance(saved, (tuple, list)) else (saved,):
-                # A torch that cannot tell: assume the worst, and say so in `kept`.
-                if getattr(one, "unpack_hook", True) is not None:
-                    return True
+    for name in _saved_by(type(node)):
+        saved = getattr(node, name)
+        for one in saved if isinstance(saved, (tuple, list)) else (saved,):
+            # A torch that cannot tell: assume the worst, and say so in `kept`.
+            if getattr(one, "unpack_hook", True) is not None:
+                return True
     return False
 
 
+def _inputs_first(roots: Sequence[Node]) -> tuple[list[Node], list[list[int]], list[int]]:
+    """All nodes behind the roots, each after those behind it; of each, the numbers of those right behind it; and the
+    numbers of the roots."""
+    nodes: list[Node] = []
+    behind: list[list[int]] = []
+    number: dict[Node, int] = {}  # -1 until all behind it have theirs
+    todo: list[tuple[Node, list[Node] | None]] = [(node, None) for node in roots]
+    while todo:
+        node, following = todo.pop()
+        if following is not None:
+            number[node] = len(nodes)
+            nodes.append(node)
+            behind.append([number[child] for child in following])
+        elif node not in number:
+            number[node] = -1
+            following = _children(node)
+            todo.append((node, following))
+            todo += [(child, None) for child in following if child not in number]
+    return nodes, behind, [number[node] for node in roots]
+
+
 class _Graph:
-    """The graph behind some edges, divided. later: leaves to defer, with their names."""
+    """The graph behind some edges, divided. later: leaves to defer, with their names.
+
+    Every micro-batch walks it on the host. Hence numbers instead of nodes, and bits instead of sets of leaves.
+    """
 
     def __init__(self, roots: Sequence[GradientEdge], later: Mapping[Tensor, str]) -> None:
-        self.roots = roots
-        self.order = _inputs_first([edge.node for edge in self.roots])
+        self.nodes, self._behind, self._roots = _inputs_first([edge.node for edge in roots])
         self.kept: dict[str, str] = {}  # by name, why it is not deferred
-        leaves = {node: leaf for node in self.order if (leaf := _leaf(node)) is not None}
-        self.deferred = {node: leaf for node, leaf in leaves.items() if leaf in later}
-        self._names = {node: later[leaf] for node, leaf in self.deferred.items()}
-        self._leaves = leaves
-        if self.deferred:
-            self.settle()
+        self._leaves = {k: leaf for k, node in enumerate(self.nodes) if (leaf := _leaf(node)) is not None}
+        deferred = [k for k, leaf in self._leaves.items() if leaf in later]
+        self._bits = {k: 1 << at for at, k in enumerate(deferred)}  # of leaves that are deferred
+        self._names = {k: later[self._leaves[k]] for k in deferred}
+        # By number, the deferred leaves of its weight side, as bits.
+        self._frontier: dict[int, int] = {}
+        self._outer: list[tuple[int, int]] = []  # roots outside of the input side
+        if deferred:
+            self._settle()
 
     @property
     def now(self) -> list[Tensor]:
         """The leaves whose gradients come in the input pass."""
-        return [leaf for node, leaf in self._leaves.items() if node not in self.deferred]
+        return [leaf for k, leaf in self._leaves.items() if k not in self._bits]
 
-    def settle(self) -> None:
-        """Divide, and drop from `deferred` what would make an operation run twice or a gradient wrong; again, until
-        nothing is to be dropped."""
-        for node, leaf in list(self.deferred.items()):
+    @property
+    def frontier(self) -> list[tuple[Node, list[Tensor]]]:
+        """Nodes of the input side, each with the leaves that are deferred behind it."""
+        return [(self.nodes[k], self._deferred(bits)) for k, bits in self._frontier.items()]
+
+    @property
+    def outer(self) -> tuple[list[int], list[Tensor]]:
+        """The roots, by their place, that lead to deferred leaves only; and those."""
+        bits = 0
+        for _, more in self._outer:
+            bits |= more
+        return [at for at, _ in self._outer], self._deferred(bits)
+
+    def _deferred(self, bits: int) -> list[Tensor]:
+        return [self._leaves[k] for k, bit in self._bits.items() if bits & bit]
+
+    def _settle(self) -> None:
+        """Divide, and let the input pass have what would make an operation run twice or a gradient wrong; again, until
+        there is no more of that."""
+        for k, bit in list(self._bits.items()):
+            leaf = self._leaves[k]
             if getattr(leaf, "_backward_hooks", None):
-                self._drop({node}, "a hook of its own sees its gradient, and would see it twice")
+                self._drop(bit, "a hook of its own sees its gradient, and would see it twice")
             elif getattr(leaf, "_distlib_comes_and_goes", False):  # set by ShardedDataParallel
-                self._drop({node}, "sharded, and freed before the weight pass: hold() the model over both passes")
+                self._drop(bit, "sharded, and freed before the weight pass: hold() the model over both passes")
         while not self._divide():
             pass
 
-    def _drop(self, nodes: set[Node], why: str) -> None:
-        for node in nodes & set(self.deferred):
-            del self.deferred[node]
-            self.kept[self._names[node]] = why
+    def _drop(self, bits: int, why: str) -> None:
+        for k, bit in list(self._bits.items()) if bits else ():
+            if bits & bit:
+                del self._bits[k]
+                self.kept[self._names[k]] = why
 
     def _divide(self) -> bool:
-        self.inside: set[Node] = set()  # the input side
-        reached: dict[Node, frozenset[Node]] = {}  # deferred leaves behind a node
-        empty: frozenset[Node] = frozenset()
-        for node in self.order:
-            following = _children(node)
-            if (node in self._leaves and node not in self.deferred) or any(c in self.inside for c in following):
-                self.inside.add(node)
-            behind = [reached[c] for c in following if reached[c]]
-            reached[node] = frozenset((node,)) if node in self.deferred else (empty.union(*behind) if behind else empty)
-        # Per frontier node, the deferred leaves of its weight side.
-        self.frontier: dict[Node, list[Node]] = {}
-        owner: dict[Node, Node] = {}  # of nodes of the weight side, the frontier node in front of them
-        before = len(self.deferred)
-        for node in self.order:
-            if node not in self.inside:
+        inside, reached = self._sides()
+        owner: dict[int, int] = {}  # of nodes of the weight side, the frontier node in front of them
+        before = len(self._bits)
+        self._frontier = {}
+        for k, is_inside in enumerate(inside):
+            if not is_inside:
                 continue
-            sides = [c for c in _children(node) if c not in self.inside and reached[c]]
-            if not sides:
+            mine = ahead = 0
+            for child in self._behind[k]:
+                if inside[child]:
+                    ahead |= reached[child]
+                else:
+                    mine |= reached[child]
+            if not mine:
                 continue
-            mine = empty.union(*(reached[c] for c in sides))
-            ahead = empty.union(*(reached[c] for c in _children(node) if c in self.inside))
-            self._drop(set(mine & ahead), "used again by an earlier operation: passing it would run operations twice")
+            node = self.nodes[k]
+            self._drop(mine & ahead, "used again by an earlier operation: passing it would run operations twice")
             if isinstance(node, torch.autograd.function.BackwardCFunction):
-                self._drop(set(mine), f"{node.name()} computes all of its gradients at once")
+                self._drop(mine, f"{node.name()} computes all of its gradients at once")
             elif _is_hooked(node):
-                self._drop(set(mine), "inside a checkpoint or an offload, which each pass would run again")
-            self._claim(node, sides, reached, owner)
-            self.frontier[node] = [leaf for leaf in self.deferred if leaf in mine]
-        outer = [edge.node for edge in self.roots if edge.node not in self.inside and reached[edge.node]]
-        if outer:
-            self._claim(None, outer, reached, owner)
-        self.outer = outer
-        return before == len(self.deferred)
+                self._drop(mine, _RECOMPUTED)
+            self._claim(k, [child for child in self._behind[k] if not inside[child]], reached, owner)
+            self._frontier[k] = mine
+        self._outer = [(at, reached[k]) for at, k in enumerate(self._roots) if not inside[k] and reached[k]]
+        self._claim(-1, [self._roots[at] for at, _ in self._outer], reached, owner)
+        return before == len(self._bits)
 
-    def _claim(self, front: Node, sides: list[Node], reached: dict[Node, Any], owner: dict[Node, Node]) -> None:
+    def _sides(self) -> tuple[list[bool], list[int]]:
+        """By number: whether a node leads to something wanted now; the deferred leaves behind it."""
+        inside: list[bool] = []
+        reached: list[int] = []
+        for k, behind in enumerate(self._behind):
+            bits, is_inside = self._bits.get(k, 0), k in self._leaves and k not in self._bits
+            for child in behind:
+                bits |= reached[child]
+                is_inside = is_inside or inside[child]
+            inside.append(is_inside)
+            reached.append(bits)
+        return inside, reached
+
+    def _claim(self, front: int, sides: Sequence[int], reached: Sequence[int], owner: dict[int, int]) -> None:
         """The weight side behind a frontier node must not be that of another, nor saved through hooks."""
-        todo = [c for c in sides if c not in self._leaves]
+        todo = [k for k in sides if reached[k] and k not in self._leaves]
         while todo:
-            node = todo.pop()
-            if owner.setdefault(node, front) is not front:
-                self._drop(set(reached[node]), "computed once from its parameter, used several times")
-            elif _is_hooked(node):
-                self._drop(set(reached[node]), "inside a checkpoint or an offload, which each pass would run again")
-            todo += [c for c in _children(node) if c not in self._leaves and reached[c] and c not in owner]
-
-
-def _inputs_first(roots: Sequence[Node]) -> list[Node]:
-    """All nodes behind the roots, each after those behind it."""
-    order: list[Node] = []
-    seen: set[Node] = set()
-    todo = [(node, False) for node in roots]
-    while todo:
-        node, left = todo.pop()
-        if left:
-            order.append(node)
-        elif node not in seen:
-            seen.add(node)
-            todo.append((node, True))
-            todo += [(child, False) for child in _children(node) if child not in seen]
-    return order
+            k = todo.pop()
+            if owner.setdefault(k, front) != front:
+                self._drop(reached[k], "computed once from its parameter, used several times")
+            elif _is_hooked(self.nodes[k]):
+                self._drop(reached[k], _RECOMPUTED)
+            todo += [c for c in self._behind[k] if reached[c] and c not in self._leaves and c not in owner]
 
 
 class Part:
@@ -196,16 +238,10 @@ def input_pass(
     edges = [get_gradient_edge(root) if isinstance(root, Tensor) else root for root in roots]
     graph = _Graph(edges, later)
     initial = _initial(edges, gradients)
-    outer = [(e, g) for e, g in zip(graph.roots, initial, strict=True) if graph.deferred and e.node in graph.outer]
+    outer, leaves = graph.outer
     if outer:
-        behind = {node for node in _inputs_first([e.node for e, _ in outer])}
-        leaves = [leaf for node, leaf in graph.deferred.items() if node in behind]
-        entries.append(Part([e for e, _ in outer], [g for _, g in outer], leaves))
-    frontier = graph.frontier if graph.deferred else {}
-    handles = [
-        node.register_prehook(_noting(node, [graph.deferred[leaf] for leaf in leaves], entries))
-        for node, leaves in frontier.items()
-    ]
+        entries.append(Part([edges[at] for at in outer], [initial[at] for at in outer], leaves))
+    handles = [node.register_prehook(_noting(node, behind, entries)) for node, behind in graph.frontier]
     now = graph.now
     try:
         if now:
