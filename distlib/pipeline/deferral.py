@@ -276,6 +276,25 @@ class _Linear:
         return _call(self, _as_autocast(input), _linear, _linear_gradients)
 
 
+class _Transposed:
+    """A Linear whose weight is (inputs, outputs)."""
+
+    @staticmethod
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        if _plain(self):
+            return type(self).forward(self, x)
+
+        def operator(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            assert bias is not None
+            return torch.addmm(bias, x.view(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
+
+        def gradients(x: Tensor, g: Tensor, weight: bool, bias: bool) -> tuple[Tensor | None, Tensor | None]:
+            flat = g.reshape(-1, g.shape[-1])
+            return x.reshape(-1, x.shape[-1]).t().mm(flat) if weight else None, flat.sum(0) if bias else None
+
+        return _call(self, _as_autocast(x), operator, gradients)
+
+
 class _Conv:
     @staticmethod
     def forward(self: nn.Conv2d, input: Tensor) -> Tensor:
@@ -344,15 +363,21 @@ _FORWARDS: dict[type[nn.Module], Any] = {
     nn.Conv3d: _Conv.forward,
     nn.Embedding: _Embedding.forward,
 }
+_OF_OTHERS = {"transformers.pytorch_utils.Conv1D": _Transposed.forward}  # by name: what is not there is not imported
+
+
+def _forward_of(kind: type) -> Any:
+    return _FORWARDS.get(kind) or _OF_OTHERS.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
 def _kind(module: nn.Module) -> type[nn.Module] | None:
-    return next((kind for kind in _FORWARDS if isinstance(module, kind)), None)
+    return next((kind for kind in type(module).__mro__ if _forward_of(kind) is not None), None)
 
 
 def is_deferring(module: nn.Module) -> bool:
     """Whether `defer` rewired this instance."""
-    return getattr(module.__dict__.get("forward"), "__func__", None) in _FORWARDS.values()
+    known = (*_FORWARDS.values(), *_OF_OTHERS.values())
+    return getattr(module.__dict__.get("forward"), "__func__", None) in known
 
 
 def why_not(module: nn.Module) -> str | None:
@@ -379,7 +404,7 @@ def why_not(module: nn.Module) -> str | None:
             return f"its parameters are {type(parameter).__name__}, a kind of tensor with operators of its own"
         if parameter is not None and parameter.is_complex():
             return "complex weights"
-    if kind not in (nn.Linear, nn.Embedding):
+    if issubclass(kind, nn.modules.conv._ConvNd):
         if type(module)._conv_forward is not kind._conv_forward:
             return f"subclass {type(module).__name__} has a _conv_forward of its own"
         if conv_padding(module) is None:
@@ -391,7 +416,7 @@ def defer(module: nn.Module, name: str) -> None:
     """Rewires one instance: class, parameters, hooks and state_dict stay. `why_not(module)` must be None."""
     kind = _kind(module)
     assert kind is not None
-    object.__setattr__(module, "forward", types.MethodType(_FORWARDS[kind], module))
+    object.__setattr__(module, "forward", types.MethodType(_forward_of(kind), module))
     object.__setattr__(module, _NAME, name)
 
 

@@ -12,8 +12,8 @@ comes in the input pass: see `_Graph.settle`. The graph, and with it all activat
 
 from __future__ import annotations
 
-import functools
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -42,15 +42,15 @@ def _children(node: Node) -> list[Node]:
     return following
 
 
-@functools.lru_cache(maxsize=1024)
-def _saved_by(kind: type[Node]) -> tuple[str, ...]:
-    """The attributes in which nodes of a kind have what they saved."""
-    return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
+_saved_by: weakref.WeakKeyDictionary[type, list[str]] = weakref.WeakKeyDictionary()  # by a node's class, attributes
 
 
 def _is_hooked(node: Node) -> bool:
     """Whether reading what the node saved calls a hook: a checkpoint recomputes, an offload reads back."""
-    for name in _saved_by(type(node)):
+    names = _saved_by.get(type(node))
+    if names is None:
+        names = _saved_by[type(node)] = [name for name in dir(node) if name.startswith("_raw_saved_")]
+    for name in names:
         saved = getattr(node, name)
         for one in saved if isinstance(saved, (tuple, list)) else (saved,):
             # A torch that cannot tell: assume the worst, and say so in `kept`.
