@@ -13,6 +13,7 @@ micro-batch, and a fifth as long, where what the runtime does per action weighs 
 from __future__ import annotations
 
 import ctypes
+import gc
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -123,6 +124,7 @@ def _measure(name: str, ranks: int, lengths: str, message: Mapping[str, float], 
     batch = torch.ones(schedule.micro_batches, WIDTH)
     for _ in range(2):
         model.train_step(batch)
+    gc.collect()  # what the models before left: else Python collects it when a rank is in a step
     runs = sorted((model.timed_step(batch)[1] for _ in range(steps)), key=lambda run: run.bubble)
     lines = [[(str(action), start, end) for action, start, end in line] for line in runs[steps // 2].lines]
     return Measured([run.bubble for run in runs], simulate(lower(schedule), costs).bubble, lines)
