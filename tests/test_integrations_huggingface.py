@@ -96,6 +96,7 @@ CASES: list[tuple[int, str, str, dict[str, Any]]] = [
     (2, "llama", "labels", {"pipeline": 2, "microbatches": 4}),
     (2, "bert", "loss_fn", {"pipeline": 2, "microbatches": 4, "schedule": "interleaved", "costs": "estimated"}),
     (4, "gpt2", "labels", {"pipeline": 2, "microbatches": 2, "stage": 3, "partition_size": 2, "activations": "full"}),
+    (4, "gpt2", "loss_fn", {"pipeline": 2, "microbatches": 4, "schedule": "zb-v", "stage": 3, "partition_size": 2}),
     (2, "llama", "loss_fn", {"stage": 2, "microbatches": 2}),
 ]
 
