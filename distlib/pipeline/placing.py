@@ -4,6 +4,7 @@
 - Glue is on the stage of its latest producer; or later, with its readers, where less travels then (a `cat`, a cast).
 - Glue of nothing but inputs, constants and unchanged buffers is repeated where it is needed: it is never sent.
 - Glue of parameters only is on the stage of its first reader.
+- Glue that draws random numbers is on no earlier stage than a leaf that is called before it.
 - A write in place is on no earlier stage than anything that reads the value before it.
 - What is made on stage a and read on stage b goes from a to b, whatever lies between.
 """
@@ -41,7 +42,8 @@ class Placing:
             if self._is_repeatable(call):
                 self.stage[call.index] = None
             elif made_on is not None:
-                self._put(call, max([made_on, *(self._touched[memory] for memory in call.writes)]))
+                drawn = running if call.random else made_on  # after all that draws before it
+                self._put(call, max([made_on, drawn, *(self._touched[memory] for memory in call.writes)]))
             elif call.random or any(values[v].memory in self._written for v, _ in call.reads):
                 self._put(call, running)
             else:
@@ -52,6 +54,30 @@ class Placing:
         for read in program.ends:
             self._pull(read, running)
         self._sink(running)
+        self.conflict = self.conflict or self._state_in_two_places()
+
+    def _state_in_two_places(self) -> str | None:
+        """What is wrong if a parameter or buffer inside of a leaf changes, and another stage has a copy of it."""
+        program = self.program
+        named = [(v.memory, v.origin) for v in program.values if isinstance(v.origin, str)]
+        stages: defaultdict[str, set[str]] = defaultdict(set)
+        writers: dict[str, str] = {}
+        for leaf in program.leaf_calls:
+            for name in program.inside[leaf.name]:
+                stages[name].add(str(self.stage[leaf.index]))
+            writers |= dict.fromkeys(leaf.changed, leaf.name)
+        for call in program.calls:
+            for name in (origin for memory, origin in named if memory in call.writes and not call.is_leaf):
+                stages[name].add(str(self.stage[call.index]))
+                writers[name] = str(call)
+        for name, writer in writers.items():
+            if len(stages[name]) > 1:
+                return (
+                    f"pipeline: {name} is changed in forward by {writer}, and stages "
+                    f"{', '.join(sorted(stages[name]))} would each have a copy of their own. Use it in one "
+                    "module, or cut the model elsewhere"
+                )
+        return None
 
     def _sink(self, last: int) -> None:
         """Glue goes on to the one stage that reads its result, where its arguments are fewer bytes than that."""

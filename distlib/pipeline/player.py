@@ -12,12 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from distlib.comm.slots import Room, least_in_rooms
 from distlib.pipeline.cut import Load, Part, Port
 from distlib.pipeline.landing import Landing
+from distlib.pipeline.operators import storage_of
 from distlib.pipeline.program import Branch, Call, Const, Context, Ref, Template, rebuild, refs
 
 _Table = list[Any]
@@ -80,7 +82,14 @@ class Player:
         sends = tuple(tuple([values[v] for v in sent]) for sent in self._sent)
         for port, tensors in zip(self._sends, sends, strict=True):
             _check(port, tensors)
-        return sends, self._output(values) if self._output is not None else None
+        return self._off_buffers(sends), self._output(values) if self._output is not None else None
+
+    def _off_buffers(self, sends: tuple[tuple[Tensor, ...], ...]) -> tuple[tuple[Tensor, ...], ...]:
+        """Copies of what lies in a buffer's memory: the next micro-batch may write there before this one is away."""
+        if all(tensor.grad_fn is not None for tensors in sends for tensor in tensors):
+            return sends
+        buffers = {storage_of(buffer) for buffer in self._stage.buffers() if buffer.layout is torch.strided}
+        return tuple(tuple(t.clone() if storage_of(t) in buffers else t for t in tensors) for tensors in sends)
 
     # ------------------------------------------------------------ steps
 

@@ -207,22 +207,25 @@ class Call:
 
 @dataclass(frozen=True)
 class LeafCall:
-    """A call of a leaf. number: among leaf calls; index: among all. inputs, outputs: its tensors, in pytree order."""
+    """A call of a leaf. number: among leaf calls; index: among all. inputs, outputs: its tensors, in pytree order.
+    changed: names of parameters and buffers inside of it that it changed or replaced."""
 
     number: int
     name: str
     index: int
     inputs: tuple[Spec, ...]
     outputs: tuple[Spec, ...]
+    changed: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Program:
     """A run of a model for one signature of its inputs: pure data, the same on every rank that records it.
 
-    leaves: all their names, of those never called too. specs: of every version of a value. output: the model's result;
-    ends: the versions in it. inputs: how many leaves (args, kwargs) has. context: the modes around the model. dtype:
-    that parameters and inputs were taken to have, if not their own.
+    leaves: all their names, of those never called too. inside: by leaf that was called, names of the parameters and
+    buffers in it, each the first of its tensor in the model. specs: of every version of a value. output: the model's
+    result; ends: the versions in it. inputs: how many leaves (args, kwargs) has. context: the modes around the model.
+    dtype: that parameters and inputs were taken to have, if not their own.
     """
 
     calls: tuple[Call, ...]
@@ -232,6 +235,7 @@ class Program:
     ends: tuple[Read, ...]
     leaf_calls: tuple[LeafCall, ...]
     leaves: tuple[str, ...]
+    inside: Mapping[str, tuple[str, ...]]
     inputs: int
     context: Context
     dtype: torch.dtype | None

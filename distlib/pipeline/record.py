@@ -111,7 +111,17 @@ def record(
                 )
         output = recorder.template(result, "the model's output")
         recorder.check_state()
-    return tidy(recorder.drafts, recorder.values, recorder.specs, output, tuple(owners), len(given), ambient, dtype)
+    return tidy(
+        recorder.drafts,
+        recorder.values,
+        recorder.specs,
+        output,
+        tuple(owners),
+        recorder.inside_of,
+        len(given),
+        ambient,
+        dtype,
+    )
 
 
 def _fake_input(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
@@ -155,6 +165,24 @@ def _opened(module: nn.Module, leaves: Mapping[str, nn.Module]) -> set[nn.Module
     return found
 
 
+class _State:
+    """The parameters and buffers of a leaf, before a call of it."""
+
+    def __init__(self, leaf: str, module: nn.Module, names: Mapping[int, str]) -> None:
+        self._places = places(module)
+        self._versions = [place.tensor._version for place in self._places]
+        self.names = tuple(names.get(id(place.tensor), f"{leaf}.{place.name}") for place in self._places)
+
+    def changed(self, statistics: set[int]) -> tuple[str, ...]:
+        """Names of those that the call wrote or replaced. statistics: ids of what is written without a new version."""
+        found = []
+        for name, place, version in zip(self.names, self._places, self._versions, strict=True):
+            same = place.tensor._version == version and place.store.get(place.key) is place.tensor
+            if not same or id(place.tensor) in statistics:
+                found.append(name)
+        return tuple(dict.fromkeys(found))
+
+
 class _Recorder:
     """Writes calls down. `inside`: the leaf or autograd.Function that runs, inside of which nothing is written."""
 
@@ -167,6 +195,7 @@ class _Recorder:
         self.values: list[Value] = []
         self.specs: dict[tuple[int, int | None], Spec] = {}
         self.drafts: list[Draft] = []
+        self.inside_of: dict[str, tuple[str, ...]] = {}  # by leaf, names of its parameters and buffers
         self._names = names
         self._tensors: list[Tensor] = []  # by value: kept, so that ids stay theirs
         self._number: dict[int, int] = {}  # id(tensor) -> the last value that it is
@@ -260,6 +289,7 @@ class _Recorder:
         edges = edges_of(used) if torch.is_grad_enabled() else Edges()
         context = Context.now(self.ambient.device)
         self.drew = False
+        state = _State(target, self.module.get_submodule(target), self._names) if isinstance(target, str) else None
         result = run(*args, **kwargs)
         made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         written = [t for t, version in zip(used, versions, strict=True) if t._version != version]
@@ -301,8 +331,12 @@ class _Recorder:
                 context=context if context != self.ambient else None,
                 random=self.drew,
                 effect=target in _EFFECTS,
+                changed=() if state is None else state.changed(self._statistics),
             )
         )
+        if state is not None:
+            assert isinstance(target, str)
+            self.inside_of[target] = state.names
         self._leaf_calls += is_leaf
         return result
 

@@ -21,7 +21,8 @@ from distlib.pipeline.program import Call, Context, LeafCall, Program, Read, Spe
 @dataclass(frozen=True, eq=False)
 class Draft:
     """A call as it was written down. reads: values of its arguments. memories: that it wrote. flows: of its results.
-    differentiable: arguments that require a gradient. effect: it matters though nobody reads its result."""
+    differentiable: arguments that require a gradient. effect: it matters though nobody reads its result. changed: as of
+    LeafCall."""
 
     target: str | Callable[..., Any]
     number: int | None
@@ -35,6 +36,7 @@ class Draft:
     context: Context | None
     random: bool
     effect: bool
+    changed: tuple[str, ...] = ()
 
 
 def tidy(
@@ -43,6 +45,7 @@ def tidy(
     specs: Mapping[Read, Spec],
     output: Template,
     leaves: Sequence[str],
+    inside: Mapping[str, tuple[str, ...]],
     inputs: int,
     context: Context,
     dtype: torch.dtype | None,
@@ -73,6 +76,7 @@ def tidy(
                     index,
                     tuple(versions[v, writer[v]] for v in given),
                     tuple(specs[v, old] for v in made),
+                    draft.changed,
                 )
             )
         for v in (*made, *changed):
@@ -96,7 +100,17 @@ def tidy(
         )
     ends = tuple((v, writer[v]) for v in dict.fromkeys(refs(output)))
     return Program(
-        tuple(kept), tuple(values), versions, output, ends, tuple(leaf_calls), tuple(leaves), inputs, context, dtype
+        tuple(kept),
+        tuple(values),
+        versions,
+        output,
+        ends,
+        tuple(leaf_calls),
+        tuple(leaves),
+        inside,
+        inputs,
+        context,
+        dtype,
     )
 
 
