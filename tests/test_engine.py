@@ -254,3 +254,98 @@ def _pieces(rank: int, n: int, folder: str) -> None:
 
 def test_budgets_files_meta_and_evaluation(tmp_path: Path) -> None:
     run_ranks(2, _pieces, str(tmp_path), timeout=110)
+
+
+class _Fails(nn.Module):
+    """Raises in the call with this number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.calls, self.at = nn.Linear(4, 4), 0, -1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls == self.at:
+            raise RuntimeError("a bad sample")
+        return self.linear(x)
+
+
+def _going_on(rank: int, n: int) -> list[list[float]]:
+    """Per stage, losses of the steps beside one that fails in its third micro-batch."""
+    found = []
+    with distlib.init():
+        for stage in range(4):
+            torch.manual_seed(0)
+            module = _Fails()
+            engine = distlib.parallelize(
+                module,
+                distlib.Plan(stage=stage, microbatches=4),
+                optimizer=lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9),
+                loss_fn=lambda output, target: (output - target).square().mean(),
+            )
+            losses = []
+            for step in range(4):
+                numbers = torch.Generator().manual_seed(step)
+                x, y = torch.randn(2, ROWS, 4, generator=numbers)
+                if step == 1:
+                    module.at = module.calls + 3
+                    with pytest.raises(RuntimeError, match="a bad sample"):
+                        engine.train_step(10 * x, y)
+                else:
+                    losses.append(float(engine.train_step(x, y)))
+            found.append(losses)
+    return found
+
+
+def test_a_step_that_fails_leaves_nothing_to_the_next() -> None:
+    torch.manual_seed(0)
+    model = _Fails()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    expected = []
+    for step in (0, 2, 3):
+        x, y = torch.randn(2, ROWS, 4, generator=torch.Generator().manual_seed(step))
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    for found in run_ranks(2, _going_on):
+        for stage, losses in enumerate(found):
+            assert losses == pytest.approx(expected, rel=1e-5), stage
+
+
+class _TwoKinds(nn.Module):
+    """Encoder blocks first, blocks of another class then: stages have one kind each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3))
+        self.decoder = nn.ModuleList(nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in [*self.encoder, *self.decoder]:
+            x = block(x)
+        return x
+
+
+def _kinds(rank: int, n: int) -> list[float]:
+    with distlib.init():
+        found = []
+        for activations in (None, "full", "selective"):
+            torch.manual_seed(0)
+            plan = distlib.Plan(pipeline=2, microbatches=2, split=["decoder.0"], activations=activations)
+            engine = distlib.parallelize(
+                _TwoKinds(),
+                plan,
+                optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+                loss_fn=lambda output, _: output.square().mean(),
+                example_inputs=torch.ones(2, 3, 4),
+            )
+            engine.train_step(torch.ones(2, 3, 4))
+            found.append(float(engine.train_step(torch.ones(2, 3, 4))))
+        return found
+
+
+def test_stages_with_other_kinds_of_blocks_keep_less_too() -> None:
+    for losses in run_ranks(2, _kinds):
+        assert losses == pytest.approx(losses[:1] * 3, rel=1e-6)

@@ -179,6 +179,19 @@ def test_a_model_on_meta_is_initialised_as_transformers_does(kind: str) -> None:
             assert torch.equal(tensor, values[name]), name
 
 
+def test_a_weight_is_what_its_block_makes_of_it() -> None:
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+    config = {"model_type": "mamba", **sizes}
+    model = hf.causal_lm(config, device="meta")
+    materialise(model, hf.initializer(model))
+    torch.manual_seed(0)
+    real = dict(hf.causal_lm(config).named_parameters())
+    for name, tensor in model.named_parameters():
+        if name.endswith("dt_proj.bias"):  # 0, if the block above had no say
+            assert real[name].mean() < -3 and tensor.mean() < -3, name
+        assert tensor.std().item() == pytest.approx(real[name].std().item(), rel=0.3, abs=1e-6), name
+
+
 def test_micro_batches_weigh_what_their_tokens_count() -> None:
     labels = batch_of(0)["labels"]
     assert hf.causal_tokens(labels) == 2 + 6 + 9 + 9  # the first token of a row is never predicted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,21 +69,31 @@ def require_equal(group: Group, what: str, facts: Sequence[tuple[str, str]], dev
     )
 
 
+def _portable(error: Exception) -> Exception:
+    """An error that pickle can send: as it is, or in words."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001 - for whatever reason it cannot
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
 def from_first(ranks: dist.ProcessGroup | None, find: Callable[[], Any]) -> Any:
     """What the first rank of a group finds, on all of its ranks; where it fails, it fails on all. A collective."""
     group = Group.of(ranks)
     found: list[Any] = [None]
+    own: Exception | None = None
     if group.rank == 0:
         try:
             found = [find()]
         except Exception as error:
             if group.size == 1:
                 raise
-            found = [error]
+            own, found = error, [_portable(error)]
     if group.size > 1:
         dist.broadcast_object_list(found, src=group.ranks[0], group=ranks)
     if isinstance(found[0], Exception):
-        raise found[0]
+        raise found[0] from own
     return found[0]
 
 
@@ -99,7 +110,7 @@ def all_or_none(group: dist.ProcessGroup | None, run: Callable[[], Any]) -> Any:
     except Exception as own:  # noqa: BLE001 - whatever it is, the other ranks are told, and all raise
         error = own
     errors: list[Exception | None] = [None] * size
-    dist.all_gather_object(errors, error, group=group)
+    dist.all_gather_object(errors, None if error is None else _portable(error), group=group)
     failed = [e for e in errors if e is not None]
     if not failed:
         return found

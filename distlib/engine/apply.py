@@ -198,7 +198,7 @@ def keep_less(
     count = sum(type(m) in blocks for m in part.modules())
     if not count:
         return []
-    wanted["blocks"] = list(blocks)
+    wanted["blocks"] = [kind for kind in blocks if any(type(m) is kind for m in part.modules())]
     if (
         wanted["policy"] == "offload" and plan.pipeline > 1
     ):  # backward does not follow at once on the stage's last block

@@ -107,8 +107,12 @@ class Engine:
         scale = 1.0 if self.scaler is None else float(self.scaler.scale(torch.ones(())))
         batch = self.model.prepare(inputs, target, keywords, train=True)
         part = self._part(batch)
-        with self._autocast():
-            loss = self.model.train_step(batch, loss_scale=scale * part)
+        try:
+            with self._autocast():
+                loss = self.model.train_step(batch, loss_scale=scale * part)
+        except BaseException:
+            self.optimizer.zero_grad()  # what micro-batches before the error left is of no step
+            raise
         self._optimize()
         self.steps += 1
         return self._mean(loss * part)

@@ -10,8 +10,9 @@ The model goes through `parallelize` as it is. What this file adds is what its u
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn import functional
 
 from distlib.engine.engine import Engine
 from distlib.integrations.require import require
+from distlib.pipeline.ghost import places
 from distlib.pipeline.wrapper import PipelineParallel
 
 IGNORED = -100  # the label of a token that does not count, in all of Transformers
@@ -115,22 +117,44 @@ def _is_experts(module: nn.Module) -> bool:
 def initializer(model: Any) -> Callable[[nn.Module], None]:
     """For a model on the meta device: what `parallelize` takes as `initialize`. Distributions are Transformers' own.
 
-    Some models, GPT-2 for one, treat a weight by what its module is to the module above: that one has its say after.
+    As there, a module is initialised by the innermost model that it lies in; then the modules above it, inside of that
+    model, have their say: GPT-2 and Mamba, for two, treat a weight by what its module is to its block.
     """
-    above = {
-        id(child): part
-        for part in model.modules()
-        if part is not model and not any(True for _ in part.parameters(recurse=False))
-        for child in part.children()
-    }
+    owners: dict[int, Any] = {}  # the innermost model of a module
+    above: dict[int, list[nn.Module]] = {}  # the modules between the two, from inside out
+
+    def walk(module: nn.Module, owner: Any, path: list[nn.Module]) -> None:
+        if hasattr(module, "_init_weights"):
+            owner, path = module, []
+        owners[id(module)], above[id(module)] = owner, path
+        for child in module.children():
+            walk(child, owner, path if module is owner else [module, *path])
+
+    walk(model, model, [])
 
     @torch.no_grad()
     def initialize(module: nn.Module) -> None:
-        model._init_weights(module)
-        if id(module) in above:
-            model._init_weights(above[id(module)])
+        owner = owners.get(id(module), model)
+        owner._init_weights(module)
+        for part in above.get(id(module), ()):
+            with _others_on_meta(part, module):
+                owner._init_weights(part)
 
     return initialize
+
+
+@contextlib.contextmanager
+def _others_on_meta(part: nn.Module, module: nn.Module) -> Iterator[None]:
+    """What is done inside to `part` reaches the tensors of `module` only."""
+    others = [place for place in places(part) if place.owner is not module]
+    try:
+        for place in others:
+            empty = torch.empty_like(place.tensor, device="meta")
+            place.store[place.key] = nn.Parameter(empty) if isinstance(place.tensor, nn.Parameter) else empty
+        yield
+    finally:
+        for place in others:
+            place.store[place.key] = place.tensor
 
 
 # ---------------------------------------------------------------- the loss

@@ -17,6 +17,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from distlib import reach
 from distlib.comm.group import Group
+from distlib.initialise import Init, initialise, require_init, unset
 from distlib.pipeline.actions import Kind, Schedule, ScheduleError
 from distlib.pipeline.division import Division
 from distlib.pipeline.ghost import places
@@ -30,7 +31,6 @@ from distlib.pipeline.ties import Tie
 from distlib.shards import PartOfModel, Shard, mark, shard_of
 from distlib.world import before_shutdown
 
-Init = Callable[[nn.Module], Any]
 _CPU = torch.device("cpu")
 
 # ---------------------------------------------------------------- arguments
@@ -167,7 +167,7 @@ def materialise(module: nn.Module, init: Init | None, only: set[str] | None = No
 
     Values start from torch's seed and the name of the module, so they do not depend on how the model is divided.
 
-    Raises ValueError for a module with neither `init` nor reset_parameters().
+    Raises ValueError for a module with neither `init` nor reset_parameters(), and for what they leave without values.
     """
     real: dict[int, torch.Tensor] = {}
     owners: dict[int, tuple[str, nn.Module]] = {}
@@ -180,23 +180,18 @@ def materialise(module: nn.Module, init: Init | None, only: set[str] | None = No
         if id(place.owner) in wanted and place.tensor.device.type == "meta":
             if id(place.tensor) not in real:
                 real[id(place.tensor)] = _like(place.tensor, torch.empty_like(place.tensor, device="cpu"))
+                unset(real[id(place.tensor)])
             place.put(real[id(place.tensor)])
             owners.setdefault(id(place.owner), (place.name.rpartition(".")[0], place.owner))
+    fresh = {id(tensor) for tensor in real.values()}
     done: set[int] = set()
     for name, owner in owners.values():
-        reset = getattr(owner, "reset_parameters", None)
-        if init is None and not callable(reset):
-            raise ValueError(
-                f"{name or 'the model'} ({type(owner).__name__}) is on the meta device and has no reset_parameters(): "
-                "give init=, a function that initialises the parameters and buffers of a module"
-            )
+        require_init(owner, init, name)
         earlier = {t: t.detach().clone() for t in _own(owner) if id(t) in done}  # tied: the first owner's values count
+        new = [key for key, t in (*owner._parameters.items(), *owner._buffers.items()) if id(t) in fresh]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed((torch.initial_seed() + zlib.crc32(name.encode())) % 2**63)
-            if init is not None:
-                init(owner)
-            elif callable(reset):
-                reset()
+            initialise(owner, init, name, new)
         with torch.no_grad():
             for tensor, values in earlier.items():
                 tensor.copy_(values)

@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from distlib.comm.slots import Room
+from distlib.initialise import stand_for
 from distlib.pipeline.cut import Part
 from distlib.pipeline.ghost import places
 from distlib.pipeline.leaves import Names
@@ -59,21 +60,21 @@ class StageModule(nn.Module):
         known = Names(module)
         state = {place.name: place for place in places(module)}
         called: defaultdict[int, list[str]] = defaultdict(list)
-        modes = {}
-        for name, part in module.named_modules(remove_duplicate=False):
+        parts = dict(module.named_modules(remove_duplicate=False))
+        for name, part in parts.items():
             called[id(part)].append(name)
-            modes[name] = part.training
         self.training = module.training
+        stand_for(self, module)
         leaves = [known.find(name) for name in names if name not in state]
         for _, part in leaves:
             for alias in called[id(part)]:  # registered twice: under both names, as in the whole model
-                owner, key = self._owner(alias, modes)
+                owner, key = self._owner(alias, parts)
                 owner.add_module(key, part)
         held = tuple(name for name, _ in leaves)
         for name in names:
             if name not in state or any(name.startswith(f"{leaf}.") for leaf in held):
                 continue
-            owner, key = self._owner(name, modes)
+            owner, key = self._owner(name, parts)
             tensor = state[name].tensor
             if isinstance(tensor, nn.Parameter):
                 owner.register_parameter(key, tensor)
@@ -81,14 +82,16 @@ class StageModule(nn.Module):
                 owner.register_buffer(key, tensor, persistent=state[name].persistent)
         self._distlib = _Own(held)
 
-    def _owner(self, name: str, modes: Mapping[str, bool]) -> tuple[nn.Module, str]:
+    def _owner(self, name: str, parts: Mapping[str, nn.Module]) -> tuple[nn.Module, str]:
         """The container in which a name hangs, and its last part. Makes those that are missing."""
         *path, key = name.split(".")
         owner: nn.Module = self
         for depth, step in enumerate(path):
             if step not in owner._modules:
                 container = Container()
-                container.training = modes[".".join(path[: depth + 1])]
+                original = parts[".".join(path[: depth + 1])]
+                container.training = original.training
+                stand_for(container, original)
                 owner.add_module(step, container)
             inner = owner._modules[step]
             assert inner is not None

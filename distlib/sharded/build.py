@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,9 @@ from distlib import streams
 from distlib.comm.group import Group
 from distlib.comm.shared import can_share, shared_zeros
 from distlib.data_parallel import checks
+from distlib.data_parallel.agreement import exchange
 from distlib.data_parallel.replicas import describe
+from distlib.initialise import Init, initialise, require_init, unset
 from distlib.sharded.flat import Flat
 from distlib.sharded.gather import UnitState
 from distlib.sharded.groups import Grid
@@ -20,7 +23,6 @@ from distlib.sharded.layout import LINE
 from distlib.sharded.options import Options
 from distlib.sharded.units import Place, Unit, places
 
-Init = Callable[[nn.Module], None]
 LARGE = 8 << 20  # bytes
 
 
@@ -31,8 +33,6 @@ def check_module(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if parameter.is_complex():
             raise ValueError(f"{name!r} is complex: shard torch.view_as_real() of it")
-    if not any(True for _ in module.parameters()):
-        raise ValueError("the module has no parameters: there is nothing to shard")
 
 
 def device_for(module: nn.Module, asked: torch.device | str | None, world: Group) -> torch.device:
@@ -185,19 +185,11 @@ def load_values(
     for unit, state in zip(units, states, strict=True):
         originals = {hangs[p][0].name: p for p in unit.parameters}
         wholes = [torch.zeros(flat.layout.numel, dtype=flat.dtype, device=device) for flat in state.flats]
-        if grid.world.rank == 0:
-            meta: list[nn.Module] = []
-            for flat, whole in zip(state.flats, wholes, strict=True):
-                for name, view, hung in zip(flat.names, flat.view_on(whole), flat.places, strict=True):
-                    original = originals[name]
-                    if original.device.type != "meta":
-                        view.copy_(original)
-                        continue
-                    for place in hung:
-                        place.owner._parameters[place.key] = nn.Parameter(view, requires_grad=False)
-                        meta.append(place.owner)
-            for owner in dict.fromkeys(meta):
-                (init or _reset)(owner)
+        fill = partial(_fill, state, wholes, originals, init)
+        if any(p.device.type == "meta" for p in unit.parameters):
+            _on_first(grid.world, fill)
+        elif grid.world.rank == 0:
+            fill()
         for flat, whole in zip(state.flats, wholes, strict=True):
             if grid.world.size > 1:
                 grid.world.broadcast(whole, 0)
@@ -210,8 +202,39 @@ def load_values(
             flat.show_pieces()
 
 
-def _reset(owner: nn.Module) -> None:
-    owner.reset_parameters()
+def _fill(
+    state: UnitState, wholes: Sequence[torch.Tensor], originals: dict[str, nn.Parameter], init: Init | None
+) -> None:
+    """The values of a unit's parameters, those of meta ones by `init`, into a 1-D tensor per flat."""
+    meta: dict[nn.Module, list[Place]] = {}
+    for flat, whole in zip(state.flats, wholes, strict=True):
+        for name, view, hung in zip(flat.names, flat.view_on(whole), flat.places, strict=True):
+            original = originals[name]
+            if original.device.type != "meta":
+                view.copy_(original)
+                continue
+            unset(view)
+            for place in hung:
+                place.owner._parameters[place.key] = nn.Parameter(view, requires_grad=False)
+                meta.setdefault(place.owner, []).append(place)
+    for owner, new in meta.items():
+        initialise(owner, init, new[0].name.rpartition(".")[0], [place.key for place in new])
+
+
+def _on_first(world: Group, run: Callable[[], None]) -> None:
+    """Rank 0 runs it; where it fails, it fails on all. A collective."""
+    error: Exception | None = None
+    if world.rank == 0:
+        try:
+            run()
+        except Exception as own:  # noqa: BLE001 - whatever it is, the other ranks are told, and all raise
+            error = own
+    text = "" if error is None else str(error) or repr(error)
+    told = [b""] if world.size == 1 else exchange(world, text.encode(), torch.device("cpu"))
+    if error is not None:
+        raise error
+    if told[0]:
+        raise ValueError(told[0].decode())
 
 
 def _check_meta(
@@ -232,11 +255,7 @@ def _check_meta(
         buffers = [b for b in owner._buffers.values() if b is not None and b.device.type == "meta"]
         if not (parameters or buffers):
             continue
-        if init is None and not hasattr(owner, "reset_parameters"):
-            raise ValueError(
-                f"{prefix or 'the module'} ({type(owner).__name__}) is on the meta device and has no reset_parameters()"
-                ": give init=, a function that initialises the parameters and buffers of a module"
-            )
+        require_init(owner, init, prefix)
         if len({id(home[p]) for p in parameters}) > 1:
             raise ValueError(
                 f"{prefix} is on the meta device and its parameters belong to several units, because some are shared "
@@ -246,4 +265,4 @@ def _check_meta(
             if buffer is not None and buffer.device.type == "meta":
                 owner._buffers[key] = torch.zeros_like(buffer, device=device)
         if buffers and not parameters:
-            (init or _reset)(owner)
+            initialise(owner, init, prefix, ())
