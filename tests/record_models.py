@@ -211,6 +211,19 @@ class Custom(nn.Sequential):
         return torch.stack([self[1](h), self[2](h)]).sum(0)
 
 
+class CallsForward(nn.Module):
+    """Calls the forwards of its blocks, not the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Residual(8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block.forward(x)
+        return x
+
+
 def once(*args: Any, **kwargs: Any) -> Callable[[], Inputs]:
     return lambda: (args, kwargs)
 
@@ -235,6 +248,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Inputs]]] = {
     "many, model output": (Many, many("model output")),
     "in place": (InPlace, once(values(3, 6))),
     "another module's weight": (Head, once(tokens(below=32))),
+    "forwards called": (CallsForward, once(values(3, 8))),
     "modes": (Modes, once(tokens(below=32))),
     "custom functions": (lambda: Custom(*(nn.Linear(6, 6) for _ in range(3))), once(values(3, 6))),
 }

@@ -10,6 +10,7 @@ import pytest
 import torch
 from pipeline_models import Case, reference_step
 from ranks import run_ranks
+from record_models import CallsForward
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -217,3 +218,27 @@ def test_state_that_changes_on_one_of_two_stages_is_refused(kind: type[nn.Module
 
 def test_state_that_does_not_change_may_be_on_two_stages() -> None:
     assert len(_cut(SharesANorm, lambda k: int(k >= 3), train=False)) == 2
+
+
+class DrawsFromItsOwn(Chain):
+    """A generator of the model's: each rank would have one, each in another state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x + torch.rand(x.shape, generator=self.generator)
+
+
+def test_a_generator_in_glue_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"rand .*draws from a torch.Generator, of which each rank would have its own"):
+        _cut(DrawsFromItsOwn, lambda k: int(k >= 2))
+
+
+def test_forwards_that_are_called_themselves_are_leaves() -> None:
+    model = CallsForward()
+    program = record(model, (torch.empty(2, 8),), {}, leaves_of(model))
+    assert [call.name for call in program.leaf_calls] == [f"blocks.{k}" for k in range(4)]

@@ -282,6 +282,12 @@ class _Recorder:
         kwargs: Mapping[str, Any],
     ) -> Any:
         is_leaf = isinstance(target, str)
+        if not is_leaf and any(isinstance(leaf, torch.Generator) for leaf in pytree.tree_leaves((args, kwargs))):
+            raise ValueError(
+                f"pipeline: torch function {getattr(target, '__name__', target)}{line()} draws from a torch.Generator, "
+                "of which each rank would have its own. Draw from torch's default generator, or inside of a module "
+                "that lies in one stage"
+            )
         used = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         where = f"the call of {target}"
         arguments = self._arguments(args, kwargs, where) if is_leaf else None
@@ -435,7 +441,13 @@ def _intercepted(leaves: Mapping[str, nn.Module], recorder: _Recorder) -> Iterat
                 "checkpointing belongs inside of the blocks: distlib.checkpoint_activations(module)"
             )
 
-        return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            run = kind.forward.__get__(self)
+            # Called itself, instead of the module: a stage calls the module.
+            return run(*args, **kwargs) if recorder.inside is not None else recorder.call(name, run, args, kwargs)
+
+        own = {"__call__": call, "forward": forward, "__module__": kind.__module__}
+        return type(kind.__name__, (kind,), own)
 
     changed: list[tuple[nn.Module, type[nn.Module]]] = []
     try:
