@@ -164,7 +164,8 @@ def causal_tokens(labels: Tensor) -> float:
     """For `weigh`: how many tokens of a micro-batch count, next-token labels of shape (rows, length).
 
     With it the loss of a step is Transformers' loss of the whole batch, however tokens are spread over its rows. Pass
-    the labels as the target: engine.train_step(batch, batch["labels"]).
+    the labels as the target: engine.train_step(batch, batch["labels"]). Decoders whose causal loss is not shifted (of
+    BART and its like, Marian, Pegasus, Whisper, XLM, XLNet) count their labels in their place: `masked_tokens`.
     """
     return float((labels[..., 1:] != IGNORED).sum())
 
