@@ -281,12 +281,10 @@ def test_options_that_make_no_sense_are_refused() -> None:
 
 def test_modules_that_cannot_be_wrapped_are_refused_by_name() -> None:
     sparse = nn.Sequential(nn.Linear(2, 2), nn.Embedding(3, 2, sparse=True))
-    frozen = nn.Linear(2, 2).requires_grad_(False)
     two_devices = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
     complex_ = nn.Linear(2, 2, dtype=torch.complex64)
     for module, options, message in [
         (sparse, {}, r"'1.weight'.*sparse=False"),
-        (frozen, {}, "no parameter"),
         (nn.LazyLinear(3), {}, r"'weight'.*lazy"),
         (two_devices, {}, r"'1.weight'.*meta"),
         (complex_, {"gradient_dtype": torch.float16}, r"'weight' is complex"),

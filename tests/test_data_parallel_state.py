@@ -43,6 +43,18 @@ class Counting(nn.Module):
         return self.norm(x)
 
 
+class Raises(torch.autograd.Function):
+    """Its backward does."""
+
+    @staticmethod
+    def forward(_: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(_: Any, *__: torch.Tensor) -> torch.Tensor:
+        raise ZeroDivisionError
+
+
 def _buffers(rank: int, n: int, copied: bool) -> None:
     torch.manual_seed(0)
     with wrapped(rank, n, Counting(), broadcast_buffers=copied) as model:
@@ -75,6 +87,88 @@ def _buffers(rank: int, n: int, copied: bool) -> None:
 @pytest.mark.parametrize(("n", "copied"), [(1, True), (2, True), (3, True), (2, False)])
 def test_buffers_come_from_rank_0_at_the_first_forward_of_a_step(n: int, copied: bool) -> None:
     run_ranks(n, _buffers, copied)
+
+
+# ------------------------------------------------------------ nothing to train
+
+
+UNTRAINED: dict[str, Any] = {
+    "frozen": lambda: nn.Sequential(Counting(), nn.Linear(4, 4)).requires_grad_(False),
+    "buffers": lambda: nn.BatchNorm1d(4, affine=False),
+    "nothing": nn.Tanh,
+}
+
+
+def _untrained(rank: int, n: int, which: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(rank)
+    plain = UNTRAINED[which]()
+    torch.manual_seed(rank)
+    with wrapped(rank, n, UNTRAINED[which](), **options) as model:
+        if rank == 0:
+            assert_same(model.state_dict(), plain.state_dict())
+        before = collectives(model)
+        x = torch.randn(5, 4, requires_grad=True)
+        with model.no_sync():
+            model(x).sum().backward()
+        first, second = model(x), model(x)  # the second must not overwrite the buffers that the first saved
+        (first + second).sum().backward()
+        model(x.detach())  # without a graph: no backward follows
+        with model.partial_backward():
+            model(x).sum().backward()
+        with model.weight_backward():
+            pass
+        model(x)
+        copies = 4 if n > 1 and which != "nothing" else 0
+        assert collectives(model) - before == copies
+        assert x.grad is not None and all(p.grad is None for p in model.parameters())
+        model.load_state_dict(model.state_dict())
+        assert model.clip_grad_norm_(1.0) == 0 and model.traffic == (0, 0)
+        assert model.memory_report().counted["gradients"] == 0
+        with pytest.raises(ZeroDivisionError):
+            Raises.apply(model(x)).sum().backward()
+        with model.join():
+            for _ in range(1 + rank):
+                model(x).sum().backward()
+        model(x).sum().backward()
+
+
+@pytest.mark.parametrize("options", [{}, {"static_graph": True}, {"gradient_dtype": torch.bfloat16}])
+@pytest.mark.parametrize("which", UNTRAINED)
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_module_without_trained_parameters_has_its_buffers_copied(
+    n: int, which: str, options: dict[str, Any]
+) -> None:
+    run_ranks(n, _untrained, which, options)
+
+
+def _frozen_stage(rank: int, n: int, stage: int) -> None:
+    with process_group(rank, n):
+        torch.manual_seed(0)
+        module = nn.Sequential(Counting(), nn.Linear(4, 4), nn.Linear(4, 4))
+        module[:2].requires_grad_(False)
+        plain = copy.deepcopy(module)
+        engine = distlib.parallelize(
+            module,
+            distlib.Plan(pipeline=2, split=["2"], microbatches=2, stage=stage, schedule="zb-h1"),
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+            loss_fn=nn.functional.mse_loss,
+            example_inputs=torch.zeros(4, 4),
+        )
+        optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+        for step in range(3):
+            x = torch.randn(4, 4, generator=torch.Generator().manual_seed(step))
+            for half in x.chunk(2):
+                (nn.functional.mse_loss(plain(half), half) / 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            engine.train_step(x, x)
+        want = plain.state_dict()
+        assert_same(engine.model.full_state_dict(), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_pipeline_may_have_a_frozen_stage(stage: int) -> None:
+    run_ranks(2, _frozen_stage, stage)
 
 
 # ------------------------------------------------------------ clipping

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import process_group, run_ranks, run_ranks_raw
-from test_sharded_features import NO_CORE, Block, Net, by_rank_units, penalty, square
+from test_sharded_features import NO_CORE, Block, Net, assert_equal, by_rank_units, penalty, square
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -41,7 +42,6 @@ def refusals(rank: int, n: int, nodes: int) -> None:
             (lambda: nn.Sequential(nn.LazyLinear(3)), {}, r"'0\.weight' has no shape yet"),
             (lambda: nn.Sequential(nn.Embedding(3, 3, sparse=True)), {}, r"'0\.weight' would have sparse gradients"),
             (lambda: Tensor(torch.eye(3).to_sparse()), {}, "'weight' has layout"),
-            (nn.ReLU, {}, "no parameters"),
             (Net, {"partition_size": 3}, "partition_size=3 does not divide 2 ranks"),
             (Net, {"stage": 4}, "stage=4"),
             (Net, {"offload": "cpu"}, 'offload="cpu"'),
@@ -122,6 +122,101 @@ def misuse(rank: int, n: int, nodes: int) -> None:
 @pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=NO_CORE)])
 def test_misuse_in_training_is_refused_by_name(nodes: int) -> None:
     run_ranks(2, misuse, nodes, env={"DISTLIB_NODES": str(nodes)})
+
+
+class Parts(nn.Sequential):
+    """Its forward is never called: see the ways below."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.LayerNorm(7), nn.Linear(7, 7))
+
+    def attend(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self[1].weight)
+
+
+def one_by_one(net: Any, x: torch.Tensor, *_: Any) -> torch.Tensor:
+    for part in net.blocks[1]:
+        x = part(x)
+    return net.last(x)
+
+
+def by_a_method(net: Any, x: torch.Tensor, *_: Any) -> torch.Tensor:
+    return net.last(net.blocks[1].attend(x))
+
+
+def the_norm_only(net: Any, x: torch.Tensor, *_: Any) -> torch.Tensor:
+    return net.last(net.blocks[1][0](net.first(x)))
+
+
+def a_mistake(net: Any, x: torch.Tensor, *_: Any) -> torch.Tensor:
+    return net.last(net.blocks[0](x[:, :-1]))
+
+
+def parts(way: Any, **options: Any) -> Any:
+    return SDP(Net([Parts() for _ in range(2)], way).double(), **{"units": [Parts], **options})
+
+
+def uncalled(rank: int, n: int, nodes: int) -> None:
+    with process_group(rank, n):
+        for stage in (1, 2, 3):
+            inner = r"its part 'blocks\.1\.\d' \(.*\) ran, but the forward of 'blocks\.1' \(Parts\) was not called"
+            for way, said in [
+                (one_by_one, inner + r".* such as L.*, without Parts"),
+                (by_a_method, r"another of its methods ran, but the forward of 'blocks\.1' \(Parts\)"),
+            ]:
+                with pytest.raises(RuntimeError, match=f"rank {rank}: .*{said}") as caught:
+                    square(parts(way, stage=stage), 0, rank)
+                assert caught.value.__cause__ is not None
+            with pytest.raises(RuntimeError, match=r"normalized_shape|size mismatch|shapes") as caught:
+                square(parts(a_mistake, stage=stage), 0, rank)  # a unit that is called: torch's own message
+            assert caught.value.__cause__ is None
+        square(net(), 0, rank).backward()
+
+
+@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=NO_CORE)])
+def test_a_unit_that_is_not_called_is_named(nodes: int) -> None:
+    run_ranks(2, uncalled, nodes, env={"DISTLIB_NODES": str(nodes)})
+
+
+def gradient_of_a_piece(rank: int, n: int, stage: int) -> str:
+    with process_group(rank, n):
+        model = parts(the_norm_only, stage=stage, partition_size=1)  # pieces that look whole
+        with pytest.raises(RuntimeError) as caught:
+            square(model, 0, rank).backward()
+        return str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_gradient_that_would_not_be_averaged_is_named(stage: int) -> None:
+    said = [str(o.value or o.text) for o in run_ranks_raw(2, gradient_of_a_piece, stage, timeout=40)]
+    wanted = r"piece of 'blocks\.1\.0\.\w+' received a gradient.*Call the Parts itself"
+    assert any(re.search(wanted, text) for text in said), said
+
+
+def penalties(rank: int, n: int, together: bool) -> None:
+    with process_group(rank, n):
+        torch.manual_seed(0)
+        plain = Net().double()
+        torch.manual_seed(0)
+        model = net()
+        for step in range(3):
+            for r in range(n):
+                (square(plain, step, r) / n).backward()
+            sum(p.square().sum() for p in plain.parameters()).backward()  # type: ignore[union-attr]
+            loss = square(model, step, rank)
+            own = sum(p.square().sum() for p in model.parameters())
+            for each in [loss + own] if together else [loss, own]:
+                each.backward()  # type: ignore[union-attr]
+            for module in (plain, model):
+                optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+                optimizer.step()
+                optimizer.zero_grad()
+        assert_equal(model, plain, "penalty")
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_penalties_on_pieces_are_no_mistake(together: bool) -> None:
+    run_ranks(2, penalties, together)
 
 
 def twice_in_reentrant_checkpoints(rank: int, n: int) -> str:

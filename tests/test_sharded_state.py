@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -179,3 +180,44 @@ def statistics(rank: int, n: int) -> None:
 
 def test_running_statistics_are_a_ranks_own() -> None:
     run_ranks(2, statistics)
+
+
+# ------------------------------------------------------------ nothing to train
+
+
+UNTRAINED: list[Callable[[], nn.Module]] = [
+    nn.Tanh,
+    lambda: nn.BatchNorm1d(3, affine=False),
+    lambda: nn.Linear(3, 3).requires_grad_(False),
+]
+
+
+def untrained(rank: int, n: int, stages: tuple[int, ...]) -> None:
+    with process_group(rank, n):
+        for stage in stages:
+            for make in UNTRAINED:
+                model = distlib.ShardedDataParallel(make(), stage=stage)
+                x = torch.randn(4, 3, requires_grad=True)
+                with model.no_sync():
+                    model(x).sum().backward()
+                model.hold()
+                model(x).sum().backward()
+                model.release()
+                with torch.no_grad():
+                    model(x)
+                with model.partial_backward():
+                    model(x).sum().backward()
+                with model.weight_backward():
+                    pass
+                assert x.grad is not None and model.clip_grad_norm_(1.0) == 0
+                assert list(model.full_state_dict()) == list(model.state_dict()) == list(make().state_dict())
+                model.load_state_dict(model.full_state_dict())
+                with model.summon_full_params():
+                    assert sum(p.numel() for p in model.parameters()) in (0, 12)
+                assert model.memory_report().counted["gradients"] == 0
+
+
+@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=NO_CORE)])
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_module_without_trained_parameters_runs(n: int, nodes: int) -> None:
+    run_ranks(n, untrained, (1, 2, 3), env={"DISTLIB_NODES": str(min(n, nodes))})

@@ -84,6 +84,9 @@ class Leaf(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(size))
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
 
 def names(module: nn.Module, how: object = "auto") -> list[str]:
     return [unit.name for unit in divide(module, how)]  # type: ignore[arg-type]
@@ -101,6 +104,30 @@ def test_repeated_blocks_are_units_and_small_ones_are_joined() -> None:
     assert names(model(Leaf())) == [""]  # nothing is repeated
     assert names(Leaf()) == [""]
     assert names(nn.Sequential(nn.ReLU(), nn.Tanh(), Leaf())) == [""]
+
+
+def test_containers_that_are_never_called_are_looked_into() -> None:
+    large = (1 << 20) // 4
+    lists = [nn.ModuleList(Leaf(large) for _ in range(2)) for _ in range(2)]
+    assert names(model(*lists)) == ["", "blocks.0.0", "blocks.0.1", "blocks.1.0", "blocks.1.1"]
+    dicts = [nn.ModuleDict({"attend": Leaf(large), "mix": Leaf(large)}) for _ in range(2)]
+    assert names(model(*dicts)) == ["", "blocks.0.attend", "blocks.0.mix", "blocks.1.attend", "blocks.1.mix"]
+    small = [nn.ModuleList([Leaf()]), nn.ModuleList([Leaf(), Leaf()])]
+    assert [len(unit.modules) for unit in divide(model(*small), "auto")] == [1, 3]  # joined across lists
+    bare = [nn.ParameterList([torch.zeros(3)]) for _ in range(2)]
+    assert names(model(*bare)) == [""]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "said"),
+    [
+        ([Leaf(), Leaf()], "'blocks' is a ModuleList, which has no forward: .* such as Leaf"),
+        ([nn.ParameterList([torch.zeros(3)])], "'blocks' is a ModuleList, which has no forward: .* around it"),
+    ],
+)
+def test_units_that_cannot_be_called_are_refused(blocks: list[nn.Module], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        divide(model(*blocks), [nn.ModuleList])
 
 
 def test_classes_are_units_and_do_not_nest() -> None:

@@ -40,11 +40,12 @@ class BackwardWatch:
         self._begun = 0
         self._ends = 0
 
-    def outputs(self, output: object) -> None:
-        """Watch the tensors of a forward's output."""
-        for tensor in tensors_in(output, set()):
-            if tensor.grad_fn is not None:
-                tensor.register_hook(self._visited)
+    def outputs(self, output: object) -> bool:
+        """Watch the tensors of a forward's output. False: none of those found has a graph."""
+        watched = [tensor for tensor in tensors_in(output, set()) if tensor.grad_fn is not None]
+        for tensor in watched:
+            tensor.register_hook(self._visited)
+        return bool(watched)
 
     def begin(self) -> None:
         """A backward is running; does nothing when that is known already."""

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from distlib import streams
+from distlib.comm.group import Group
 from distlib.data_parallel.naming import Transparent
 from distlib.data_parallel.reducer import Options
 from distlib.data_parallel.replicas import describe
@@ -59,21 +61,20 @@ def strided(named: Iterable[tuple[str, torch.Tensor]]) -> None:
 
 
 def module(wrapped: nn.Module, chosen: Options) -> tuple[list[str], list[nn.Parameter]]:
-    """Names and parameters that gradients are averaged for, each once, in registration order.
+    """Names and parameters that gradients are averaged for, each once, in registration order: none, if all are frozen.
 
     Raises:
         ValueError: a module that cannot be wrapped, naming the parameter and the fix.
     """
     plain(wrapped)
-    for name, tensor in [*wrapped.named_parameters(), *wrapped.named_buffers()]:
+    named = [*wrapped.named_parameters(), *wrapped.named_buffers()]
+    for name, tensor in named:
         if tensor.device.type == "meta":
             raise ValueError(f"{name!r} is on the meta device: materialise the module before wrapping")
     trained = [(name, p) for name, p in wrapped.named_parameters() if p.requires_grad]
-    if not trained:
-        raise ValueError("no parameter of the module requires a gradient: there is nothing to average")
-    first_name, first = trained[0]
-    for name, tensor in [*wrapped.named_parameters(), *wrapped.named_buffers()]:
-        if tensor.device != first.device:
+    first_name, first = next(iter([*trained, *named]), ("", None))
+    for name, tensor in named:
+        if first is not None and tensor.device != first.device:
             raise ValueError(
                 f"all parameters and buffers must be on one device: {first_name!r} is on {first.device}, "
                 f"{name!r} on {tensor.device}"
@@ -83,6 +84,14 @@ def module(wrapped: nn.Module, chosen: Options) -> tuple[list[str], list[nn.Para
         if parameter.is_complex() and chosen.gradient_dtype is not None:
             raise ValueError(f"{name!r} is complex: gradient_dtype cannot hold it")
     return [name for name, _ in trained], [parameter for _, parameter in trained]
+
+
+def device_of(wrapped: nn.Module, group: Group) -> torch.device:
+    """Where the module's tensors are; without any, one whose tensors the group communicates."""
+    for tensor in [*wrapped.parameters(), *wrapped.buffers()]:
+        return tensor.device
+    there = streams.accelerator()
+    return torch.device("cpu") if there is None or group.on_device("cpu") else there
 
 
 def facts(wrapped: nn.Module, chosen: Options, broadcast_buffers: bool) -> list[tuple[str, str]]:

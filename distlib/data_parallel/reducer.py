@@ -42,7 +42,8 @@ class Options:
 
 
 class Reducer:
-    """Averages the gradients of `parameters` over the ranks of `group` during each backward.
+    """Averages the gradients of `parameters` over the ranks of `group` during each backward. Without parameters it
+    counts forwards and backwards, and communicates nothing.
 
     Attributes:
         paused: inside no_sync(); gradients accumulate on this rank.
@@ -70,9 +71,8 @@ class Reducer:
         self._wire = options.gradient_dtype
         self._tolerant = options.find_unused_parameters
         self._static = options.static_graph
-        self._alone = group.size == 1 and self._hook is None
-
         count = len(self._parameters)
+        self._alone = not count or (group.size == 1 and self._hook is None)
         self._report = Report(group, names, self._report_device)
         self._expected = [0 if self._static else 1] * count  # landings per backward; static: yet to learn
         self._unused_here: list[int] = []  # static: averaged because others use them
@@ -158,8 +158,9 @@ class Reducer:
 
     def after_forward(self, output: object) -> None:
         """At the end of each forward that records a graph."""
-        self.pending += 1
-        self.watch.outputs(output)
+        watched = self.watch.outputs(output)
+        if watched or self._parameters:  # else no backward will be seen
+            self.pending += 1
 
     def traffic(self) -> tuple[int, int]:
         """(collectives, bytes handed to them) of one averaged backward on this rank, hooks not counted."""
@@ -255,8 +256,8 @@ class Reducer:
     # ------------------------------------------------------------ end of backward
 
     def _finish(self) -> None:
-        if self._passes.weight and self._idle:
-            self._open()  # nothing landed in it, but something in its input pass
+        if self._idle and (self._passes.weight or not self._parameters):
+            self._open()  # nothing landed in it: in its input pass, or never
         if self._idle:
             if not self._passes.input:
                 self._check_no_gradients_bypassed()
@@ -430,7 +431,8 @@ class Reducer:
 
     def shadow(self) -> None:
         """Take part in one averaged backward of the other ranks, with zeros. `.grad` keeps no meaning."""
-        assert self._memory is not None
+        if self._memory is None:
+            return
         self._rest()
         learning = self._order is not None and self._static
         for buffer in self._memory.buffers:

@@ -35,7 +35,8 @@ class DataParallel(Transparent, Joinable):
     clone what must be kept. It is averaged when backward() returns, not before.
 
     Args:
-        module: a module on one device. Freeze parameters (`requires_grad_(False)`) before wrapping.
+        module: a module on one device. Freeze parameters (`requires_grad_(False)`) before wrapping. Where none is to be
+            trained, as in a pipeline's frozen stage, buffers are copied as ever and nothing is averaged.
         bucket_mb: gradients are reduced in buckets of at most so many MiB; the first is 1 MiB at the most.
         find_unused_parameters: allow parameters without gradient in a backward. They count as zeros; where no
             rank had a gradient, `.grad` stays as it is. Without it such a backward raises on all ranks, by
@@ -73,7 +74,7 @@ class DataParallel(Transparent, Joinable):
         Joinable.__init__(self)
         self._process_group = process_group
         self._group = Group.of(process_group)
-        self._device = parameters[0].device
+        self._device = checks.device_of(module, self._group)
         self._uneven: ShadowHook | None = None
         self._places = checks.Places(
             module,

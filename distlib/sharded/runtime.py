@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from distlib.data_parallel.backward import BackwardWatch, tensors_in, will_land
+from distlib.sharded import uncalled
 from distlib.sharded.gather import Order, Source, UnitState
 from distlib.sharded.reduce import Reduction
 
@@ -39,6 +40,7 @@ class Runtime:
     ) -> None:
         self.units = list(units)
         self.root = units[0]
+        self._modules = [list(parts) for parts in modules]
         self.source = source
         self.reduction = reduction
         self.order = Order([unit for unit in units if not unit.is_root], prefetch)
@@ -60,11 +62,13 @@ class Runtime:
                 part.register_forward_pre_hook(_entering(me, unit), prepend=True, with_kwargs=True)
                 part.register_forward_hook(_leaving(me, unit, last), always_call=True)
         index = 0
-        for unit in reversed(self.units):
+        for number, unit in reversed(list(enumerate(self.units))):
             for flat in unit.flats:
                 if flat.trained:
                     for i, leaf in enumerate(flat.full):
                         leaf.register_post_accumulate_grad_hook(_landing(me, index, i))
+                    for name, piece in zip(flat.names, flat.pieces, strict=True):
+                        piece.register_post_accumulate_grad_hook(_landing_on_piece(me, number, name))
                     index += 1
 
     # ------------------------------------------------------------ forward
@@ -112,6 +116,12 @@ class Runtime:
                 for flat in unit.flats:
                     flat.show_pieces()
         self.source.rest()
+
+    def why_in_pieces(self, error: BaseException, module: nn.Module) -> str | None:
+        """Whether a forward of the whole module raised because it used a unit without calling it."""
+        if not isinstance(error, Exception):
+            return None
+        return uncalled.explain(error, module, list(zip(self.units, self._modules, strict=True))[1:])
 
     def enter(self, unit: UnitState, inputs: Any) -> None:
         """One of the unit's modules begins its forward."""
@@ -221,6 +231,14 @@ class Runtime:
             self.watch.begin()
         self.reduction.landed(index, i, leaf)
 
+    def landed_on_piece(self, number: int, name: str) -> None:
+        """A piece, of the unit of this number, got a gradient of its own. That of a penalty on `parameters()` is there
+        before the model's."""
+        if self.reduction.begun:
+            kinds = [type(part).__name__ for part in self._modules[number]]
+            rank = self.units[number].flats[0].grid.world.rank
+            raise RuntimeError(f"rank {rank}: {uncalled.explain_gradient(name, kinds)}")
+
     def _ended(self) -> None:
         if self.reduction.begun or self.reduction.passes.weight or self._joins():
             self._finish()
@@ -321,6 +339,15 @@ def _leaving(reference: weakref.ref[Runtime], unit: UnitState, last: bool) -> Ca
 def _landing(reference: weakref.ref[Runtime], index: int, i: int) -> Callable[[torch.Tensor], None]:
     def hook(leaf: torch.Tensor) -> None:
         _alive(reference).landed(index, i, leaf)
+
+    return hook
+
+
+def _landing_on_piece(reference: weakref.ref[Runtime], number: int, name: str) -> Callable[[torch.Tensor], None]:
+    def hook(_: torch.Tensor) -> None:
+        runtime = reference()
+        if runtime is not None:
+            runtime.landed_on_piece(number, name)
 
     return hook
 

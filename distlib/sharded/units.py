@@ -7,8 +7,9 @@
         1  Block                 unit "blocks.1"
 
 "auto" makes one unit of each child of a repeated list: a ModuleList or Sequential with at least two children of the
-same class that have parameters. Small neighbours are joined until a unit is worth a message; children that are large
-and hold repeated lists themselves are divided further.
+same class that have parameters. Children without a forward, such as lists in lists, are never called: what they hold
+takes their place. Small neighbours are joined until a unit is worth a message; children that are large and hold
+repeated lists themselves are divided further.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def divide(module: nn.Module, how: str | Sequence[type[nn.Module]]) -> list[Unit
         how: "auto", or the classes of modules that are units. Units do not nest: the outermost counts.
 
     Raises:
-        ValueError: `how` is neither, or a class that occurs nowhere in the module.
+        ValueError: `how` is neither, or has a class that occurs nowhere in the module, or one without a forward.
     """
     if isinstance(how, str):
         if how != "auto":
@@ -95,38 +96,59 @@ def _bytes(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
+def has_forward(module: nn.Module) -> bool:
+    """Whether a module can be called: lists and dicts of modules cannot."""
+    return getattr(type(module), "forward", None) is not nn.Module.forward or "forward" in vars(module)
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
 def _repeated(module: nn.Module, prefix: str) -> Iterator[list[tuple[str, nn.Module]]]:
-    """Groups of neighbouring children of repeated lists."""
-    for key, child in module.named_children():
-        name = f"{prefix}.{key}" if prefix else key
-        if not _is_repeated(child):
-            yield from _repeated(child, name)
-            continue
-        group: list[tuple[str, nn.Module]] = []
-        size = 0
-        for index, block in child.named_children():
-            if not any(True for _ in block.parameters()):
-                continue
-            inside = list(_repeated(block, f"{name}.{index}")) if _bytes(block) > LARGEST else []
-            if inside:
-                if group:
-                    yield group
-                group, size = [], 0
-                yield from inside
-                continue
-            group.append((f"{name}.{index}", block))
+    """Groups of neighbours in the repeated lists inside of a module."""
+    for name, child in _children(module, prefix):
+        yield from _joined(child, name) if _is_repeated(child) else _repeated(child, name)
+
+
+def _joined(repeated: nn.Module, prefix: str) -> Iterator[list[tuple[str, nn.Module]]]:
+    """Groups of neighbours in a repeated list."""
+    group: list[tuple[str, nn.Module]] = []
+    size = 0
+    for name, block in _called(repeated, prefix):
+        inside = list(_repeated(block, name)) if _bytes(block) > LARGEST else []
+        if not inside:
+            group.append((name, block))
             size += _bytes(block)
-            if size >= SMALLEST:
-                yield group
-                group, size = [], 0
-        if group:
+        if group and (inside or size >= SMALLEST):
             yield group
+            group, size = [], 0
+        yield from inside
+    if group:
+        yield group
+
+
+def _called(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost modules inside of a list that have parameters and a forward."""
+    for name, child in _children(module, prefix):
+        if not _has_parameters(child):
+            continue
+        if has_forward(child):
+            yield name, child
+        else:
+            yield from _called(child, name)
+
+
+def _children(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """Children by full name."""
+    for key, child in module.named_children():
+        yield f"{prefix}.{key}" if prefix else key, child
 
 
 def _is_repeated(module: nn.Module) -> bool:
     if not isinstance(module, (nn.ModuleList, nn.Sequential)):
         return False
-    kinds = [type(child) for child in module.children() if any(True for _ in child.parameters())]
+    kinds = [type(child) for child in module.children() if _has_parameters(child)]
     return any(kinds.count(kind) >= 2 for kind in kinds)
 
 
@@ -141,11 +163,23 @@ def _of_classes(module: nn.Module, classes: Sequence[type[nn.Module]]) -> list[t
 
     def walk(part: nn.Module, name: str) -> None:
         if isinstance(part, chosen) and part is not module:
+            _require_forward(part, name)
             found.append((name, part))
             return
-        for key, child in part.named_children():
-            walk(child, f"{name}.{key}" if name else key)
+        for inner, child in _children(part, name):
+            walk(child, inner)
 
     walk(module, "")
     seen: set[int] = set()  # a module registered twice is one unit
     return [pair for pair in found if not (id(pair[1]) in seen or seen.add(id(pair[1])))]  # type: ignore[func-returns-value]
+
+
+def _require_forward(part: nn.Module, name: str) -> None:
+    if has_forward(part) or not _has_parameters(part):
+        return
+    inside = list(dict.fromkeys(type(module).__name__ for _, module in _called(part, name)))
+    give = f"such as {' or '.join(inside)}" if inside else "around it"
+    raise ValueError(
+        f"units: {name!r} is a {type(part).__name__}, which has no forward: it is never called, and its parameters "
+        f"would never be whole. Give classes of modules that are called, {give}"
+    )

@@ -168,9 +168,12 @@ class ShardedDataParallel(Transparent):
         self._runtime.begin()
         try:
             output = self.module(*inputs, **kwargs)
-        except BaseException:
+        except BaseException as error:
             self._runtime.rest()
-            raise
+            why = self._runtime.why_in_pieces(error, self.module)
+            if why is None:
+                raise
+            raise RuntimeError(f"rank {self._grid.world.rank}: the model computed with pieces: {why}") from error
         self._runtime.end(output)
         wanted = self._options.mixed_precision.output
         return output if wanted is None else options.cast(output, wanted)
