@@ -349,3 +349,64 @@ def _kinds(rank: int, n: int) -> list[float]:
 def test_stages_with_other_kinds_of_blocks_keep_less_too() -> None:
     for losses in run_ranks(2, _kinds):
         assert losses == pytest.approx(losses[:1] * 3, rel=1e-6)
+
+
+class _Reaches(nn.Module):
+    """Layers without parameters at the end, and a parameter that the loss does not reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.unused = nn.Parameter(torch.ones(3))
+        self.last = nn.ModuleList(nn.Tanh() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for part in self.last:
+            x = part(x)
+        return x
+
+
+def _reaching(rank: int, n: int) -> list[list[float]]:
+    found = []
+    plans: list[dict[str, Any]] = [
+        {"pipeline": 2, "split": ["last.0"], "stage": stage, "schedule": schedule}
+        for stage in (0, 1, 3)
+        for schedule in ("1f1b", "zb-h1")
+    ]
+    with distlib.init():
+        for plan in plans:
+            for optimizer in (lambda p: torch.optim.SGD(p, lr=0.5), lambda p: distlib.optim.SGD(p, lr=0.5)):
+                torch.manual_seed(0)
+                engine = distlib.parallelize(
+                    _Reaches(),
+                    distlib.Plan(microbatches=2, **plan),
+                    optimizer=optimizer,
+                    loss_fn=lambda output, _: output.square().mean(),
+                    example_inputs=torch.ones(2, 4),
+                )
+                found.append([float(engine.train_step(torch.ones(2, 4))) for _ in range(3)])
+        with pytest.raises(RuntimeError, match=r"unused \(on all ranks\).*find_unused_parameters=True, to .* the Plan"):
+            engine = distlib.parallelize(
+                _Reaches(),
+                optimizer=lambda p: torch.optim.SGD(p, lr=0.5),
+                loss_fn=lambda output, _: output.square().mean(),
+            )
+            engine.train_step(torch.ones(2, 4))
+    return found
+
+
+def test_one_replica_trains_what_one_process_trains() -> None:
+    torch.manual_seed(0)
+    model = _Reaches()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    expected = []
+    for _ in range(3):
+        loss = model(torch.ones(2, 4)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    for found in run_ranks(2, _reaching):
+        for losses in found:
+            assert losses == pytest.approx(expected, rel=1e-5)

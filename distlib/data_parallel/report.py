@@ -22,8 +22,8 @@ _SHOWN = 20  # parameter names listed per complaint
 _WORDS = {
     "missing": (
         "received no gradient in this backward",
-        "If that is intended, wrap with find_unused_parameters=True (or static_graph=True if it is the same "
-        "in every step); otherwise make the loss depend on them.",
+        "If that is intended, give find_unused_parameters=True, to DataParallel or to the Plan (or DataParallel "
+        "static_graph=True, if it is the same in every step); otherwise make the loss depend on them.",
     ),
     "surplus": (
         "received a gradient more often than once in this backward (a module shared between re-entrant "

@@ -129,7 +129,8 @@ def parallelize(
         model = MicroSteps(prepare(module), plan.microbatches, loss_fn, weigh, device)
     scaling = options.scaler(plan)
     scaler = None if scaling is None else GradScaler(**scaling)
-    made = optimizer(model.parameters())
+    trained = list(model.parameters())
+    made = optimizer(trained or [{"params": []}])  # a stage may have none, which optimizers refuse as a plain list
     peaks = [None] * plan.pipeline if budget is None else predicted_peaks(reports, groups["pipeline"])
     return Engine(plan, mesh, model, groups["data_parallel"], made, scaler, reports, device, weigh, peaks)
 
@@ -238,6 +239,9 @@ def replicate(
     if plan.stage == 0:
         ready = materialise(part, initialize)
         ready = ready if device is None else ready.to(device)
-        return DataParallel(ready, process_group=group, **options.data_parallel(plan))
+        arguments = options.data_parallel(plan)
+        if Group.of(group).size == 1:
+            arguments["find_unused_parameters"] = True  # nothing is averaged: it trains as in one process
+        return DataParallel(ready, process_group=group, **arguments)
     arguments = options.sharded(plan, part, whole)
     return ShardedDataParallel(part, process_group=group, init=initialize, device=device, **arguments)
