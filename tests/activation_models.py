@@ -68,6 +68,25 @@ class Convolution(nn.Module):
         return x + F.relu(self.norm(self.conv(x)), inplace=True)
 
 
+class Averages(nn.Module):
+    """Buffers that the forward replaces, writes, and fills the first time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("mean", torch.zeros(WIDTH))
+        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("first", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.first is None:
+            self.first = x.detach().flatten(0, -2).std(0)
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().flatten(0, -2).mean(0)
+        self.mean.mul_(1.1)
+        self.steps += 1
+        return x + (self.layer(x) * self.first - self.mean / self.steps).tanh().square()
+
+
 def frozen() -> nn.Module:
     """The first two blocks are frozen, and the input has no gradient; of the others only one layer is trained."""
     model = nn.Sequential(*[Residual() for _ in range(4)])
@@ -86,6 +105,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "attention": (AttentionModel, _tokens(4, 40, WIDTH)),
     "flash attention": (lambda: AttentionModel(0.0), _tokens(4, 40, WIDTH)),
     "convolution": (lambda: nn.Sequential(*[Convolution() for _ in range(3)]), _tokens(4, 8, 24, 24)),
+    "averages": (lambda: nn.Sequential(*[Averages() for _ in range(3)]), _tokens(8, 40, WIDTH)),
     "frozen": (frozen, _tokens(8, 40, WIDTH)),
 }
 

@@ -203,7 +203,44 @@ def test_measuring_leaves_random_numbers_buffers_and_gradients_alone() -> None:
     assert same(before, list(model.buffers()))
 
 
-@pytest.mark.parametrize("name", ["dropout", "attention", "frozen"])
+def test_measuring_leaves_tensors_where_they_hang() -> None:
+    model = make("averages")
+    before = [dict(block._buffers) for block in model]
+    distlib.checkpoint_activations(model, budget=0.5, example_inputs=torch.randn(2, WIDTH))
+    for block, held in zip(model, before, strict=True):
+        assert block._buffers.keys() == held.keys()
+        assert all(block._buffers[key] is buffer for key, buffer in held.items())
+
+
+class Shares(nn.Module):
+    def __init__(self, common: nn.Module) -> None:
+        super().__init__()
+        self.own, self.common = nn.Linear(WIDTH, WIDTH), common
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.common(F.gelu(self.own(x)).tanh())
+
+
+def shared() -> nn.Module:
+    """All blocks have one part in common."""
+    torch.manual_seed(0)
+    common = nn.Linear(WIDTH, WIDTH)
+    return nn.Sequential(*[Shares(common) for _ in range(3)])
+
+
+def test_a_part_that_blocks_share_is_measured_and_left_alone() -> None:
+    plain, treated, x = shared(), shared(), torch.randn(800, WIDTH)
+    before = list(treated.named_parameters(remove_duplicate=False))
+    report = distlib.checkpoint_activations(treated, budget=0.0, example_inputs=x)
+    assert "full" in report.choices.values()
+    after = list(treated.named_parameters(remove_duplicate=False))
+    assert [(name, id(p)) for name, p in after] == [(name, id(p)) for name, p in before]
+    assert all(p.grad is None for p in treated.parameters())
+    for seed in range(2):
+        assert same(step(plain, x, seed), step(treated, x, seed))
+
+
+@pytest.mark.parametrize("name", ["dropout", "attention", "averages", "frozen"])
 def test_plans_compute_the_same(name: str) -> None:
     from activation_models import MODELS
 

@@ -21,6 +21,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 from distlib.activations.budget import Chain, Choice
+from distlib.activations.buffers import BufferGuard
 from distlib.activations.clock import Span
 from distlib.activations.live import LiveBytes, has_storage, storage_key
 from distlib.activations.offload import Offloader
@@ -83,29 +84,44 @@ def default_loss(output: Any) -> torch.Tensor:
 
 
 def handles(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> a leaf on the same memory as the parameter, with a gradient of its own that is there already."""
+    """Name -> a leaf on the same memory as the parameter, with a gradient of its own that is there already.
+
+    Each place where a parameter hangs has one name, also in modules that hang in several; for `call_with`.
+    """
     found: dict[int, torch.Tensor] = {}
     named = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        if id(parameter) not in found:
-            handle = parameter.detach().requires_grad_(parameter.requires_grad)
-            handle.grad = torch.zeros_like(handle) if parameter.requires_grad else None
-            found[id(parameter)] = handle
-        named[name] = found[id(parameter)]
+    for prefix, part in module.named_modules():
+        for key, parameter in part._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in found:
+                handle = parameter.detach().requires_grad_(parameter.requires_grad)
+                handle.grad = torch.zeros_like(handle) if parameter.requires_grad else None
+                found[id(parameter)] = handle
+            named[f"{prefix}.{key}" if prefix else key] = found[id(parameter)]
     return named
+
+
+def call_with(own: dict[str, torch.Tensor], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The module's forward with these `handles` as parameters.
+
+    torch would put the handle of a tied parameter to all its names, and so twice into a module that hangs in two
+    places: the second time it would take the first handle for what is to be put back.
+    """
+    return functional_call(module, own, args, kwargs, tie_weights=False)
 
 
 @contextmanager
 def no_trace(module: nn.Module, inputs: Any) -> Iterator[None]:
     """Random numbers drawn inside are drawn again outside; buffers get back what they held."""
     tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    with same_random(tensors):
-        yield
-    with torch.no_grad():
-        for buffer, before in buffers:
-            if not torch.equal(buffer, before):
-                buffer.copy_(before)
+    guard = BufferGuard.of_any_size(module)
+    try:
+        with same_random(tensors):
+            yield
+    finally:
+        guard.ran()
+        guard.undo()
 
 
 class Measurement:
@@ -255,7 +271,7 @@ class Measurement:
 
     def _run(self, own: dict[str, torch.Tensor]) -> None:
         args, kwargs = self._inputs
-        self._loss(functional_call(self._module, own, args, kwargs)).backward()
+        self._loss(call_with(own, self._module, args, kwargs)).backward()
 
     def _timed(self, call: Callable[[], None]) -> float:
         span = Span(self._device).begin()
@@ -308,7 +324,7 @@ class Measurement:
         args, kwargs = tree_map(_enter, tree_map(_leaf, self._captured[one]))
         one.record.clear()
         forward = Span(self._device).begin()
-        output = functional_call(one.block, own, args, kwargs)
+        output = call_with(own, one.block, args, kwargs)
         if offloader is not None:
             offloader.settle()
         forward.end()
@@ -334,7 +350,7 @@ class Measurement:
             inputs = tree_map(_enter, leaves)
             start = live.live
             live.reset_peak()
-            output = functional_call(one.block, own, inputs[0], inputs[1])
+            output = call_with(own, one.block, inputs[0], inputs[1])
             del inputs
             if offloader is not None:
                 offloader.settle()

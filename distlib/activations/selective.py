@@ -141,7 +141,7 @@ def _alone(leaf: Any) -> Any:
 
 
 class Selection:
-    """What is kept of one forward of a block: `keeping` around the forward, `giving` around the recomputation.
+    """What is kept of one forward of a block.
 
     wasted: calls that are not worth keeping, learned from recomputation to recomputation; shared by all forwards of the
     block.
@@ -151,8 +151,11 @@ class Selection:
         self.policy = policy
         self.wasted = wasted
         self.kept: dict[Key, Kept] = {}
-        self.keeping = _Keeping(self)
-        self.giving = _Giving(self)
+
+    def modes(self) -> tuple[TorchDispatchMode, TorchDispatchMode]:
+        """For around the forward, where results are kept, and around the recomputation, where they are given. They
+        hold this, and not the other way round: what nobody runs backward goes at once."""
+        return _Keeping(self), _Giving(self)
 
     def storages(self) -> dict[int, int]:
         """Bytes of what is kept, by storage."""

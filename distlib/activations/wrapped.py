@@ -11,6 +11,7 @@ Recomputation is torch's non-reentrant checkpoint: same random numbers, same aut
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,9 +27,11 @@ from distlib.activations.clock import Span
 from distlib.activations.lending import Stay
 from distlib.activations.live import has_storage, storage_key
 from distlib.activations.offload import Offloader, storages_of
+from distlib.activations.parameters import Parameters
 from distlib.activations.selective import Key, Policy, Selection
 
 KINDS = ("keep", "selective", "full", "offload")
+MOST_TIMES = 1024  # forwards of a block whose seconds are known: those that have no backward end no step
 
 
 class Record:
@@ -51,9 +54,9 @@ class Record:
         """A new step begins."""
         self.calls = 0
         self.moved = 0  # bytes that it moved to a store
-        self.forwards: list[Span] = []
-        self.recomputations: list[Span] = []
-        self.backwards: list[Span] = []
+        self.forwards: deque[Span] = deque(maxlen=MOST_TIMES)
+        self.recomputations: deque[Span] = deque(maxlen=MOST_TIMES)
+        self.backwards: deque[Span] = deque(maxlen=MOST_TIMES)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"name": self.name, "kind": self.kind}  # of a copied module, nothing ran yet
@@ -183,7 +186,8 @@ class Wrapped:
         guard = BufferGuard(self.block)
         selection = Selection(self.setting.policy, self._wasted) if self.kind == "selective" else None
         training = self.block.training
-        parameters = [(name, p, p._version) for name, p in self.block.named_parameters()]
+        parameters = Parameters(self.block, self.name)
+        versions = [tensor._version for tensor in tensors]
         record, watcher = self.record, self.setting.watcher
         runs = 0
 
@@ -196,7 +200,8 @@ class Wrapped:
             runs += 1
             if runs == 1:
                 return self._inner(*its_args, **its_kwargs)
-            self._require_unchanged(training, parameters)
+            self._require_same_mode(training)
+            parameters.require_unchanged()
             span = Span(device).begin()
             watcher.backward_runs()
             try:
@@ -211,9 +216,10 @@ class Wrapped:
         if selection is None:
             result = checkpoint(run, *tensors, use_reentrant=False)
         else:
-            modes = (selection.keeping, selection.giving)
-            result = checkpoint(run, *tensors, use_reentrant=False, context_fn=lambda: modes)
+            result = checkpoint(run, *tensors, use_reentrant=False, context_fn=selection.modes)
         guard.ran()
+        if [tensor._version for tensor in tensors] != versions:
+            on_first_gradient(result, self._refuse_changed_inputs)
         if counts:
             own = storages_of(self.block)
             kept = {storage_key(t): t for t in tensors if has_storage(t) and storage_key(t) not in own}
@@ -221,7 +227,7 @@ class Wrapped:
             record.kept += watcher.accounts()[1].add(kept, bytes_of)
         return result
 
-    def _require_unchanged(self, training: bool, parameters: list[tuple[str, torch.Tensor, int]]) -> None:
+    def _require_same_mode(self, training: bool) -> None:
         """The recomputation must be of what ran in forward."""
         if self.block.training != training:
             was, now = ("train()", "eval()") if training else ("eval()", "train()")
@@ -229,13 +235,13 @@ class Wrapped:
                 f"block {self.name!r} ran its forward under {was} and would be recomputed under {now}: call "
                 f".backward() before .{now}"
             )
-        for name, parameter, version in parameters:
-            if parameter._version != version:
-                raise RuntimeError(
-                    f"parameter {self.name}.{name} that backward needs has been modified by an inplace operation since "
-                    f"the forward: it is at version {parameter._version}, and was at version {version}. Call "
-                    ".backward() before the optimizer's step"
-                )
+
+    def _refuse_changed_inputs(self, _: Any) -> None:
+        raise RuntimeError(
+            f"block {self.name!r} changes its input in place, and could not be recomputed from it: make its first "
+            'operation one that is not in place (as ReLU(inplace=False)), use policy="offload", or leave the block '
+            "out (blocks=)"
+        )
 
     def _kept(self, args: Any, kwargs: Any, counts: bool) -> tuple[Any, Stay | None]:
         """Nothing changes; but who moves tensors of other blocks is told what stays here."""
@@ -262,7 +268,7 @@ class Wrapped:
     # ------------------------------------------------------------ accounts
 
     def _count_baseline(self, args: Any, kwargs: Any) -> None:
-        """Runs the forward once more, keeping everything, for the bytes of it."""
+        """Runs the forward once more, keeping everything, for the bytes of it. On copies: it may write its inputs."""
         own = storages_of(self.block)
         saved: dict[int, int] = {}
 
@@ -271,22 +277,24 @@ class Wrapped:
                 saved[storage_key(tensor)] = tensor.untyped_storage().nbytes()
             return tensor.detach()  # its history would hold the graph that holds it
 
-        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        given = {storage_key(leaf): leaf for leaf in leaves if has_storage(leaf)}
+        leaves, spec = tree_flatten((args, kwargs))
+        copies = [_copy(leaf) for leaf in leaves]
+        its_args, its_kwargs = tree_unflatten(copies, spec)
+        given = {storage_key(copy): leaf for copy, leaf in zip(copies, leaves, strict=True) if has_storage(leaf)}
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         guard = BufferGuard(self.block)
-        with same_random(leaves), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            result = self._inner(*args, **kwargs)
+        with same_random(tensors), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = self._inner(*its_args, **its_kwargs)
         guard.ran()
         guard.undo()
         del result  # the graph holds what was counted until here, so that no two were counted as one
-        held = {key: given[key] for key in saved if key in given}
+        held = {storage_key(given[key]): given[key] for key in saved if key in given}
+        held = {key: leaf for key, leaf in held.items() if key not in own}
         made = sum(nbytes for key, nbytes in saved.items() if key not in given)
         self.record.kept_by_a_call = self.setting.watcher.accounts()[0].add(held, made)
         self.record.baseline += self.record.kept_by_a_call
 
-    def _time_backward(
-        self, tensors: list[torch.Tensor], result: Any, device: torch.device, stay: Stay | None
-    ) -> None:
+    def _time_backward(self, tensors: list[torch.Tensor], result: Any, device: torch.device, stay: Stay | None) -> None:
         """From the first gradient of an output to the last of the inputs."""
         entering = [tensor for tensor in tensors if tensor.grad_fn is not None]
         record, watcher, span = self.record, self.setting.watcher, Span(device)
@@ -310,6 +318,11 @@ class Wrapped:
             on_first_gradient(result, begins)
             for tensor in entering:
                 tensor.register_hook(ends)
+
+
+def _copy(leaf: Any) -> Any:
+    """With the history of the tensor: to write in place into a leaf would be an error."""
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
 
 
 def graph_is_kept() -> bool:

@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from distlib.activations import ActivationReport, apply
 from distlib.activations.blocks import find_blocks
-from distlib.activations.measure import default_loss
+from distlib.activations.measure import call_with, default_loss
 from distlib.activations.measure_stage import StageMeasurement
 from distlib.activations.report import Prediction, Whole
 from distlib.activations.selective import make_policy
@@ -140,7 +139,7 @@ class _Micro:
         self._target, self._loss_fn = example.target, loss_fn
 
         def play(*given: Any) -> Any:
-            return functional_call(module, own, given)
+            return call_with(own, module, given, {})
 
         self._stage = Stage(part.stage, play, None, held.reports.get(part.stage))
 
