@@ -16,7 +16,7 @@ from torch.nn import functional
 
 import distlib
 from distlib.pipeline.record import record
-from distlib.pipeline.stages import cut, leaves_of
+from distlib.pipeline.stages import StageModule, cut, holdings, leaves_of
 
 WIDTH, ROWS, STEPS = 6, 8, 2
 
@@ -196,10 +196,25 @@ class TeachesALeaf(Chain):
         return x
 
 
+class NormsInGlue(Chain):
+    """Running averages that torch writes without saying so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(WIDTH))
+        self.register_buffer("variance", torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = functional.batch_norm(layer(x), self.mean, self.variance, training=self.training)
+        return x
+
+
 REFUSED: list[tuple[type[Chain], str]] = [
     (SharesANorm, r"norm.running_mean is changed in forward by norm, and stages 0, 1 would each have a copy"),
     (SharesABuffer, r"layers.0.mean is changed in forward by layers.3, and stages 0, 1"),
     (SharesWhatIsReplaced, r"centre.mean is changed in forward by centre, and stages 0, 1"),
+    (NormsInGlue, r"pipeline: variance is read on stage 0 and written on stage 1"),
     (TeachesALeaf, r"layers.3.0.weight is changed in forward by torch function .*lerp_.*, and stages 0, 1"),
 ]
 
@@ -216,8 +231,9 @@ def test_state_that_changes_on_one_of_two_stages_is_refused(kind: type[nn.Module
         _cut(kind, lambda k: int(k >= 3))
 
 
-def test_state_that_does_not_change_may_be_on_two_stages() -> None:
-    assert len(_cut(SharesANorm, lambda k: int(k >= 3), train=False)) == 2
+@pytest.mark.parametrize("kind", [SharesANorm, NormsInGlue])
+def test_state_that_does_not_change_may_be_on_two_stages(kind: type[nn.Module]) -> None:
+    assert len(_cut(kind, lambda k: int(k >= 3), train=False)) == 2
 
 
 class DrawsFromItsOwn(Chain):
@@ -242,3 +258,26 @@ def test_forwards_that_are_called_themselves_are_leaves() -> None:
     model = CallsForward()
     program = record(model, (torch.empty(2, 8),), {}, leaves_of(model))
     assert [call.name for call in program.leaf_calls] == [f"blocks.{k}" for k in range(4)]
+
+
+class ReadsInEvaluation(Chain):
+    """Evaluation reads on the last stage what training has on the first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = x * (1 + self.count)
+        for layer in self.layers:
+            x = layer(x)
+        return x if self.training else x * (1 + self.count)
+
+
+def test_a_buffer_that_only_another_mode_reads_there_is_named() -> None:
+    model = case_of(ReadsInEvaluation).made()
+    ways = []
+    for train in (True, False):
+        program = record(model.train(train), (torch.empty(ROWS, WIDTH),), {}, leaves_of(model))
+        ways.append(cut(program, [0, 0, 0, 1], 2))
+    held = holdings(ways[0], model)
+    stage = StageModule(model, held[1].names)
+    with pytest.raises(ValueError, match="stage 1 does not hold count, which this run uses there"):
+        stage(ways[1][1], [[torch.ones(ROWS, WIDTH)]], (torch.ones(ROWS, WIDTH),), {})

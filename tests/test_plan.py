@@ -157,7 +157,7 @@ WRONG = {
     "activations": ("partial", 3, ["full"]),
     "precision": ("bf8", torch.bfloat16, None),
     "activations.policy": ("some",),
-    "activations.budget": (-1, 1.5, "2 lots", True),
+    "activations.budget": (0, -1, 1.5, "2 lots", True),
     "activations.blocks": ("Block",),
     "activations.folder": ("",),
     "activations.resident": (-1,),

@@ -250,7 +250,7 @@ def test_leaves_that_only_one_mode_calls() -> None:
         cut(trained, {"0": 0, "1": 1}, 2)
     played = Played(module, cut(trained, {"0": 0, "1": 0, "2": 1}, 2))
     played.parts = cut(trained, [0, 1, 1], 2)
-    with pytest.raises(ValueError, match="stage 1 does not hold 1, which this run calls there"):
+    with pytest.raises(ValueError, match="stage 1 does not hold 1, which this run uses there"):
         played.forward((values(2, 4),), {})
 
 

@@ -13,6 +13,7 @@ to one `signature`; what depends on the values of tensors is refused.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -45,6 +47,20 @@ _EFFECTS = frozenset(
         Tensor.data.__set__,
     }
 )
+
+
+
+
+def _statistics(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The running averages that a torch function writes, which it does without a new version."""
+    if target not in (functional.batch_norm, functional.instance_norm):
+        return []
+    given = inspect.signature(target).bind(*args, **kwargs)
+    given.apply_defaults()
+    values = given.arguments
+    writes = values["training"] if "training" in values else values["use_input_stats"]
+    averages = (values["running_mean"], values["running_var"])
+    return [tensor for tensor in averages if writes and tensor is not None]
 
 
 # ---------------------------------------------------------------- recording
@@ -301,6 +317,7 @@ class _Recorder:
         written = [t for t, version in zip(used, versions, strict=True) if t._version != version]
         if target in _EFFECTS:
             written.append(used[0])
+        written += _statistics(target, args, kwargs)
         if not (is_leaf or made or written or self.drew):
             return result  # a question: its answer is Python's
         if arguments is None:

@@ -119,11 +119,13 @@ class StageModule(nn.Module):
         own = self._distlib
         player = own.players.get(part)
         if player is None:
+            held = {place.name for place in places(self)}
             missing = [name for name in part.leaves if name not in own.leaves]
+            missing += [name for name in part.state if name not in held]
             if missing:
                 raise ValueError(
-                    f"pipeline: stage {part.stage} does not hold {', '.join(missing)}, which this run calls there. "
-                    "Stages hold what the first recorded run called; do inputs or train and eval decide what is called?"
+                    f"pipeline: stage {part.stage} does not hold {', '.join(missing)}, which this run uses there. "
+                    "Stages hold what the first recorded run used; do inputs or train and eval decide what is used?"
                 )
             player = own.players[part] = Player(self, part)
         return player(received, args, kwargs, rooms)

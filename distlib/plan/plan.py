@@ -73,6 +73,13 @@ class Activations(Checked):
         "offload: bytes on their way; None: the largest block's",
     )
 
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _is_not_none_at_all(cls, value: Any) -> Any:
+        if type(value) is int and value == 0:  # else it would count as the part 0.0
+            raise ValueError("must be bytes above 0, or the part 0.0: the least memory that is possible")
+        return value
+
     @field_validator("budget", "window", mode="after")
     @classmethod
     def _is_size(cls, value: Any, info: Any) -> Any:
