@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from typing import Any
 
 import pytest
@@ -337,3 +339,31 @@ def _refuses(rank: int, n: int) -> None:
 
 def test_what_cannot_be_is_refused_by_name() -> None:
     run_ranks(2, _refuses)
+
+
+def _divided(rank: int, n: int) -> list[list[str]]:
+    """Warnings of models of equal layers, and of one whose first layer weighs most."""
+    found = []
+    with distlib.init():
+        for width in (32, 512):
+            model = nn.Sequential(
+                nn.Sequential(nn.Linear(32, width), nn.Linear(width, 32)), *(nn.Linear(32, 32) for _ in range(3))
+            )
+            with warnings.catch_warnings(record=True) as raised:
+                warnings.simplefilter("always")
+                distlib.PipelineParallel(
+                    model,
+                    microbatches=2,
+                    loss_fn=lambda output, _: output.square().mean(),
+                    example_inputs=torch.ones(64, 32),
+                    costs="estimated",
+                )
+            found.append([str(one.message) for one in raised])
+    return found
+
+
+def test_a_split_that_cannot_be_even_is_warned_of_once() -> None:
+    first, second = run_ranks(2, _divided)
+    assert first[0] == [] and second == [[], []]
+    (said,) = first[1]
+    assert re.search(r"gives stage 0 87% of the time, .*: 0 alone has 87%. Take fewer stages", said)

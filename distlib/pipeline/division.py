@@ -5,6 +5,8 @@ module -> ghost -> leaves -> (example inputs: program -> costs -> bounds) -> sta
 
 from __future__ import annotations
 
+import warnings
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +29,8 @@ from distlib.pipeline.simulate import Costs
 from distlib.pipeline.stages import Holding, assign, chain, cut, edges, ghost, holdings, leaves_of, tied
 
 Split = str | Sequence[str] | Sequence[nn.Module]
+
+_UNEVEN = 1.5  # times the mean: a stage that takes as long is worth a warning
 
 
 @dataclass(frozen=True)
@@ -76,11 +80,35 @@ class Division:
             found.append(sum(own.values()))
         return tuple(found)
 
-    def __str__(self) -> str:
-        """A line per stage: its modules, its parameters, its part of the time."""
+    @property
+    def times(self) -> list[float]:
+        """Of each stage, by the costs of its leaves; zeros where they are not known."""
         times = [0.0] * self.stages
         for cost, (_, stage) in zip(self.costs or (), self.calls if self.costs else (), strict=True):
             times[stage] += cost.total
+        return times
+
+    @property
+    def uneven(self) -> str | None:
+        """What is to be said of a split whose slowest stage has 1.5 times the time of a mean one, or more."""
+        times = self.times
+        slowest = max(range(self.stages), key=times.__getitem__)
+        if not any(times) or times[slowest] * self.stages < _UNEVEN * sum(times):
+            return None
+        leaves: defaultdict[str, float] = defaultdict(float)
+        for cost, (name, stage) in zip(self.costs or (), self.calls, strict=True):
+            if stage == slowest:
+                leaves[name] += cost.total
+        name, most = max(leaves.items(), key=lambda leaf: leaf[1])
+        return (
+            f"the best split of the model gives stage {slowest} {times[slowest] / sum(times):.0%} of the time, and the "
+            f"others wait for it: {name} alone has {most / sum(times):.0%}. Take fewer stages, or name where they "
+            "begin (split=), which may be inside of modules that the automatic split leaves whole"
+        )
+
+    def __str__(self) -> str:
+        """A line per stage: its modules, its parameters, its part of the time."""
+        times = self.times
         lines = []
         for held in self.holdings:
             names = list(held.leaves)
@@ -163,7 +191,7 @@ def divide(
         held, crossing = holdings(parts, empty), edges(parts)
         sent = tuple(sum(port.nbytes for port in part.sends) for part in parts)
     aliases, tensors = _names(empty)
-    return Division(
+    found = Division(
         recordings,
         stage_of,
         calls,
@@ -175,6 +203,9 @@ def divide(
         crossing,
         sent,
     )
+    if group.rank == 0 and (uneven := found.uneven) is not None:
+        warnings.warn(uneven, stacklevel=4)  # of who makes the pipeline
+    return found
 
 
 def _check(split: str | Sequence[str], stages: int, how: str) -> None:
