@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -42,27 +42,36 @@ def require_init(owner: nn.Module, init: Init | None, name: str) -> None:
 
 
 def unset(tensor: Tensor) -> None:
-    """Fills new memory with what `initialise` recognises."""
-    if tensor.is_floating_point() or tensor.is_complex():
-        with torch.no_grad():
-            tensor.fill_(float("nan"))
+    """Fills new memory with what `initialise` recognises; bool and one-byte numbers with zeros."""
+    with torch.no_grad():
+        if tensor.itemsize == 1:
+            tensor.zero_()
+        else:
+            tensor.fill_(_MARKS.get(tensor.dtype, float("nan")))
 
 
-def initialise(owner: nn.Module, init: Init | None, name: str, new: Collection[str]) -> None:
+def initialise(owner: nn.Module, init: Init | None, name: str, new: Mapping[str, Tensor]) -> None:
     """Gives the tensors in `owner` values: init(module), or its reset_parameters().
 
-    new: attributes of those that have none yet, in whose memory `unset` was. name: of the module in the model.
+    new: by attribute, the memory of those that have none yet, on which the tensors there are; it gets the values also
+    where others are hung in their place. name: of the module in the model.
 
-    Raises ValueError, with names, for those that are as they were.
+    Raises ValueError, with names, for what `unset` filled and is as it was.
     """
     module = original(owner)
     reset: Any = getattr(module, "reset_parameters", None)
+    stores = (owner._parameters, owner._buffers)
+    before = {key: tensor for store in stores for key, tensor in store.items() if key in new}
+    waiting = [key for store in stores for key, tensor in store.items() if tensor is not None and _is_unset(tensor)]
     if module is owner:
         init(module) if init is not None else reset()
     else:
         _through(module, owner, init or (lambda _: reset()))
-    held: Mapping[str, Any] = {**owner._parameters, **owner._buffers}
-    if missing := [key for key in new if _is_unset(held.get(key))]:
+    for store in stores:
+        for key in new.keys() & store.keys():
+            store[key] = _on(new[key], before[key], store[key], f"{name}.{key}".lstrip("."))
+    held: dict[str, Any] = {key: tensor for store in stores for key, tensor in store.items()}
+    if missing := [key for key in waiting if held.get(key) is not None and _is_unset(held[key])]:
         by = "init" if init is not None else "reset_parameters()"
         raise ValueError(
             f"{by} left {', '.join(missing)} of {name or 'the model'} ({type(module).__name__}) without values, which "
@@ -70,17 +79,43 @@ def initialise(owner: nn.Module, init: Init | None, name: str, new: Collection[s
         )
 
 
-def _is_unset(tensor: Any) -> bool:
-    return isinstance(tensor, Tensor) and bool(tensor.isnan().any())
+# What no one starts with: in wider integers than a byte.
+_MARKS = {dtype: torch.iinfo(dtype).min + 0x5A for dtype in (torch.int16, torch.int32, torch.int64)}
+
+
+def _is_unset(tensor: Tensor) -> bool:
+    if tensor.device.type == "meta" or tensor.itemsize == 1 or not tensor.numel():
+        return False
+    if tensor.dtype in _MARKS:
+        return bool((tensor == _MARKS[tensor.dtype]).all())
+    return bool(tensor.isnan().any())
+
+
+def _on(memory: Tensor, before: Any, now: Any, name: str) -> Any:
+    """The tensor that hung there before, on its memory, with the values of what hangs there now."""
+    if now is before and now.data_ptr() == memory.data_ptr():
+        return before
+    if not isinstance(now, Tensor) or now.shape != memory.shape:
+        raise ValueError(f"{name}, {list(memory.shape)}, was initialised as {list(getattr(now, 'shape', ()))}")
+    with torch.no_grad():
+        memory.copy_(now)
+        before.data = memory.view(memory.shape)
+    return before
 
 
 def _through(module: nn.Module, owner: nn.Module, init: Init) -> None:
-    """init(module), with the tensors of `owner` in it; others of its own stay what and where they are."""
+    """init(module), with the tensors of `owner` in it, and others to throw away in place of its own meta tensors: what
+    is drawn for those, another stage draws, too."""
     stores = ((module._parameters, owner._parameters), (module._buffers, owner._buffers))
     before = [dict(theirs) for theirs, _ in stores]
     try:
         for theirs, ours in stores:
-            theirs.update({key: tensor for key, tensor in ours.items() if key in theirs})
+            for key, tensor in theirs.items():
+                if ours.get(key) is not None:
+                    theirs[key] = ours[key]
+                elif tensor is not None and tensor.device.type == "meta":
+                    empty = torch.zeros_like(tensor, device="cpu")
+                    theirs[key] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
         init(module)
         for theirs, ours in stores:
             ours.update({key: theirs[key] for key in ours if theirs.get(key) is not None})

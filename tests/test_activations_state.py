@@ -307,3 +307,25 @@ def test_times_of_forwards_without_backward_do_not_pile_up(tmp_path: Path) -> No
     for _ in range(MOST_TIMES + 5):
         model[0](X)
     assert len(model[0].forward.record.forwards) == MOST_TIMES
+
+
+class KeepsItsNorm(nn.Linear):
+    """EEGNet's way: the weight gets other memory in each forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=0.5)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("policy", ["full", "selective"])
+def test_a_forward_may_give_its_weight_other_memory(policy: str) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(*(nn.Sequential(KeepsItsNorm(8, 8), nn.Tanh()) for _ in range(2)))
+    treated = copy.deepcopy(plain)
+    distlib.checkpoint_activations(treated, policy)
+    x = torch.randn(4, 8)
+    for _ in range(2):
+        for model in (plain, treated):
+            model(x).square().sum().backward()
+    for a, b in zip(plain.parameters(), treated.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)

@@ -376,7 +376,11 @@ def _reaching(rank: int, n: int) -> list[list[float]]:
     ]
     with distlib.init():
         for plan in plans:
-            for optimizer in (lambda p: torch.optim.SGD(p, lr=0.5), lambda p: distlib.optim.SGD(p, lr=0.5)):
+            for optimizer in (
+                lambda p: torch.optim.SGD(p, lr=0.5),
+                lambda p: torch.optim.SGD([{"params": [x for x in p if (x.ndim > 1) == wide]} for wide in (0, 1)], 0.5),
+                lambda p: distlib.optim.SGD(p, lr=0.5),
+            ):
                 torch.manual_seed(0)
                 engine = distlib.parallelize(
                     _Reaches(),

@@ -98,6 +98,83 @@ def test_what_nobody_initialises_is_refused_by_name() -> None:
         materialise(bare, None)
 
 
+class Assigns(nn.Module):
+    """Its reset_parameters() hangs other tensors, or gives them other memory."""
+
+    def __init__(self, by_data: bool) -> None:
+        super().__init__()
+        self.by_data = by_data
+        self.weight = nn.Parameter(torch.empty(WIDTH))
+
+    def reset_parameters(self) -> None:
+        if self.by_data:
+            self.weight.data = torch.full((WIDTH,), 2.0)
+        else:
+            self.weight = nn.Parameter(torch.full((WIDTH,), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+class Counts(nn.Module):
+    """Integers that only the constructor sets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("ids", torch.arange(5))
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+def _assigned(rank: int, n: int) -> None:
+    with distlib.init():
+        for stage in (1, 3):
+            with torch.device("meta"):
+                model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Assigns(by_data=False), Assigns(by_data=True))
+            wrapped = distlib.ShardedDataParallel(model, stage=stage)
+            state = wrapped.full_state_dict()
+            assert all(torch.equal(state[f"{k}.weight"], torch.full((WIDTH,), 2.0)) for k in (1, 2))
+        with torch.device("meta"):
+            model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Counts())
+        with pytest.raises(ValueError, match=r"left ids of 1 \(Counts\) without values"):
+            distlib.ShardedDataParallel(model, stage=3)
+
+
+def test_tensors_that_are_assigned_reach_the_pieces() -> None:
+    run_ranks(2, _assigned)
+
+
+def test_tensors_that_are_assigned_stay_tied() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(Assigns(by_data=False), Assigns(by_data=True), nn.Sequential(Counts()))
+        model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match=r"left ids of 2.0 \(Counts\) without values"):
+        materialise(model, None)
+    assert model[0].weight is model[1].weight and torch.equal(model[0].weight, torch.full((WIDTH,), 2.0))
+
+
+class Draws(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.empty(WIDTH)), nn.Parameter(torch.empty(WIDTH))
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.first)
+        nn.init.normal_(self.second)
+
+
+def test_a_stage_draws_what_the_whole_module_draws() -> None:
+    def made() -> Draws:
+        with torch.device("meta"):
+            return Draws()
+
+    whole = materialise(made(), None)
+    for name in ("first", "second"):
+        model = made()
+        assert torch.equal(getattr(materialise(StageModule(model, [name]), None), name), getattr(whole, name)), name
+
+
 PLANS: list[dict[str, Any]] = [
     {"pipeline": 2},
     {"pipeline": 2, "stage": 1},
@@ -124,7 +201,7 @@ def _trained(rank: int, n: int) -> list[list[float]]:
                 found.append(state["positions"].tolist() + [float(state["scale"])])
                 assert float(engine.train_step((torch.ones(2, WIDTH),))) > 0
         left = distlib.Plan(stage=3)
-        with pytest.raises(ValueError, match="init left positions of the model"):
+        with pytest.raises(ValueError, match="init left positions, scale of the model"):
             distlib.parallelize(
                 on_meta(), left, optimizer=lambda p: torch.optim.SGD(p, lr=0.0), initialize=lambda module: None
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -210,10 +211,25 @@ class NormsInGlue(Chain):
         return x
 
 
+class SharedInsideOfLeaves(Chain):
+    """Each block has the module that replaces its buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        centre = Replaces()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), centre) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 REFUSED: list[tuple[type[Chain], str]] = [
     (SharesANorm, r"norm.running_mean is changed in forward by norm, and stages 0, 1 would each have a copy"),
     (SharesABuffer, r"layers.0.mean is changed in forward by layers.3, and stages 0, 1"),
     (SharesWhatIsReplaced, r"centre.mean is changed in forward by centre, and stages 0, 1"),
+    (SharedInsideOfLeaves, r"layers.0.1.mean is changed in forward by layers.3, and stages 0, 1"),
     (NormsInGlue, r"pipeline: variance is read on stage 0 and written on stage 1"),
     (TeachesALeaf, r"layers.3.0.weight is changed in forward by torch function .*lerp_.*, and stages 0, 1"),
 ]
@@ -281,3 +297,55 @@ def test_a_buffer_that_only_another_mode_reads_there_is_named() -> None:
     stage = StageModule(model, held[1].names)
     with pytest.raises(ValueError, match="stage 1 does not hold count, which this run uses there"):
         stage(ways[1][1], [[torch.ones(ROWS, WIDTH)]], (torch.ones(ROWS, WIDTH),), {})
+
+
+class Static(nn.Module):
+    """A forward that is no method."""
+
+    forward = staticmethod(torch.tanh)
+
+
+class Partial(nn.Module):
+    forward = functools.partialmethod(lambda self, by, x: x * by, 2.0)
+
+
+def test_forwards_of_any_kind_are_recorded() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Static(), Partial(), nn.Linear(WIDTH, WIDTH))
+    program = record(model, (torch.empty(2, WIDTH),), {}, ["0", "1", "2", "3"])
+    assert [call.name for call in program.leaf_calls] == ["0", "1", "2", "3"]
+
+
+def test_a_forward_that_is_called_past_hooks_is_refused() -> None:
+    model = CallsForward()
+    model.blocks[1].register_forward_hook(lambda module, given, made: 3 * made)
+    with pytest.raises(ValueError, match=r"blocks.1.forward is called itself, past the hooks"):
+        record(model, (torch.empty(2, 8),), {}, leaves_of(model))
+
+
+class SendsSparse(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, torch.eye(WIDTH).to_sparse()
+
+
+class TakesSparse(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor, matrix: Tensor) -> Tensor:
+        return self.linear(x) + torch.sparse.mm(matrix, x.t()).t()
+
+
+def test_stages_of_one_rank_may_hand_on_sparse_tensors() -> None:
+    with distlib.init():
+        parts = [nn.Sequential(nn.Linear(WIDTH, WIDTH), SendsSparse()), TakesSparse()]
+        pipeline = distlib.PipelineParallel(
+            None,
+            schedule="zb-v",
+            microbatches=2,
+            split=parts,
+            loss_fn=lambda output, _: output.square().mean(),
+            example_inputs=torch.ones(4, WIDTH),
+        )
+        assert float(pipeline.train_step(torch.ones(4, WIDTH))) > 0

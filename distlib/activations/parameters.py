@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -34,6 +34,12 @@ class _Slot:
     tensor: torch.Tensor
     version: int
     memory: _Memory | None
+    address: int
+
+    def after(self) -> _Slot:
+        """With the memory on which the tensor is now."""
+        moved = self.memory is not None and self.tensor.untyped_storage().data_ptr() != self.address
+        return replace(self, memory=_memory(self.tensor), address=_address(self.tensor)) if moved else self
 
     def is_written(self) -> bool:
         return self.tensor._version != self.version
@@ -60,11 +66,23 @@ class Parameters:
     def __init__(self, block: nn.Module, name: str) -> None:
         self._block = name
         self._slots = [
-            _Slot(f"{path}.{key}" if path else key, owner, key, tensor, tensor._version, _memory(tensor))
+            _Slot(
+                f"{path}.{key}" if path else key,
+                owner,
+                key,
+                tensor,
+                tensor._version,
+                _memory(tensor),
+                _address(tensor),
+            )
             for path, owner in block.named_modules()
             for key, tensor in owner._parameters.items()
             if tensor is not None
         ]
+
+    def ran(self) -> None:
+        """After the forward, which may itself have put a tensor on other memory (`self.weight.data = ...`)."""
+        self._slots = [slot.after() for slot in self._slots]
 
     def require_unchanged(self) -> None:
         """Raises:
@@ -88,9 +106,16 @@ class Parameters:
 
 def _memory(tensor: torch.Tensor) -> _Memory | None:
     """None of tensors without memory of their own: on meta, sparse, of subclasses or transforms that wrap others."""
-    if type(tensor) not in (torch.Tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return None
-    return _Memory(tensor) if has_storage(tensor) else None
+    return _Memory(tensor) if _memory_is_told(tensor) else None
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if _memory_is_told(tensor) else 0
+
+
+def _memory_is_told(tensor: torch.Tensor) -> bool:
+    plain = type(tensor) in (torch.Tensor, nn.Parameter)
+    return plain and not torch._C._functorch.is_functorch_wrapped_tensor(tensor) and has_storage(tensor)
 
 
 def _takes_turns(tensor: torch.Tensor) -> bool:

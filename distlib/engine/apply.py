@@ -129,10 +129,21 @@ def parallelize(
         model = MicroSteps(prepare(module), plan.microbatches, loss_fn, weigh, device)
     scaling = options.scaler(plan)
     scaler = None if scaling is None else GradScaler(**scaling)
-    trained = list(model.parameters())
-    made = optimizer(trained or [{"params": []}])  # a stage may have none, which optimizers refuse as a plain list
+    make = partial(optimizer_of, optimizer, list(model.parameters()))
+    made = make() if plan.pipeline == 1 else all_or_none(dist.group.WORLD, make)
     peaks = [None] * plan.pipeline if budget is None else predicted_peaks(reports, groups["pipeline"])
     return Engine(plan, mesh, model, groups["data_parallel"], made, scaler, reports, device, weigh, peaks)
+
+
+def optimizer_of(make: MakeOptimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """An optimizer also of no parameters, as a stage may have: as a plain list torch's refuse these."""
+    try:
+        return make(parameters)
+    except ValueError:
+        if parameters:
+            raise
+        none: Any = [{"params": []}]
+        return make(none)
 
 
 def predicted_peaks(reports: Sequence[ActivationReport], pipeline: dist.ProcessGroup | None) -> list[int | None]:

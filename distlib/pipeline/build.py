@@ -188,7 +188,8 @@ def materialise(module: nn.Module, init: Init | None, only: set[str] | None = No
     for name, owner in owners.values():
         require_init(owner, init, name)
         earlier = {t: t.detach().clone() for t in _own(owner) if id(t) in done}  # tied: the first owner's values count
-        new = [key for key, t in (*owner._parameters.items(), *owner._buffers.items()) if id(t) in fresh]
+        own = (*owner._parameters.items(), *owner._buffers.items())
+        new = {key: t.detach() for key, t in own if t is not None and id(t) in fresh}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed((torch.initial_seed() + zlib.crc32(name.encode())) % 2**63)
             initialise(owner, init, name, new)

@@ -181,14 +181,19 @@ class _Graph:
 
     def _claim(self, front: int, sides: Sequence[int], reached: Sequence[int], owner: dict[int, int]) -> None:
         """The weight side behind a frontier node must not be that of another, nor saved through hooks."""
-        todo = [k for k in sides if reached[k] and k not in self._leaves]
+        seen: set[int] = set()
+        todo = list(sides)
         while todo:
             k = todo.pop()
+            if k in seen or k in self._leaves or not reached[k]:
+                continue
+            seen.add(k)
             if owner.setdefault(k, front) != front:
                 self._drop(reached[k], "computed once from its parameter, used several times")
-            elif _is_hooked(self.nodes[k]):
+                continue
+            if _is_hooked(self.nodes[k]):
                 self._drop(reached[k], _RECOMPUTED)
-            todo += [c for c in self._behind[k] if reached[c] and c not in self._leaves and c not in owner]
+            todo += self._behind[k]
 
 
 class Part:

@@ -89,7 +89,12 @@ class Player:
         if all(tensor.grad_fn is not None for tensors in sends for tensor in tensors):
             return sends
         buffers = {storage_of(buffer) for buffer in self._stage.buffers() if buffer.layout is torch.strided}
-        return tuple(tuple(t.clone() if storage_of(t) in buffers else t for t in tensors) for tensors in sends)
+
+        def off(tensor: Tensor) -> Tensor:
+            lies_there = tensor.layout is torch.strided and storage_of(tensor) in buffers
+            return tensor.clone() if lies_there else tensor
+
+        return tuple(tuple(map(off, tensors)) for tensors in sends)
 
     # ------------------------------------------------------------ steps
 

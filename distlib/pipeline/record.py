@@ -13,7 +13,6 @@ to one `signature`; what depends on the values of tensors is refused.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +30,7 @@ from distlib.pipeline.leaves import Names
 from distlib.pipeline.program import Context, Program, Spec, Template, Value, template
 from distlib.pipeline.refusals import check_opaque, line, refusal
 from distlib.pipeline.signature import device_of, signature
+from distlib.pipeline.state import LeafState, statistics
 from distlib.pipeline.tidy import Draft, tidy
 
 __all__ = ["Program", "Spec", "record", "signature"]
@@ -47,20 +46,6 @@ _EFFECTS = frozenset(
         Tensor.data.__set__,
     }
 )
-
-
-
-
-def _statistics(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The running averages that a torch function writes, which it does without a new version."""
-    if target not in (functional.batch_norm, functional.instance_norm):
-        return []
-    given = inspect.signature(target).bind(*args, **kwargs)
-    given.apply_defaults()
-    values = given.arguments
-    writes = values["training"] if "training" in values else values["use_input_stats"]
-    averages = (values["running_mean"], values["running_var"])
-    return [tensor for tensor in averages if writes and tensor is not None]
 
 
 # ---------------------------------------------------------------- recording
@@ -181,24 +166,6 @@ def _opened(module: nn.Module, leaves: Mapping[str, nn.Module]) -> set[nn.Module
     return found
 
 
-class _State:
-    """The parameters and buffers of a leaf, before a call of it."""
-
-    def __init__(self, leaf: str, module: nn.Module, names: Mapping[int, str]) -> None:
-        self._places = places(module)
-        self._versions = [place.tensor._version for place in self._places]
-        self.names = tuple(names.get(id(place.tensor), f"{leaf}.{place.name}") for place in self._places)
-
-    def changed(self, statistics: set[int]) -> tuple[str, ...]:
-        """Names of those that the call wrote or replaced. statistics: ids of what is written without a new version."""
-        found = []
-        for name, place, version in zip(self.names, self._places, self._versions, strict=True):
-            same = place.tensor._version == version and place.store.get(place.key) is place.tensor
-            if not same or id(place.tensor) in statistics:
-                found.append(name)
-        return tuple(dict.fromkeys(found))
-
-
 class _Recorder:
     """Writes calls down. `inside`: the leaf or autograd.Function that runs, inside of which nothing is written."""
 
@@ -213,6 +180,7 @@ class _Recorder:
         self.drafts: list[Draft] = []
         self.inside_of: dict[str, tuple[str, ...]] = {}  # by leaf, names of its parameters and buffers
         self._names = names
+        self._slots = {(id(place.owner), place.key): names[id(place.tensor)] for place in places(module)}
         self._tensors: list[Tensor] = []  # by value: kept, so that ids stay theirs
         self._number: dict[int, int] = {}  # id(tensor) -> the last value that it is
         self._memory: dict[int, int] = {}  # storage -> memory
@@ -311,13 +279,13 @@ class _Recorder:
         edges = edges_of(used) if torch.is_grad_enabled() else Edges()
         context = Context.now(self.ambient.device)
         self.drew = False
-        state = _State(target, self.module.get_submodule(target), self._names) if isinstance(target, str) else None
+        state = LeafState(target, self.module.get_submodule(target), self._slots) if isinstance(target, str) else None
         result = run(*args, **kwargs)
         made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         written = [t for t, version in zip(used, versions, strict=True) if t._version != version]
         if target in _EFFECTS:
             written.append(used[0])
-        written += _statistics(target, args, kwargs)
+        written += statistics(target, args, kwargs)
         if not (is_leaf or made or written or self.drew):
             return result  # a question: its answer is Python's
         if arguments is None:
@@ -442,6 +410,11 @@ def _never_drops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
     return "dropout_p" in declared and not kwargs.get("dropout_p", declared["dropout_p"].default_value)
 
 
+def _has_more_than_a_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(hooks) or kind.__call__ is not nn.Module.__call__
+
+
 @contextlib.contextmanager
 def _intercepted(leaves: Mapping[str, nn.Module], recorder: _Recorder) -> Iterator[None]:
     """Calls of the leaves go to the recorder: each gets, for now, a subclass of its class."""
@@ -459,12 +432,19 @@ def _intercepted(leaves: Mapping[str, nn.Module], recorder: _Recorder) -> Iterat
             )
 
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            run = kind.forward.__get__(self)
-            # Called itself, instead of the module: a stage calls the module.
-            return run(*args, **kwargs) if recorder.inside is not None else recorder.call(name, run, args, kwargs)
+            run = super(made, self).forward
+            if recorder.inside is not None:
+                return run(*args, **kwargs)
+            if _has_more_than_a_forward(self, kind):
+                raise ValueError(
+                    f"pipeline: {name}.forward is called itself, past the hooks or the __call__ of the module; a stage "
+                    "calls the module. Call the module, or take its hooks off"
+                )
+            return recorder.call(name, run, args, kwargs)
 
         own = {"__call__": call, "forward": forward, "__module__": kind.__module__}
-        return type(kind.__name__, (kind,), own)
+        made: Any = type(kind.__name__, (kind,), own)
+        return made
 
     changed: list[tuple[nn.Module, type[nn.Module]]] = []
     try:

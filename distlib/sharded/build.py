@@ -206,7 +206,7 @@ def _fill(
     state: UnitState, wholes: Sequence[torch.Tensor], originals: dict[str, nn.Parameter], init: Init | None
 ) -> None:
     """The values of a unit's parameters, those of meta ones by `init`, into a 1-D tensor per flat."""
-    meta: dict[nn.Module, list[Place]] = {}
+    meta: dict[nn.Module, tuple[str, dict[str, torch.Tensor]]] = {}
     for flat, whole in zip(state.flats, wholes, strict=True):
         for name, view, hung in zip(flat.names, flat.view_on(whole), flat.places, strict=True):
             original = originals[name]
@@ -216,9 +216,10 @@ def _fill(
             unset(view)
             for place in hung:
                 place.owner._parameters[place.key] = nn.Parameter(view, requires_grad=False)
-                meta.setdefault(place.owner, []).append(place)
-    for owner, new in meta.items():
-        initialise(owner, init, new[0].name.rpartition(".")[0], [place.key for place in new])
+                _, new = meta.setdefault(place.owner, (place.name.rpartition(".")[0], {}))
+                new[place.key] = view
+    for owner, (name, new) in meta.items():
+        initialise(owner, init, name, new)
 
 
 def _on_first(world: Group, run: Callable[[], None]) -> None:
@@ -263,6 +264,7 @@ def _check_meta(
             )
         for key, buffer in owner._buffers.items():
             if buffer is not None and buffer.device.type == "meta":
-                owner._buffers[key] = torch.zeros_like(buffer, device=device)
+                owner._buffers[key] = torch.empty_like(buffer, device=device)
+                unset(owner._buffers[key])
         if buffers and not parameters:
-            initialise(owner, init, prefix, ())
+            initialise(owner, init, prefix, {})
