@@ -175,16 +175,11 @@ def test_functional_call_on_the_parameters_memory_is_recomputed(policy: str, tmp
 
 
 @pytest.mark.parametrize("policy", ["full", "selective"])
-def test_other_data_between_forward_and_backward_is_refused(policy: str, tmp_path: Path) -> None:
+def test_another_parameter_between_forward_and_backward_is_refused(policy: str, tmp_path: Path) -> None:
     model = treat(layers(), policy, tmp_path)
     loss = model(X).sum()
-    weight = model[1].linear.weight
-    weight.data = weight.data * 2
-    with pytest.raises(RuntimeError, match=r"parameter 1.linear.weight is not on the memory .*`.data =`"):
-        loss.backward()
-    loss = model(X).sum()
-    model[1].linear.weight = nn.Parameter(weight.detach().clone())
-    with pytest.raises(RuntimeError, match=r"parameter 1.linear.weight is not on the memory"):
+    model[1].linear.weight = nn.Parameter(model[1].linear.weight.detach().clone())
+    with pytest.raises(RuntimeError, match=r"parameter 1.linear.weight is not the one that the forward computed with"):
         loss.backward()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -34,22 +34,17 @@ class _Slot:
     tensor: torch.Tensor
     version: int
     memory: _Memory | None
-    address: int
-
-    def after(self) -> _Slot:
-        """With the memory on which the tensor is now."""
-        moved = self.memory is not None and self.tensor.untyped_storage().data_ptr() != self.address
-        return replace(self, memory=_memory(self.tensor), address=_address(self.tensor)) if moved else self
 
     def is_written(self) -> bool:
         return self.tensor._version != self.version
 
     def is_replaced(self) -> bool:
-        """By a tensor on other memory. Nothing can be told of slots that a wrapper has emptied, of pieces of sharded
-        parameters, which take turns with whole ones, and of tensors without memory of their own."""
+        """By another tensor, on other memory. Nothing can be told of one that got other data (DeepSpeed gathers and
+        frees parameters so), of slots that a wrapper has emptied, of pieces of sharded parameters, which take turns
+        with whole ones, and of tensors without memory of their own."""
         store = self.owner._parameters
         now = store[self.key] if self.key in store else None
-        if now is None or _takes_turns(now) or _takes_turns(self.tensor):
+        if now is None or now is self.tensor or _takes_turns(now) or _takes_turns(self.tensor):
             return False
         memory = _memory(now)
         if memory is None or self.memory is None:
@@ -66,23 +61,11 @@ class Parameters:
     def __init__(self, block: nn.Module, name: str) -> None:
         self._block = name
         self._slots = [
-            _Slot(
-                f"{path}.{key}" if path else key,
-                owner,
-                key,
-                tensor,
-                tensor._version,
-                _memory(tensor),
-                _address(tensor),
-            )
+            _Slot(f"{path}.{key}" if path else key, owner, key, tensor, tensor._version, _memory(tensor))
             for path, owner in block.named_modules()
             for key, tensor in owner._parameters.items()
             if tensor is not None
         ]
-
-    def ran(self) -> None:
-        """After the forward, which may itself have put a tensor on other memory (`self.weight.data = ...`)."""
-        self._slots = [slot.after() for slot in self._slots]
 
     def require_unchanged(self) -> None:
         """Raises:
@@ -97,8 +80,8 @@ class Parameters:
                 )
             if slot.is_replaced():
                 raise RuntimeError(
-                    f"parameter {self._block}.{slot.name} is not on the memory that the forward computed with, so the "
-                    "recomputation would be of something else: it was replaced, as by `.data =` or by the end of "
+                    f"parameter {self._block}.{slot.name} is not the one that the forward computed with, so the "
+                    "recomputation would be of something else: it was replaced, as by the end of "
                     "torch.func.functional_call. Call .backward() before it is, or use "
                     'checkpoint_activations(policy="offload"), which recomputes nothing'
                 )
@@ -107,10 +90,6 @@ class Parameters:
 def _memory(tensor: torch.Tensor) -> _Memory | None:
     """None of tensors without memory of their own: on meta, sparse, of subclasses or transforms that wrap others."""
     return _Memory(tensor) if _memory_is_told(tensor) else None
-
-
-def _address(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr() if _memory_is_told(tensor) else 0
 
 
 def _memory_is_told(tensor: torch.Tensor) -> bool:

@@ -218,7 +218,6 @@ class Wrapped:
         else:
             result = checkpoint(run, *tensors, use_reentrant=False, context_fn=selection.modes)
         guard.ran()
-        parameters.ran()
         if [tensor._version for tensor in tensors] != versions:
             on_first_gradient(result, self._refuse_changed_inputs)
         if counts:
