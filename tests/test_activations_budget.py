@@ -151,7 +151,10 @@ def test_peak_is_as_predicted_and_within_the_budget(part: float) -> None:
         assert record.kept == pytest.approx(prediction.kept, rel=0.1, abs=4 * inputs.numel() * 64)
         assert record.forwards[-1].seconds > 0 and record.backwards[-1].seconds > 0
     kinds = set(report.choices.values())
-    assert kinds == {"full"} if part == 0 else len(kinds) > 1 or kinds == {"selective"}
+    if part == 0:  # where a block has room for more than that, measured times decide
+        assert "full" in kinds and "keep" not in kinds
+    else:
+        assert len(kinds) > 1 or kinds == {"selective"}
     assert "predicted" in str(report) and "measured" in str(report)
 
 
