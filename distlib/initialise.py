@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 Init = Callable[[nn.Module], Any]
 
+# What no one starts with: in wider integers than a byte.
+_MARKS = {dtype: torch.iinfo(dtype).min + 0x5A for dtype in (torch.int16, torch.int32, torch.int64)}
 _stood_for: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
 
 
@@ -24,7 +26,7 @@ def stand_for(container: nn.Module, module: nn.Module) -> None:
     _stood_for[container] = weakref.ref(module)
 
 
-def original(owner: nn.Module) -> nn.Module:
+def _original(owner: nn.Module) -> nn.Module:
     """The module of the whole model that `owner` is, or stands for."""
     reference = _stood_for.get(owner)
     module = None if reference is None else reference()
@@ -33,7 +35,7 @@ def original(owner: nn.Module) -> nn.Module:
 
 def require_init(owner: nn.Module, init: Init | None, name: str) -> None:
     """Raises ValueError for a module on the meta device that nobody can initialise. name: in the model."""
-    module = original(owner)
+    module = _original(owner)
     if init is None and not callable(getattr(module, "reset_parameters", None)):
         raise ValueError(
             f"{name or 'the model'} ({type(module).__name__}) is on the meta device and has no reset_parameters(): "
@@ -58,7 +60,7 @@ def initialise(owner: nn.Module, init: Init | None, name: str, new: Mapping[str,
 
     Raises ValueError, with names, for what `unset` filled and is as it was.
     """
-    module = original(owner)
+    module = _original(owner)
     reset: Any = getattr(module, "reset_parameters", None)
     stores = (owner._parameters, owner._buffers)
     before = {key: tensor for store in stores for key, tensor in store.items() if key in new}
@@ -77,10 +79,6 @@ def initialise(owner: nn.Module, init: Init | None, name: str, new: Mapping[str,
             f"{by} left {', '.join(missing)} of {name or 'the model'} ({type(module).__name__}) without values, which "
             "is on the meta device: let it set them, or build this module on the CPU"
         )
-
-
-# What no one starts with: in wider integers than a byte.
-_MARKS = {dtype: torch.iinfo(dtype).min + 0x5A for dtype in (torch.int16, torch.int32, torch.int64)}
 
 
 def _is_unset(tensor: Tensor) -> bool:

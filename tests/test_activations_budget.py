@@ -17,7 +17,7 @@ from ranks import run_ranks
 from torch import nn
 
 import distlib
-from distlib.activations import budget
+from distlib.activations import ActivationReport, budget
 from distlib.activations.budget import Chain, Choice, smallest, solve
 from distlib.activations.size import parse_size
 
@@ -131,9 +131,13 @@ def gpt() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
 def test_peak_is_as_predicted_and_within_the_budget(part: float) -> None:
     model, inputs, targets = gpt()
     plain = gpt()[0]
-    report = distlib.checkpoint_activations(
-        model, budget=part, example_inputs=inputs, loss=lambda logits: next_token_loss(logits, targets)
-    )
+
+    def treat(one: nn.Module) -> ActivationReport:
+        return distlib.checkpoint_activations(
+            one, budget=part, example_inputs=inputs, loss=lambda logits: next_token_loss(logits, targets)
+        )
+
+    report = treat(model)
     assert all(p.grad is None for p in model.parameters())  # measuring leaves no trace
     assert report.budget is not None and report.predicted_step is not None
     for each in (plain, model):
@@ -151,8 +155,10 @@ def test_peak_is_as_predicted_and_within_the_budget(part: float) -> None:
         assert record.kept == pytest.approx(prediction.kept, rel=0.1, abs=4 * inputs.numel() * 64)
         assert record.forwards[-1].seconds > 0 and record.backwards[-1].seconds > 0
     kinds = set(report.choices.values())
-    if part == 0:  # where a block has room for more than that, measured times decide
+    if part == 0:
         assert "full" in kinds and "keep" not in kinds
+        # Where a block has room for more, measured times decide: a busy machine disturbs one measurement, not all.
+        assert kinds == {"full"} or any(set(treat(gpt()[0]).choices.values()) == {"full"} for _ in range(5))
     else:
         assert len(kinds) > 1 or kinds == {"selective"}
     assert "predicted" in str(report) and "measured" in str(report)

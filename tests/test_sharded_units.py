@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import distlib
+from distlib.activations.blocks import find_blocks
 from distlib.sharded import quantize
 from distlib.sharded.groups import partition_of
 from distlib.sharded.layout import LINE, Entry, lay_out
@@ -339,3 +340,8 @@ def test_memory_in_words(text: object, count: int) -> None:
 def test_nonsense_is_refused(text: object) -> None:
     with pytest.raises(ValueError, match="memory"):
         parse_bytes(text)  # type: ignore[arg-type]
+
+
+def test_blocks_that_keep_less_are_called_too() -> None:
+    lists = nn.ModuleList(nn.ModuleList([Leaf()]) for _ in range(3))
+    assert list(find_blocks(nn.ModuleDict({"lists": lists}), "auto")) == ["lists.0.0", "lists.1.0", "lists.2.0"]

@@ -494,28 +494,3 @@ def test_data_parallelism_sees_gradients_land_in_the_weight_pass(stage: int, aft
     """Over two nodes, stage 3 frees whole parameters after B: W does without them."""
     env = {} if nodes == 1 else {"DISTLIB_NODES": str(nodes)}
     assert max(run_ranks(2, split_data_parallel, stage, after, env=env)) < 1e-6
-
-
-class ComputesItsWeight(nn.Module):
-    """A weight that is computed once, and used on two ways that do not lie behind each other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.g, self.v = nn.Parameter(torch.randn(6, 1)), nn.Parameter(torch.randn(6, 6))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.g * self.v
-        return functional.linear(x, weight) + functional.linear(torch.tanh(x), weight)
-
-
-def test_a_computed_weight_with_two_users_comes_in_the_input_pass() -> None:
-    torch.manual_seed(0)
-    plain = nn.Sequential(nn.Linear(6, 6), ComputesItsWeight(), nn.Linear(6, 6))
-    module = copy.deepcopy(plain)
-    report, x = prepare(module), torch.randn(4, 6)
-    plain(x).square().sum().backward()
-    queue = WeightQueue(report)
-    queue.backward(module(x).square().sum())
-    queue.run()
-    assert set(queue.kept.values()) == {"computed once from its parameter, used several times"}
-    assert_equal(gradients(module), gradients(plain), tolerance=1e-6)

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from distlib.modules import has_forward, has_parameters, is_repeated
+
 
 def find_blocks(module: nn.Module, blocks: str | Sequence[type[nn.Module]]) -> dict[str, nn.Module]:
     """Name -> block, in registration order; blocks do not nest (the outermost counts); a block that hangs in several
@@ -35,28 +37,21 @@ def find_blocks(module: nn.Module, blocks: str | Sequence[type[nn.Module]]) -> d
 def _repeated(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     for key, child in module.named_children():
         name = f"{prefix}.{key}" if prefix else key
-        if _is_repeated(child):
+        if is_repeated(child):
             yield from _children(child, name)
         else:
             yield from _repeated(child, name)
-    if not prefix and _is_repeated(module):
+    if not prefix and is_repeated(module):
         yield from _children(module, "")
 
 
 def _children(repeated: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     for key, block in repeated.named_children():
         inner = f"{name}.{key}" if name else key
-        if _is_repeated(block):
-            yield from _children(block, inner)  # stages of blocks
-        elif any(True for _ in block.parameters()):
+        if is_repeated(block) or not has_forward(block):
+            yield from _children(block, inner)  # stages of blocks; what is never called keeps nothing
+        elif has_parameters(block):
             yield inner, block
-
-
-def _is_repeated(module: nn.Module) -> bool:
-    if not isinstance(module, (nn.ModuleList, nn.Sequential)):
-        return False
-    kinds = [type(child) for child in module.children() if any(True for _ in child.parameters())]
-    return any(kinds.count(kind) >= 2 for kind in kinds)
 
 
 def _of_classes(module: nn.Module, classes: tuple[type[nn.Module], ...]) -> Iterator[tuple[str, nn.Module]]:

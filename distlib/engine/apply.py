@@ -207,14 +207,14 @@ def keep_less(
     wanted = options.activations(plan, part, whole)
     if wanted is None:
         return []
-    count = sum(type(m) in blocks for m in part.modules())
-    if not count:
+    here = [type(m) for m in part.modules() if type(m) in blocks]
+    if not here:
         return []
-    wanted["blocks"] = [kind for kind in blocks if any(type(m) is kind for m in part.modules())]
+    wanted["blocks"] = list(dict.fromkeys(here))
     if (
         wanted["policy"] == "offload" and plan.pipeline > 1
     ):  # backward does not follow at once on the stage's last block
-        wanted["resident"] = min(wanted["resident"] or 0, count - 1)
+        wanted["resident"] = min(wanted["resident"] or 0, len(here) - 1)
     if wanted["budget"] is None or example is None:
         return [checkpoint_activations(part, **wanted)]
     dtype = compute_dtype(plan)

@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import nn
 
+from distlib.modules import has_forward
+
 
 class Chain(nn.Sequential):
     """Modules one after the other. The first is given all inputs; a tuple that one returns is the next one's positional
@@ -105,14 +107,10 @@ def leaves_of(module: nn.Module, split: str | Sequence[str] = "auto") -> list[st
 def _divide(module: nn.Module, prefix: str, opened: set[str]) -> Iterator[tuple[str, nn.Module]]:
     for key, child in module.named_children():
         name = f"{prefix}.{key}" if prefix else key
-        if name in opened or not _has_forward(child):
+        if name in opened or not has_forward(child):
             yield from _divide(child, name, opened)
         else:
             yield name, child
-
-
-def _has_forward(module: nn.Module) -> bool:
-    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
 
 
 def _repeated_children(module: nn.Module) -> list[str]:

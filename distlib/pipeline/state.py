@@ -22,12 +22,12 @@ class LeafState:
         self._marks = [_mark(place.tensor) for place in self._places]
         self.names = tuple(slots.get((id(place.owner), place.key), f"{leaf}.{place.name}") for place in self._places)
 
-    def changed(self, statistics: set[int]) -> tuple[str, ...]:
-        """Names of those that the call wrote or replaced. statistics: ids of what is written without a new version."""
+    def changed(self, unseen: set[int]) -> tuple[str, ...]:
+        """Names of those that the call wrote or replaced. unseen: ids of what is written without a new version."""
         found = []
         for name, place, mark in zip(self.names, self._places, self._marks, strict=True):
             same = _mark(place.tensor) == mark and place.store.get(place.key) is place.tensor
-            if not same or id(place.tensor) in statistics:
+            if not same or id(place.tensor) in unseen:
                 found.append(name)
         return tuple(dict.fromkeys(found))
 

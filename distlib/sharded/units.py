@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from distlib.modules import has_forward, has_parameters, is_repeated
+
 SMALLEST = 1 << 20  # bytes: below it, latency counts for more than bandwidth
 LARGEST = 512 << 20  # bytes: above it, a unit's buffer is better divided
 
@@ -96,19 +98,10 @@ def _bytes(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
-def has_forward(module: nn.Module) -> bool:
-    """Whether a module can be called: lists and dicts of modules cannot."""
-    return getattr(type(module), "forward", None) is not nn.Module.forward or "forward" in vars(module)
-
-
-def _has_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
-
-
 def _repeated(module: nn.Module, prefix: str) -> Iterator[list[tuple[str, nn.Module]]]:
     """Groups of neighbours in the repeated lists inside of a module."""
     for name, child in _children(module, prefix):
-        yield from _joined(child, name) if _is_repeated(child) else _repeated(child, name)
+        yield from _joined(child, name) if is_repeated(child) else _repeated(child, name)
 
 
 def _joined(repeated: nn.Module, prefix: str) -> Iterator[list[tuple[str, nn.Module]]]:
@@ -131,7 +124,7 @@ def _joined(repeated: nn.Module, prefix: str) -> Iterator[list[tuple[str, nn.Mod
 def _called(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     """The outermost modules inside of a list that have parameters and a forward."""
     for name, child in _children(module, prefix):
-        if not _has_parameters(child):
+        if not has_parameters(child):
             continue
         if has_forward(child):
             yield name, child
@@ -143,13 +136,6 @@ def _children(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]
     """Children by full name."""
     for key, child in module.named_children():
         yield f"{prefix}.{key}" if prefix else key, child
-
-
-def _is_repeated(module: nn.Module) -> bool:
-    if not isinstance(module, (nn.ModuleList, nn.Sequential)):
-        return False
-    kinds = [type(child) for child in module.children() if _has_parameters(child)]
-    return any(kinds.count(kind) >= 2 for kind in kinds)
 
 
 def _of_classes(module: nn.Module, classes: Sequence[type[nn.Module]]) -> list[tuple[str, nn.Module]]:
@@ -175,7 +161,7 @@ def _of_classes(module: nn.Module, classes: Sequence[type[nn.Module]]) -> list[t
 
 
 def _require_forward(part: nn.Module, name: str) -> None:
-    if has_forward(part) or not _has_parameters(part):
+    if has_forward(part) or not has_parameters(part):
         return
     inside = list(dict.fromkeys(type(module).__name__ for _, module in _called(part, name)))
     give = f"such as {' or '.join(inside)}" if inside else "around it"
