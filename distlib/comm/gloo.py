@@ -7,12 +7,11 @@ whichever way a group travels. Before each collective the ranks compare what the
 from __future__ import annotations
 
 import logging
-import threading
 import time
 import weakref
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -25,8 +24,11 @@ from distlib import native, settings
 from distlib.comm import interfaces
 from distlib.comm.arithmetic import reduce_in_order
 from distlib.comm.channel import BETWEEN_HOSTS, SAME_HOST, Collective, Traffic
+from distlib.comm.gloo_faults import PATIENCE, Account, Gone, Waiting, close, why_closed
+from distlib.comm.gloo_messages import GlooMessage, message_bytes
 from distlib.comm.threads import Runner, Step
-from distlib.comm.work import CollectiveError, Operation, completions
+from distlib.comm.watch import lookout
+from distlib.comm.work import CollectiveError, Operation
 from distlib.topology import Topology
 
 log = logging.getLogger("distlib")
@@ -42,11 +44,6 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a contiguous tensor, as uint8."""
     return flat(tensor).view(torch.uint8)
-
-
-def _message_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The same for a message; gloo knows none of zero bytes, so an empty tensor travels as one."""
-    return as_bytes(tensor) if tensor.numel() else torch.zeros(1, dtype=torch.uint8)
 
 
 @contextmanager
@@ -130,6 +127,7 @@ class GlooChannel:
     """Collectives by gloo between all ranks of a group. Steps run in order on one thread of the group."""
 
     by_streams, has_levels = False, True
+    device = torch.device("cpu")  # for the lookout
 
     def __init__(self, seat: Seat) -> None:
         self.size = len(seat.labels)
@@ -137,16 +135,23 @@ class GlooChannel:
         self.name = seat.name
         self._labels = seat.labels
         self._store = seat.store
-        # gloo's threads must not outlive the interpreter: what is still connected at exit is let go there.
         self._connections: dict[str, Any] = {}
-        weakref.finalize(self, self._connections.clear)
         self._connections["all"] = seat.connect("gloo/", self.rank, self.size)
         self._runner = Runner(f"gloo-{self.name}")
+        self._account = Account(seat.store, seat.rank)
+        self._waiting: set[Waiting] = set()
         self._topology = seat.topology
         self._late: dict[str, tuple[list[float], int]] = {}
-        self._sequence = 0
         self._broken: CollectiveError | None = None
         self._compare = settings.switch("DISTLIB_FINGERPRINT", True)
+        # gloo's threads must not outlive the interpreter: what is still connected at exit is let go there.
+        weakref.finalize(self, _leave, self._account, self._connections)
+        lookout.add(self)
+
+    @property
+    def _sequence(self) -> int:
+        """The number of the collective that runs, or ran last."""
+        return self._account.sequence
 
     @property
     def _gloo(self) -> Any:
@@ -164,12 +169,21 @@ class GlooChannel:
     ) -> Step:
         """Queues `run`, with the checks that every collective gets before and after."""
         collective.arrived_ns = time.time_ns()
-        return self._runner.start(lambda: self._guarded(collective, timeout, run))
+        waiting = Waiting(collective)
+
+        def inside() -> object:
+            if self._broken is not None:
+                raise self._broken
+            self._account.sequence = waiting.sequence = self._sequence + 1
+            with waiting.inside(self._waiting):
+                result = self._guarded(collective, timeout, run)
+            self._account.finished = waiting.sequence
+            return result
+
+        waiting.step = self._runner.start(inside)
+        return waiting.step
 
     def _guarded(self, c: Collective, timeout: float, run: Callable[[Collective, timedelta], object]) -> object:
-        if self._broken is not None:
-            raise self._broken
-        self._sequence += 1
         limit = timedelta(seconds=min(timeout, 1e8))
         begin = time.monotonic()
         try:
@@ -177,10 +191,11 @@ class GlooChannel:
                 self._agree(c, limit)
             return run(c, limit)
         except CollectiveError as error:
-            self._broken = error
+            self._broken = self._broken or error
             raise
         except RuntimeError as error:
-            self._broken = self._explain(c, error, time.monotonic() - begin)
+            if self._broken is None:
+                self._broken = self._explain(c, error, time.monotonic() - begin)
             raise self._broken from error
 
     def _agree(self, c: Collective, limit: timedelta) -> None:
@@ -219,7 +234,7 @@ class GlooChannel:
         key = f"failed/{self._sequence}/"
         missing = list(range(self.size))
         try:
-            self._store.set(f"{key}{self.rank}", "1")
+            self._account.fail(self._sequence, f"{c.describe()} failed on rank {self._labels[self.rank]}: {error}")
             until = time.monotonic() + _LOOK_SECONDS
             while missing and time.monotonic() < until:
                 missing = [r for r in missing if not self._store.check([f"{key}{r}"])]
@@ -228,9 +243,10 @@ class GlooChannel:
         except RuntimeError as gone:  # the store went with rank 0
             names = f"unknown, as the store cannot be reached ({gone})"
         code = "timeout" if "imed out" in str(error) else "dead"
+        why = str(error) if isinstance(error, Gone) else f"gloo says: {error}"
         return CollectiveError(
             f"{c.describe()} #{self._sequence} of group '{self.name}' failed on rank {self._labels[self.rank]} after "
-            f"{seconds:.1f} s; ranks that ended or do not answer: {names}. gloo says: {error}",
+            f"{seconds:.1f} s; ranks that ended or do not answer: {names}. {why}",
             code,
         )
 
@@ -347,8 +363,8 @@ class GlooChannel:
             raise self._broken
         what = f"send to rank {self._labels[dst]} (tag {tag})"
         with _starting(what):
-            work = self._gloo.send([_message_bytes(tensor)], dst, tag)
-        return _Message(work, what, timeout, dst, tensor.nbytes)
+            work = self._gloo.send([message_bytes(tensor)], dst, tag)
+        return GlooMessage(work, what, timeout, dst, tensor.nbytes, self._waiting)
 
     def recv(self, tensor: torch.Tensor, src: int | None, tag: int, timeout: float) -> Operation:
         if self._broken is not None:
@@ -356,8 +372,63 @@ class GlooChannel:
         what = f"recv from {'any rank' if src is None else f'rank {self._labels[src]}'} (tag {tag})"
         with _starting(what):
             if src is None:
-                return _Message(self._gloo.recv_anysource([_message_bytes(tensor)], tag), what, timeout, self.rank, 0)
-            return _Message(self._gloo.recv([_message_bytes(tensor)], src, tag), what, timeout, src, 0)
+                work = self._gloo.recv_anysource([message_bytes(tensor)], tag)
+            else:
+                work = self._gloo.recv([message_bytes(tensor)], src, tag)
+        return GlooMessage(work, what, timeout, src, 0, self._waiting)
+
+    # ------------------------------------------------------------ what waits in vain
+
+    def look(self) -> bool:
+        """Called by the lookout: ends what waits for a rank that has gone."""
+        for waiting in list(self._waiting):
+            now = time.monotonic()
+            if now - waiting.begun <= PATIENCE:
+                continue
+            told = waiting.why = self._told(waiting)
+            if told or waiting.judge(self._in_vain(waiting, now), now):
+                self._give_up(waiting, now - waiting.begun)
+        return False
+
+    def _told(self, waiting: Waiting) -> str:
+        """Why it has failed, as this rank or another knows and has said; "" if nobody has."""
+        if "all" not in self._connections:  # an abort does not wake who is in the middle of a transfer, either
+            return str(self._broken or f"group '{self.name}' was closed on this rank")
+        return "" if waiting.call is None else self._account.failed(waiting.sequence)
+
+    def _in_vain(self, waiting: Waiting, now: float) -> str:
+        """Whose end there is no reason to wait for any more; "" if there is, as far as can be seen."""
+        if not waiting.may_ask(now):
+            return waiting.why
+        connection = self._connections.get("all")
+        if connection is None:  # since a moment ago
+            return ""
+        if waiting.call is None:
+            return why_closed(connection, waiting.peer)
+        for rank in set(range(self.size)) - {self.rank} - self._account.left:
+            why, pair = why_closed(connection, rank), self.size == 2
+            if why and not self._account.has_left(rank, waiting.sequence, now - waiting.begun, pair):
+                return f"rank {self._labels[rank]} has ended in the middle of it: {why}"
+        return ""
+
+    def _give_up(self, waiting: Waiting, seconds: float) -> None:
+        assert waiting.step is not None
+        self._waiting.discard(waiting)
+        if waiting.call is None:
+            assert isinstance(waiting.step, GlooMessage)
+            text = f"{waiting.step.what} failed after {seconds:.1f} s. gloo says: {waiting.why}"
+            waiting.step.fail(CollectiveError(text, "dead"))
+            return
+        error = self._broken = self._explain(waiting.call, Gone(waiting.why), seconds)
+        self._part()
+        waiting.step.fail(error)
+        self._runner.abandon(error)
+
+    def _part(self) -> None:
+        """Closes all connections of this rank at once, whoever is inside."""
+        with suppress(KeyError):  # another thread may do so, too
+            while self._connections:
+                close(self._connections.popitem()[1])
 
     # ------------------------------------------------------------ accounts
 
@@ -365,8 +436,8 @@ class GlooChannel:
         counted = operation.result if isinstance(operation, Step) else {}
         assert isinstance(counted, dict)
         formula = expected_sent(kind, self.size, self.rank, root, sent, received)
-        if isinstance(operation, _Message):
-            counted = formula = {operation.peer: operation.peer_bytes}
+        if isinstance(operation, GlooMessage):
+            formula = counted
         return self._by_link(counted, formula)
 
     def _by_link(self, counted: Sent, formula: Sent) -> list[Traffic]:
@@ -387,8 +458,7 @@ class GlooChannel:
     def abort(self, text: str) -> None:
         """Later calls fail here; the others see this rank's connections close."""
         self._broken = self._broken or CollectiveError(text)
-        if (connection := self._connections.get("all")) is not None:
-            connection.abort()
+        self._part()
 
     def aborted(self) -> str | None:
         return None if self._broken is None else str(self._broken)
@@ -398,46 +468,11 @@ class GlooChannel:
 
     def close(self) -> None:
         self._runner.close()
-        self._connections.clear()
+        _leave(self._account, self._connections)
 
 
-@dataclass
-class _Message:
-    """gloo's work of one message, seen as an operation."""
-
-    work: Any
-    what: str
-    seconds: float
-    peer: int
-    peer_bytes: int
-    code: int = 0
-    text: str = ""
-    sequence: int = 0
-    waited_ns: int = 0
-    source: int = -1
-    done: bool = False
-
-    def __post_init__(self) -> None:
-        self._lock = threading.Lock()
-
-    def wait(self, seconds: float) -> bool:
-        with self._lock:
-            if self.done:
-                return True
-            limit = min(seconds, self.seconds, 1e8)
-            try:
-                self.work.wait(timedelta(seconds=limit))
-                self.source = self.work._source_rank() if self.what.startswith("recv") else -1
-            except RuntimeError as error:
-                self.code = native.CODES.index("timeout" if "imed out" in str(error) else "dead")
-                self.text = f"{self.what} failed within {limit:.1f} s. gloo says: {error}"
-            self.done = True
-            return True
-
-    def notify(self, id: int) -> bool:
-        def tell() -> None:
-            self.wait(self.seconds)
-            completions.push(id)
-
-        threading.Thread(target=tell, name="distlib-message", daemon=True).start()
-        return True
+def _leave(account: Account, connections: dict[str, Any]) -> None:
+    """Says good-bye, and lets go of the connections; once."""
+    if connections:
+        account.leave()
+        connections.clear()

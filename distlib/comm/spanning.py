@@ -23,6 +23,7 @@ from torch._C import _distributed_c10d as c10d
 
 from distlib.comm.channel import BETWEEN_HOSTS, SAME_HOST, Collective, Traffic
 from distlib.comm.gloo import GlooChannel, Seat, Sent, flat
+from distlib.comm.gloo_faults import Waiting
 from distlib.comm.hierarchical import (
     LAG,
     Levels,
@@ -165,17 +166,28 @@ class SpanningChannel(GlooChannel):
         self._tell(c, error)
         return super()._explain(c, error, seconds)
 
+    def _told(self, waiting: Waiting) -> str:
+        inside = None if self._inside is None or waiting.call is None else self._inside.aborted()
+        return inside or super()._told(waiting)
+
+    def _in_vain(self, waiting: Waiting, now: float) -> str:
+        if waiting.call is not None:
+            for rank in self.ended():
+                if not self._account.has_left(rank, waiting.sequence, now - waiting.begun, False):
+                    return f"rank {self._labels[rank]} has ended in the middle of it"
+        return super()._in_vain(waiting, now)
+
     def _tell(self, c: Collective, error: Exception) -> None:
         """Says at once that this rank lives and has failed: to those that look for ranks that ended; on its host in
         memory, where nobody sees connections close; and elsewhere by closing them."""
-        with contextlib.suppress(RuntimeError):  # the store went with rank 0: whoever looks for others says so
-            self._store.set(f"failed/{self._sequence}/{self.rank}", "1")
         where = f"{c.describe()} #{self._sequence} of group '{self.name}' failed on rank {self._labels[self.rank]}"
         text = str(error) if isinstance(error, CollectiveError) else f"{where}: {error}"
+        with contextlib.suppress(RuntimeError):  # the store went with rank 0: whoever looks for others says so
+            self._account.fail(self._sequence, text)
         self._broken = self._broken or CollectiveError(text)
         if self._inside is not None:
             self._inside.abort(text)
-        self._connections.clear()  # gloo's own abort() closes nothing
+        self._part()
 
     def _reduce_scatter(self, c: Collective, limit: timedelta) -> Sent:
         pieces = [torch.empty_like(t) for t in [c.recv[0]] * self.size]
@@ -288,8 +300,6 @@ class SpanningChannel(GlooChannel):
         if self._inside is not None:
             self._inside.abort(text)
         super().abort(text)
-        if self._connections:  # closed after the step that this thread is in, which needs them
-            self._runner.start(self._connections.clear)
 
     def aborted(self) -> str | None:
         inside = None if self._inside is None else self._inside.aborted()

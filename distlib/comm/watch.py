@@ -1,4 +1,5 @@
-"""One thread per process that looks after what GPUs are doing: a host that waits for a stream cannot look itself."""
+"""Threads that look after what is under way, one per process for each kind: a host that waits for a stream, or inside
+gloo, cannot look itself."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ class Watched(Protocol):
     device: torch.device
 
     def look(self) -> bool:
-        """Sees after everything, and never blocks. Whether it wants to be looked at again soon."""
+        """Sees after everything. Whether it wants to be looked at again soon. It must not block where others of its
+        kind depend on being looked at."""
         ...
 
     def abort(self, text: str) -> None:
@@ -35,7 +37,8 @@ class Watched(Protocol):
 class Watch:
     """The thread. It starts with the first channel; a forked child starts its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "watch") -> None:
+        self._name = name
         self._watched: weakref.WeakSet[Watched] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._changed = threading.Event()
@@ -48,7 +51,7 @@ class Watch:
             if self._pid != os.getpid():
                 self._pid, self._watched, self._changed = os.getpid(), weakref.WeakSet(), threading.Event()
                 self._ended = False
-                thread = threading.Thread(target=self._run, name="distlib-watch", daemon=True)
+                thread = threading.Thread(target=self._run, name=f"distlib-{self._name}", daemon=True)
                 thread.start()
                 atexit.register(self._end, thread)
             self._watched.add(watched)
@@ -86,4 +89,5 @@ class Watch:
             return False
 
 
-watch = Watch()
+watch = Watch()  # over GPUs; its channels never block it
+lookout = Watch("lookout")  # over gloo

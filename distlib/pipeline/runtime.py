@@ -13,6 +13,7 @@ Between stages of one rank nothing is sent: what one keeps, the other takes.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -308,10 +309,11 @@ class Runtime:
         raise error
 
     def _lost(self, text: str) -> str:
-        """Which stages went with the ranks that, says `text`, ended: whoever saw it first may know of no stages."""
-        gone = [rank for rank in self._group.cpu_channel.ended() if f"rank {self._group.ranks[rank]} (pid" in text]
-        stages = [str(stage) for stage, rank in enumerate(self._placement) if rank in gone]
-        return f"; with it went stage {', '.join(stages)}" if stages else ""
+        """Which stages went with the ranks that, says `text`, ended: whoever saw it first may know of no stages. This
+        rank may not have seen it yet."""
+        gone = {int(rank) for rank in re.findall(r"rank (\d+) \(pid \d+\) (?:ended|left)", text)}
+        stages = [str(stage) for stage, rank in enumerate(self._placement) if self._group.ranks[rank] in gone]
+        return f"; with it went stage {', '.join(stages)}" if stages and "with it went stage" not in text else ""
 
 
 def _place(action: Action) -> tuple[int, int]:

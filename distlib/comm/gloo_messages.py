@@ -1,0 +1,69 @@
+"""Messages over gloo, seen as operations."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from distlib.comm.gloo_faults import Waiting
+from distlib.comm.threads import Step, waiters
+from distlib.comm.work import CollectiveError
+
+
+class GlooMessage(Step):
+    """A message that gloo has been given. The first who waits sends a thread inside for it (gloo_faults.py).
+
+    work: gloo's. peer: the other rank; None: any. nbytes: those that leave this rank. seconds: from the first wait.
+    looked_after: where to be while a thread is inside.
+    """
+
+    def __init__(
+        self, work: Any, what: str, seconds: float, peer: int | None, nbytes: int, looked_after: set[Waiting]
+    ) -> None:
+        super().__init__(self._inside)
+        self.what, self.nbytes = what, nbytes
+        self._work, self._seconds = work, min(seconds, 1e8)
+        self._waiting = Waiting(peer=-1 if peer is None else peer, step=self)
+        self._looked_after = looked_after if peer is not None else set()  # of any rank's others may still come
+        self._entered = False
+
+    @property
+    def peer(self) -> int:
+        return self._waiting.peer
+
+    def wait(self, seconds: float) -> bool:
+        self._enter()
+        return super().wait(seconds)
+
+    def notify(self, id: int) -> bool:
+        self._enter()
+        return super().notify(id)
+
+    def _enter(self) -> None:
+        with self._lock:
+            if self._entered:
+                return
+            self._entered = True
+        waiters.start(self)
+
+    def _inside(self) -> dict[int, int]:
+        """Returns the bytes that left this rank, by destination."""
+        with self._waiting.inside(self._looked_after):
+            try:
+                self._work.wait(timedelta(seconds=self._seconds))
+            except RuntimeError as error:
+                code = "timeout" if "imed out" in str(error) else "dead"
+                text = f"{self.what} failed within {self._seconds:.1f} s. gloo says: {error}"
+                raise CollectiveError(text, code) from error
+        if self.what.startswith("recv"):
+            self.source = self._work._source_rank()
+        return {self.peer: self.nbytes}
+
+
+def message_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a contiguous tensor; gloo knows no message of none, so an empty tensor travels as one."""
+    if not tensor.numel():
+        return torch.zeros(1, dtype=torch.uint8)
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
