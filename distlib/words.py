@@ -1,4 +1,4 @@
-"""Numbers as people read them: sizes, times, versions, lists of ranks."""
+"""Numbers and errors as people read them: sizes, times, versions, lists of ranks, what an error says."""
 
 from __future__ import annotations
 
@@ -62,3 +62,11 @@ def version_numbers(text: str) -> tuple[int, ...]:
     """The leading numbers of a version: "2.13.0+cpu" -> (2, 13, 0)."""
     match = re.match(r"[0-9]+(?:\.[0-9]+)*", text)
     return tuple(map(int, match[0].split("."))) if match else ()
+
+
+def words_of(error: BaseException) -> str:
+    """What an error says, in characters that can be sent: whatever it is, the other ranks must hear of it."""
+    try:
+        return str(error).encode(errors="backslashreplace").decode()
+    except Exception as why:  # noqa: BLE001 - its __str__ may do anything
+        return f"(its __str__ raises {type(why).__name__})"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def cut(model: nn.Module, layout: Layout, rank: int) -> nn.Module:
                     whole.shape,
                     offset,
                     numel,
-                    None,
+                    SimpleNamespace(rank=rank % parts),  # type: ignore[arg-type]
                     None,
                     rank // parts,
                     layout.n // parts,  # type: ignore[arg-type]

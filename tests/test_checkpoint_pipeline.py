@@ -9,8 +9,10 @@ import pytest
 import torch
 from pipeline_models import CASES, Case, Language
 from ranks import run_ranks
+from torch import nn
 
 import distlib
+from distlib.checkpoint import optimizer_state
 from distlib.checkpoint.reader import Checkpoint
 
 ROWS, SAVED, STEPS = 24, 3, 6
@@ -119,3 +121,48 @@ def test_another_model_is_refused_on_all_ranks(tmp_path: Path) -> None:
     n, plan = PLANS["pipeline 4"]
     run_ranks(n, _train, plan, str(tmp_path / "saved"), 0, False)
     run_ranks(2, _another, str(tmp_path / "saved"))
+
+
+class _Empty(nn.Linear):
+    """With a parameter of no elements."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.none = nn.Parameter(torch.zeros(0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.none.sum()
+
+
+def _empty(rank: int, n: int, plan: dict[str, Any], path: str, begin: bool, old: bool) -> list[float]:
+    torch.manual_seed(0)
+    if old:  # as files were that lack the scalars of such a parameter
+        optimizer_state._is_first = lambda parameter, piece: False
+    with distlib.init():
+        engine = distlib.parallelize(
+            nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), _Empty()),
+            distlib.Plan(**plan),
+            optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
+            loss_fn=nn.functional.mse_loss,
+            example_inputs=torch.zeros(4, 4),
+        )
+        if begin:
+            engine.load(path)
+        x = torch.arange(16.0).view(4, 4)[engine.data_rank :: engine.data_size]
+        losses = [float(engine.train_step(x, x + 1)) for _ in range(2)]
+        if not begin:
+            engine.save(path)
+        return losses
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_parameters_without_elements_are_saved_with_their_scalars(old: bool, tmp_path: Path) -> None:
+    plans = [
+        (2, {"pipeline": 2, "microbatches": 2, "costs": "estimated"}),
+        (4, {"pipeline": 2, "microbatches": 2, "costs": "estimated", "stage": 3}),
+        (1, {}),
+    ]
+    for k, (n, plan) in enumerate(plans):
+        run_ranks(n, _empty, plan, str(tmp_path / str(k)), False, old)
+        continued = [run_ranks(m, _empty, other, str(tmp_path / str(k)), True, False)[0] for m, other in plans]
+        assert all(losses == pytest.approx(continued[0], rel=1e-5) for losses in continued)

@@ -414,3 +414,41 @@ def test_one_replica_trains_what_one_process_trains() -> None:
     for found in run_ranks(2, _reaching):
         for losses in found:
             assert losses == pytest.approx(expected, rel=1e-5)
+
+
+class _FailingSGD(torch.optim.SGD):
+    """Raises in one step, before it changes anything."""
+
+    fails = False
+
+    def step(self, closure: Any = None) -> Any:
+        if self.fails:
+            raise ArithmeticError("on purpose")
+        return super().step(closure)
+
+
+def _optimizer_fails(rank: int, n: int, plan: dict[str, Any]) -> tuple[list[float], list[float]]:
+    found = []
+    with distlib.init():
+        for trouble in (False, True):
+            optimizers: list[_FailingSGD] = []
+
+            def make(parameters: Any, optimizers: list[_FailingSGD] = optimizers) -> torch.optim.Optimizer:
+                optimizers.append(_FailingSGD(parameters, lr=0.1))
+                return optimizers[0]
+
+            engine = _engine(CASES["tied"], plan, make)
+            losses = _losses(engine, CASES["tied"], 2)
+            if trouble:
+                optimizers[0].fails = True
+                with pytest.raises(ArithmeticError):
+                    _losses(engine, CASES["tied"], 1)
+                optimizers[0].fails = False
+            found.append(losses + _losses(engine, CASES["tied"], 2))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("plan", [{"microbatches": 2}, {"stage": 2}, {"pipeline": 2, "microbatches": 2}], ids=str)
+def test_gradients_of_a_step_whose_optimizer_failed_are_of_no_step(plan: dict[str, Any]) -> None:
+    for undisturbed, disturbed in run_ranks(2, _optimizer_fails, plan):
+        assert disturbed == undisturbed

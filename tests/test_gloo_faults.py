@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from ranks import Outcome, process_group, run_ranks, run_ranks_raw, store
 
+from distlib.comm.bounded_store import BoundedStore
 from distlib.comm.gloo_faults import Waiting
 from distlib.comm.group import Group
 from distlib.comm.threads import Runner, Step, Waiters
@@ -188,6 +189,28 @@ def test_a_rank_that_left_in_good_order_is_not_taken_for_one_that_ended(how: str
         assert "rank 1" in outcomes[0].value[1]
 
 
+def told(rank: int, n: int, how: str) -> tuple[str, str]:
+    """Rank 1 ends the group while the others wait for rank 0, or for it."""
+    dist.init_process_group("distlib", store=store(), rank=rank, world_size=n)
+    group = Group.of()
+    group.barrier()
+    if rank == 1:
+        time.sleep(1)
+        group.abort("rank 1 has had enough")
+        return "", "rank 1 has had enough"
+    if how == "messages":
+        return fails(lambda: group.recv(torch.zeros(3), 1, timeout=TIMEOUT))
+    return fails(lambda: group.all_reduce(torch.zeros(3), timeout=TIMEOUT))
+
+
+@pytest.mark.parametrize("how", ["messages", "collectives"])
+def test_who_finds_connections_closed_reads_why(how: str) -> None:
+    outcomes = run_ranks_raw(3, told, how, env=hosts(3))
+    for rank, outcome in enumerate(outcomes):
+        assert outcome.ok, str(outcome)
+        assert outcome.value == ("" if rank == 1 else "aborted", "rank 1 has had enough")
+
+
 # ---------------------------------------------------------------- threads, and what is asked when
 
 
@@ -239,3 +262,37 @@ def test_what_was_found_once_may_be_over() -> None:
     found = {1001.0: "gone", 1002.0: "", 1003.0: "gone", 1004.0: "gone", 1005.0: "gone"}
     assert [waiting.judge(why, now) for now, why in found.items()] == [False, False, False, False, True]
     assert waiting.may_ask(1005.5) and waiting.why == "gone"
+
+
+class Silent:
+    """A store whose keeper was stopped."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.asked = 0
+
+    def check(self, keys: list[str]) -> bool:
+        self.asked += 1
+        self.go.wait()
+        return True
+
+    def get(self, key: str) -> bytes:
+        return b"value"
+
+
+def test_a_store_that_does_not_answer_is_not_waited_for() -> None:
+    silent = Silent()
+    asked = BoundedStore(silent, seconds=0.2)  # type: ignore[arg-type]
+    for words in ("has not answered within", "does not answer", "does not answer"):
+        with pytest.raises(RuntimeError, match=words):
+            asked.has("key")
+    assert silent.asked == 1  # and no more threads wait for it
+    silent.go.set()
+    until = time.monotonic() + 5
+    while True:
+        try:
+            assert asked.get("key") == "value"
+            break
+        except RuntimeError:
+            assert time.monotonic() < until
+            time.sleep(0.01)

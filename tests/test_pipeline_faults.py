@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -184,7 +186,7 @@ def test_a_stage_that_is_silent_is_noticed_by_all_ranks(how: str) -> None:
 
 
 def test_between_hosts_all_ranks_hear_who_it_was() -> None:
-    """Those that wait for the rank in trouble get its words; others that it is gone."""
+    """By a last message, or from the group's store."""
     outcomes = run_ranks_raw(3 * len(PHASES), in_trouble, "raises", PATIENT, timeout=60, env={"DISTLIB_NODES": "3"})
     for number, ranks in enumerate(by_pipeline(outcomes, 3)):
         _, culprit, _ = PHASES[number]
@@ -192,9 +194,59 @@ def test_between_hosts_all_ranks_hear_who_it_was() -> None:
             assert error.kind == ("StageError" if stage == culprit else "CollectiveError"), error
             own, _, heard = error.text.partition(": ")
             assert own.startswith(f"rank {3 * number + stage}, "), error
-            # The loss goes to all ranks: whoever has left first, because it heard, is named then.
-            told = f"rank {3 * number + culprit}" in heard or stage == 2 and re.search(r"send to rank \d+ \(tag", heard)
-            assert stage == culprit or told, error
+            words = f"rank {3 * number + culprit}, stage {culprit}, action .*: ArithmeticError: on purpose"
+            assert stage == culprit or re.search(words, heard), error
+
+
+def unsaid(rank: int, n: int, how: str) -> list[str]:
+    """An error whose words cannot be sent as they are."""
+
+    class Silent(Exception):
+        def __str__(self) -> str:
+            raise TypeError("no words")
+
+    distlib.init(timeout=timedelta(seconds=PATIENT))
+    batch = torch.randn(ROWS, WIDTH), torch.randn(ROWS, WIDTH)
+    model = distlib.PipelineParallel(
+        layers(2), None, "1f1b", MICRO, mean_square, ["1"], batch[0], None, costs="estimated", timeout=PATIENT
+    )
+
+    def fail(*_: Any) -> None:
+        raise Silent if how == "silent" else RuntimeError("a file named \udcff")
+
+    if rank == 1:
+        next(m for m in model.modules() if isinstance(m, nn.Linear)).register_forward_hook(fail)
+    with pytest.raises(RuntimeError) as caught:
+        model.train_step(*batch)
+    return [type(caught.value).__name__, str(caught.value)]
+
+
+@pytest.mark.parametrize("hosts", ["1", "2"])
+@pytest.mark.parametrize(("how", "words"), [("silent", "its __str__ raises TypeError"), ("surrogate", r"named \udcff")])
+def test_an_error_that_cannot_be_said_is_told_all_the_same(how: str, words: str, hosts: str) -> None:
+    outcomes = run_ranks_raw(2, unsaid, how, timeout=60, env={"DISTLIB_NODES": hosts})
+    assert [outcome.value[0] for outcome in outcomes] == ["CollectiveError", "StageError"], outcomes
+    assert all(words in outcome.value[1] for outcome in outcomes)
+
+
+def threads_left(rank: int, n: int) -> list[int]:
+    distlib.init()
+    batch = torch.randn(ROWS, WIDTH), torch.randn(ROWS, WIDTH)
+    found = []
+    for _ in range(3):
+        model = distlib.PipelineParallel(layers(2), None, "1f1b", MICRO, mean_square, ["1"], batch[0])
+        model.train_step(*batch)
+        del model
+        gc.collect()
+        dist.barrier()
+        found.append(sum(thread.name.startswith("distlib-pipeline") for thread in threading.enumerate()))
+    return found
+
+
+def test_a_pipeline_that_is_gone_leaves_no_thread() -> None:
+    for outcome in run_ranks_raw(2, threads_left, timeout=60, env={"DISTLIB_NODES": "2"}):
+        assert outcome.value == [0, 0, 0], outcome
+
 
 
 # ------------------------------------------------------------ replicas

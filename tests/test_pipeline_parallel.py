@@ -280,8 +280,8 @@ def test_what_crosses_is_the_activation_and_its_gradient() -> None:
     (sent, received, _), (sent_back, received_there, _) = run_ranks(2, _bytes)
     activations = ROWS * 7 * 12 * 4  # rows, length, width, fp32
     assert received_there - 8 <= activations <= received_there  # and a loss
-    assert (sent, sent_back) == (activations, activations + 8)
-    assert received == activations + 8
+    assert (sent, sent_back) == (activations, activations + MICRO + 8)  # a byte each: whether there is a gradient
+    assert received == activations + MICRO + 8
 
 
 # ---------------------------------------------------------------- micro-batches, pure

@@ -249,6 +249,11 @@ def _plan_optimizer(plan: _Plan, optimizer: torch.optim.Optimizer, state: ModelS
         parameter, _, key = name.removeprefix(STATE).rpartition(".")
         for index in places.get(parameter, ()):
             plan.states.setdefault(index, {})[key] = checkpoint.object(name)
+    keys = {key for state in plan.states.values() for key in state}
+    for index, piece in enumerate(pieces):
+        own_state = plan.states.get(index)
+        if 0 in piece.shape and own_state is not None and own_state.keys() != keys:
+            del plan.states[index]  # of no elements, and saved by a version that left out scalars: begun anew
     return objects
 
 

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from distlib.checkpoint.layout import Piece
 from distlib.checkpoint.model_state import MODEL, ModelState
+from distlib.shards import shard_of
 
 STATE, GROUPS = "optimizer.state.", "optimizer.param_groups"
 GROUPS_OF = "optimizer.param_groups_of."  # and a rank: of parameters that rank 0 does not have
@@ -45,19 +46,26 @@ def ordered(optimizer: Optimizer, model: ModelState) -> list[Piece]:
     return found
 
 
-def optimizer_state(optimizer: Optimizer, model: ModelState, rank: int) -> OptimizerState:
+def _is_first(parameter: torch.Tensor, piece: Piece) -> bool:
+    """Of the ranks that hold a parameter without elements, the first."""
+    shard = shard_of(parameter)
+    return 0 in piece.shape and (shard is None or shard.group is None or shard.group.rank == 0)
+
+
+def optimizer_state(optimizer: Optimizer, model: ModelState) -> OptimizerState:
     """Everything in `optimizer.state_dict()`, on this rank. Nothing is copied.
 
-    Scalars are equal on all ranks: the rank that holds a parameter's first element gives them.
+    Scalars are equal on all ranks: the rank that holds a parameter's first element gives them; where there is none, the
+    first of those that hold the parameter.
     """
     pieces = ordered(optimizer, model)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     names = [piece.name.removeprefix(MODEL) for piece in pieces]
     saved = optimizer.state_dict()
     found = OptimizerState()
     for index, state in saved["state"].items():
         piece, name = pieces[index], names[index]
-        first = piece.offset == 0 and piece.numel > 0 and piece.replica == 0
-        first = first or (0 in piece.shape and rank == 0)
+        first = piece.offset == 0 and piece.replica == 0 and (piece.numel > 0 or _is_first(parameters[index], piece))
         for key, value in state.items():
             full = f"{STATE}{name}.{key}"
             if not isinstance(value, torch.Tensor):

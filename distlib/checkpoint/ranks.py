@@ -15,10 +15,14 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from distlib.checkpoint.life import SignsOfLife
+from distlib.comm.group import Group
+from distlib.comm.work import CollectiveError
 from distlib.data_parallel.agreement import said
+from distlib.words import words_of
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=1)  # ranks wait for the slowest one's disk
+PATIENCE = timedelta(hours=1)  # the slowest rank's disk may take so long, if the rank shows that it lives
 
 
 @dataclass(frozen=True)
@@ -32,14 +36,14 @@ class Problem:
     def of(error: BaseException) -> Problem:
         kind: type[ValueError] | type[RuntimeError] = ValueError if isinstance(error, ValueError) else RuntimeError
         plain = type(error) in (ValueError, RuntimeError) or isinstance(error, OSError)
-        return Problem(kind, str(error) if plain else f"{type(error).__name__}: {error}")
+        return Problem(kind, words_of(error) if plain else f"{type(error).__name__}: {words_of(error)}")
 
 
 def attempt(step: Callable[[], T]) -> tuple[T | None, BaseException | None]:
     """The step's value, or the exception that it raised: the rank must still tell the others before it raises."""
     try:
         return step(), None
-    except Exception as error:  # noqa: BLE001 - every kind of failure must reach the other ranks
+    except BaseException as error:  # noqa: BLE001 - every kind of failure must reach the other ranks, interrupts too
         return None, error
 
 
@@ -52,6 +56,7 @@ class Ranks:
     def __init__(self, group: dist.ProcessGroup | None, rank: int, size: int) -> None:
         self.group, self.rank, self.size = group, rank, size
         self.kept: dict[str, Any] = {}
+        self._life = None if group is None else SignsOfLife(Group.of(group))
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="distlib-save")
 
     @staticmethod
@@ -69,7 +74,9 @@ class Ranks:
         if found is None:
             members = dist.get_process_group_ranks(key)
             world = len(members) == dist.get_world_size()
-            own = dist.new_group(members, timeout=PATIENCE, backend="distlib", use_local_synchronization=not world)
+            of_key = getattr(key, "distlib_group", None)  # another backend's would first have to be made a Group
+            limit = dist.default_pg_timeout if of_key is None else timedelta(seconds=of_key.timeout)
+            own = dist.new_group(members, timeout=limit, backend="distlib", use_local_synchronization=not world)
             found = _known[key] = Ranks(own, dist.get_rank(own), len(members))
         return found
 
@@ -86,25 +93,43 @@ class Ranks:
             ValueError, RuntimeError: on all ranks, naming those that failed and why.
         """
         try:
+            self._meet(what)
             notes = self._gather(Problem.of(error) if error is not None else note)
             decision: Any = None
             if notes is not None:
                 problem = _first_problem(notes, what)
                 if problem is None:
-                    decision, failed = attempt(lambda: decide(notes))
-                    problem = Problem(Problem.of(failed).kind, f"{what}: {Problem.of(failed).text}") if failed else None
+                    decision, error = self.patiently(lambda: decide(notes))
+                    problem = Problem(Problem.of(error).kind, f"{what}: {Problem.of(error).text}") if error else None
                 decision = problem if problem is not None else decision
+            self._meet(what)
             decision = self._broadcast(decision)
-        except BaseException:
+        except BaseException as broken:
             self.forget()
+            if self.group is not None and not isinstance(broken, CollectiveError):  # such as an interrupt of the wait
+                Group.of(self.group).abort(f"{what}: rank {dist.get_rank()}: {type(broken).__name__} while it waited")
             raise
+        if error is not None and not isinstance(error, Exception):
+            raise error
         if isinstance(decision, Problem):
             raise decision.kind(decision.text) from error
         return decision
 
+    def patiently(self, step: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+        """`attempt` for a step that the others wait for as long as it takes: it works on a disk."""
+        if self._life is None:
+            return attempt(step)
+        with self._life.shown():
+            return attempt(step)
+
+    def _meet(self, what: str) -> None:
+        """Until all ranks have come here. CollectiveError on all of them if one ends, or shows no sign of life."""
+        if self._life is not None:
+            self._life.meet(what, PATIENCE)
+
     def together(self, step: Callable[[], T], what: str) -> T:
-        """Runs the step on every rank; where it fails on one, it raises on all."""
-        value, error = attempt(step)
+        """Runs the step, which works on a disk, on every rank; where it fails on one, it raises on all."""
+        value, error = self.patiently(step)
         self.agree(None, error, lambda notes: None, what)
         return value  # type: ignore[return-value]
 

@@ -114,7 +114,7 @@ def save(
     def prepare() -> Job:
         _check(step, extra)
         state = model_state(model, ranks.rank, ranks.size)
-        state_of = optimizer_state(optimizer, state, ranks.rank) if optimizer is not None else None
+        state_of = optimizer_state(optimizer, state) if optimizer is not None else None
         objects = _objects(ranks, part_of(model), state_of, scaler, extra, rng)
         manifest = Manifest(
             save_id="",

@@ -15,7 +15,7 @@ from distlib.checkpoint.layout import Chunk, Piece
 from distlib.checkpoint.manifest import Manifest
 from distlib.checkpoint.model_state import MODEL
 from distlib.checkpoint.optimizer_state import STATE
-from distlib.checkpoint.ranks import Ranks, attempt
+from distlib.checkpoint.ranks import Ranks
 from distlib.checkpoint.writer import Planned, RankFile
 
 _PLANS, _PLAN = "plans", "plan"
@@ -66,7 +66,7 @@ def write(ranks: Ranks, target: Path, job: Job | None, error: BaseException | No
         records = writer.write_rank_file(aside / writer.file_name(ranks.rank), contents())
         return RankFile(records, None if ranks.kept.get(_PLAN) == plan else plan)
 
-    written, error = attempt(write_own)
+    written, error = ranks.patiently(write_own)
     if isinstance(error, FileNotFoundError):
         error = RuntimeError(f"{error}: {target.parent} must be on a file system that all ranks share")
     try:

@@ -23,6 +23,7 @@ from torch._C import _distributed_c10d as c10d
 from distlib import native, settings
 from distlib.comm import interfaces
 from distlib.comm.arithmetic import reduce_in_order
+from distlib.comm.bounded_store import BoundedStore
 from distlib.comm.channel import BETWEEN_HOSTS, SAME_HOST, Collective, Traffic
 from distlib.comm.gloo_faults import PATIENCE, Account, Gone, Waiting, close, why_closed
 from distlib.comm.gloo_messages import GlooMessage, message_bytes
@@ -47,11 +48,13 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _starting(what: str) -> Iterator[None]:
+def _starting(what: str, account: Account) -> Iterator[None]:
     """gloo refuses a message to a rank that it knows to be gone."""
     try:
         yield
     except RuntimeError as error:
+        if told := account.aborted():
+            raise CollectiveError(told) from error
         raise CollectiveError(f"{what} cannot start: {error}", "dead") from error
 
 
@@ -134,11 +137,10 @@ class GlooChannel:
         self.rank = seat.rank
         self.name = seat.name
         self._labels = seat.labels
-        self._store = seat.store
         self._connections: dict[str, Any] = {}
         self._connections["all"] = seat.connect("gloo/", self.rank, self.size)
         self._runner = Runner(f"gloo-{self.name}")
-        self._account = Account(seat.store, seat.rank)
+        self._account = Account(BoundedStore(seat.store), seat.rank)
         self._waiting: set[Waiting] = set()
         self._topology = seat.topology
         self._late: dict[str, tuple[list[float], int]] = {}
@@ -194,7 +196,9 @@ class GlooChannel:
             self._broken = self._broken or error
             raise
         except RuntimeError as error:
-            if self._broken is None:
+            if self._broken is None and (told := self._account.aborted()):
+                self._broken = CollectiveError(told)
+            elif self._broken is None:
                 self._broken = self._explain(c, error, time.monotonic() - begin)
             raise self._broken from error
 
@@ -231,13 +235,12 @@ class GlooChannel:
 
     def _explain(self, c: Collective, error: RuntimeError, seconds: float) -> CollectiveError:
         """Names the ranks that failed nowhere: those that ended, or hang."""
-        key = f"failed/{self._sequence}/"
         missing = list(range(self.size))
         try:
-            self._account.fail(self._sequence, f"{c.describe()} failed on rank {self._labels[self.rank]}: {error}")
+            self._account.fail(f"{c.describe()} failed on rank {self._labels[self.rank]}: {error}")
             until = time.monotonic() + _LOOK_SECONDS
             while missing and time.monotonic() < until:
-                missing = [r for r in missing if not self._store.check([f"{key}{r}"])]
+                missing = [r for r in missing if not self._account.has_failed(r)]
                 time.sleep(0.05)
             names = ", ".join(f"rank {self._labels[r]}" for r in missing) or "none, who was late has come since"
         except RuntimeError as gone:  # the store went with rank 0
@@ -362,20 +365,20 @@ class GlooChannel:
         if self._broken is not None:
             raise self._broken
         what = f"send to rank {self._labels[dst]} (tag {tag})"
-        with _starting(what):
+        with _starting(what, self._account):
             work = self._gloo.send([message_bytes(tensor)], dst, tag)
-        return GlooMessage(work, what, timeout, dst, tensor.nbytes, self._waiting)
+        return GlooMessage(work, what, timeout, dst, tensor.nbytes, self._waiting, self._account)
 
     def recv(self, tensor: torch.Tensor, src: int | None, tag: int, timeout: float) -> Operation:
         if self._broken is not None:
             raise self._broken
         what = f"recv from {'any rank' if src is None else f'rank {self._labels[src]}'} (tag {tag})"
-        with _starting(what):
+        with _starting(what, self._account):
             if src is None:
                 work = self._gloo.recv_anysource([message_bytes(tensor)], tag)
             else:
                 work = self._gloo.recv([message_bytes(tensor)], src, tag)
-        return GlooMessage(work, what, timeout, src, 0, self._waiting)
+        return GlooMessage(work, what, timeout, src, 0, self._waiting, self._account)
 
     # ------------------------------------------------------------ what waits in vain
 
@@ -394,7 +397,7 @@ class GlooChannel:
         """Why it has failed, as this rank or another knows and has said; "" if nobody has."""
         if "all" not in self._connections:  # an abort does not wake who is in the middle of a transfer, either
             return str(self._broken or f"group '{self.name}' was closed on this rank")
-        return "" if waiting.call is None else self._account.failed(waiting.sequence)
+        return self._account.aborted() or (self._account.failed(waiting.sequence) if waiting.call is not None else "")
 
     def _in_vain(self, waiting: Waiting, now: float) -> str:
         """Whose end there is no reason to wait for any more; "" if there is, as far as can be seen."""
@@ -458,6 +461,7 @@ class GlooChannel:
     def abort(self, text: str) -> None:
         """Later calls fail here; the others see this rank's connections close."""
         self._broken = self._broken or CollectiveError(text)
+        self._account.abort(text)
         self._part()
 
     def aborted(self) -> str | None:

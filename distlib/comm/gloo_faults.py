@@ -25,8 +25,8 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from distlib.comm.bounded_store import BoundedStore
 from distlib.comm.channel import Collective
 from distlib.comm.threads import Step
 
@@ -84,9 +84,9 @@ class Waiting:
 
 @dataclass(eq=False)
 class Account:
-    """How far this rank has come in a group, and what it tells the others when it leaves."""
+    """How far this rank has come in a group, and what ranks tell each other of it beside gloo, in the store."""
 
-    store: dist.Store
+    store: BoundedStore
     rank: int
     sequence: int = 0  # the number of the collective that runs, or ran last
     finished: int = 0  # of the last that ended well
@@ -106,23 +106,38 @@ class Account:
         if rank in self.left:
             return True
         try:
-            if not self.store.check([f"left/{rank}"]) or int(self.store.get(f"left/{rank}")) < sequence:
+            if int(self.store.get(f"left/{rank}") or -1) < sequence:
                 return False
         except RuntimeError:
             return not pair and seconds < WITHOUT_STORE
         self.left.add(rank)
         return True
 
-    def fail(self, sequence: int, text: str) -> None:
-        """Tells the others that a collective failed here, and in which words."""
-        self.store.set(f"failed/{sequence}/{self.rank}", "1")
-        self.store.set(f"failed/{sequence}/text", text)
+    def fail(self, text: str) -> None:
+        """Tells the others that the collective that runs has failed here, and in which words."""
+        self.store.set(f"failed/{self.sequence}/{self.rank}", "1")
+        self.store.set_once(f"failed/{self.sequence}/text", text)
+
+    def has_failed(self, rank: int) -> bool:
+        """Whether it has failed on another rank, too."""
+        return self.store.has(f"failed/{self.sequence}/{rank}")
 
     def failed(self, sequence: int) -> str:
         """What another rank said about a collective that failed there; "" if none did, or none can be asked."""
+        return self._read(f"failed/{sequence}/text")
+
+    def abort(self, text: str) -> None:
+        """Tells the others why they will find this rank's connections closed."""
         with contextlib.suppress(RuntimeError):
-            if self.store.check([f"failed/{sequence}/text"]):
-                return self.store.get(f"failed/{sequence}/text").decode()
+            self.store.set_once("aborted", text)
+
+    def aborted(self) -> str:
+        """Why a rank ended the group for all; "" if none did, or none can be asked."""
+        return self._read("aborted")
+
+    def _read(self, key: str) -> str:
+        with contextlib.suppress(RuntimeError):
+            return self.store.get(key)
         return ""
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from distlib.comm.gloo_faults import Waiting
+from distlib.comm.gloo_faults import Account, Waiting
 from distlib.comm.threads import Step, waiters
 from distlib.comm.work import CollectiveError
 
@@ -16,16 +16,24 @@ class GlooMessage(Step):
     """A message that gloo has been given. The first who waits sends a thread inside for it (gloo_faults.py).
 
     work: gloo's. peer: the other rank; None: any. nbytes: those that leave this rank. seconds: from the first wait.
-    looked_after: where to be while a thread is inside.
+    looked_after: where to be while a thread is inside. account: what was said, if it fails.
     """
 
     def __init__(
-        self, work: Any, what: str, seconds: float, peer: int | None, nbytes: int, looked_after: set[Waiting]
+        self,
+        work: Any,
+        what: str,
+        seconds: float,
+        peer: int | None,
+        nbytes: int,
+        looked_after: set[Waiting],
+        account: Account,
     ) -> None:
         super().__init__(self._inside)
         self.what, self.nbytes = what, nbytes
         self._work, self._seconds = work, min(seconds, 1e8)
         self._waiting = Waiting(peer=-1 if peer is None else peer, step=self)
+        self._account = account
         self._looked_after = looked_after if peer is not None else set()  # of any rank's others may still come
         self._entered = False
 
@@ -54,6 +62,8 @@ class GlooMessage(Step):
             try:
                 self._work.wait(timedelta(seconds=self._seconds))
             except RuntimeError as error:
+                if told := self._account.aborted():
+                    raise CollectiveError(told) from error
                 code = "timeout" if "imed out" in str(error) else "dead"
                 text = f"{self.what} failed within {self._seconds:.1f} s. gloo says: {error}"
                 raise CollectiveError(text, code) from error

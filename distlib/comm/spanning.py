@@ -183,7 +183,7 @@ class SpanningChannel(GlooChannel):
         where = f"{c.describe()} #{self._sequence} of group '{self.name}' failed on rank {self._labels[self.rank]}"
         text = str(error) if isinstance(error, CollectiveError) else f"{where}: {error}"
         with contextlib.suppress(RuntimeError):  # the store went with rank 0: whoever looks for others says so
-            self._account.fail(self._sequence, text)
+            self._account.fail(text)
         self._broken = self._broken or CollectiveError(text)
         if self._inside is not None:
             self._inside.abort(text)

@@ -151,6 +151,7 @@ waiters = Waiters()
 def _work(steps: queue.SimpleQueue[Step | None], abandon: threading.Event) -> None:
     while (step := steps.get()) is not None and not abandon.is_set():
         step.execute()
+        del step  # what it holds is not this thread's to keep: neither memory, nor this thread's owner
 
 
 def _abandon(steps: queue.SimpleQueue[Step | None], abandon: threading.Event, thread: threading.Thread) -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from distlib.comm.group import Group
+from distlib.words import words_of
 
 _SHOWN = 8  # differences listed in a message
 
@@ -69,29 +70,31 @@ def require_equal(group: Group, what: str, facts: Sequence[tuple[str, str]], dev
     )
 
 
-def _portable(error: Exception) -> Exception:
-    """An error that pickle can send: as it is, or in words."""
+def _portable(error: BaseException) -> Exception:
+    """An error that the other ranks can raise: as it is, or in words."""
     try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # noqa: BLE001 - for whatever reason it cannot
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+        str(pickle.loads(pickle.dumps(error))).encode()
+    except Exception:  # noqa: BLE001 - for whatever reason it cannot be sent, or said
+        return RuntimeError(f"{type(error).__name__}: {words_of(error)}")
+    return error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {words_of(error)}")
 
 
 def from_first(ranks: dist.ProcessGroup | None, find: Callable[[], Any]) -> Any:
     """What the first rank of a group finds, on all of its ranks; where it fails, it fails on all. A collective."""
     group = Group.of(ranks)
     found: list[Any] = [None]
-    own: Exception | None = None
+    own: BaseException | None = None
     if group.rank == 0:
         try:
             found = [find()]
-        except Exception as error:
+        except BaseException as error:  # an interrupt, too: the others wait
             if group.size == 1:
                 raise
             own, found = error, [_portable(error)]
     if group.size > 1:
         dist.broadcast_object_list(found, src=group.ranks[0], group=ranks)
+    if own is not None and not isinstance(own, Exception):
+        raise own
     if isinstance(found[0], Exception):
         raise found[0] from own
     return found[0]
@@ -103,17 +106,19 @@ def all_or_none(group: dist.ProcessGroup | None, run: Callable[[], Any]) -> Any:
     size = Group.of(group).size
     if size == 1:
         return run()
-    error: Exception | None = None
+    error: BaseException | None = None
     found = None
     try:
         found = run()
-    except Exception as own:  # noqa: BLE001 - whatever it is, the other ranks are told, and all raise
+    except BaseException as own:  # noqa: BLE001 - whatever it is, the other ranks are told, and all raise
         error = own
     errors: list[Exception | None] = [None] * size
     dist.all_gather_object(errors, None if error is None else _portable(error), group=group)
     failed = [e for e in errors if e is not None]
     if not failed:
         return found
+    if error is not None and not isinstance(error, Exception):
+        raise error
     texts = list(dict.fromkeys(map(str, failed)))
     if len(texts) > 1 and all(type(e) is ValueError for e in failed):
         raise ValueError("\n".join(texts)) from error

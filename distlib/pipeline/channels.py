@@ -285,8 +285,7 @@ class MessageSender:
         if self._broken is not None:
             raise self._broken
         try:
-            for _ in ("header", "answer"):
-                self.edge.line.wait(works.pop(0))
+            self.edge.line.wait(works.pop(1))  # the answer first: a receiver that has ended takes no more headers
             if not self.edge.line.group.counts_only:
                 expected = Header.unpack(packed)
                 if expected.kind == ABORT:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -287,8 +287,11 @@ def _estimated(alone: _Alone) -> _Times:
     with _saved({p.untyped_storage()._cdata for p in alone.weights}) as saved:
         forward, outputs = seconds(alone.forward)
     ends = outputs, [torch.ones_like(t) for t in outputs]
-    backward, _ = seconds(partial(alone.backward, ends, alone.inputs, again=True))
-    both, _ = seconds(partial(alone.backward, ends, [*alone.inputs, *alone.parameters], again=False))
+    try:
+        backward, _ = seconds(partial(alone.backward, ends, alone.inputs, again=True))
+        both, _ = seconds(partial(alone.backward, ends, [*alone.inputs, *alone.parameters], again=False))
+    except (DataDependentOutputException, DynamicOutputShapeException):  # Python in it asks for the values of tensors
+        backward, both = forward, 2 * forward  # as of products
     return _Times(forward, backward, max(both - backward, 0.0), sum(saved.values()))
 
 

@@ -72,7 +72,7 @@ class LossShare:
             work.wait(timedelta(seconds=self._timeout))
         self._going = []
         if self._own is not None:
-            return self._own
+            return self._own.to(self._dtype)
         assert self._coming is not None
         number, work = self._coming
         assert work is not None
@@ -84,7 +84,7 @@ class LossShare:
         """The same, ordered by streams."""
         if self._own is not None:
             self._send(self._own.detach().to(torch.float64))
-            return self._own
+            return self._own.to(self._dtype)
         number = torch.zeros((), dtype=torch.float64, device=self._device)
         self._group.recv(number, self._root, self._tag, timeout=self._timeout)
         return number.to(self._dtype)

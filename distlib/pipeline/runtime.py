@@ -31,9 +31,10 @@ from distlib.pipeline.carrier import Carrier, carrier
 from distlib.pipeline.losses import LossShare
 from distlib.pipeline.micro_batches import MicroBatch
 from distlib.pipeline.random import Numbers
-from distlib.pipeline.stage import Stage, Tensors
+from distlib.pipeline.stage import Gradients, Stage, Tensors
 from distlib.pipeline.step import Message, Step
 from distlib.pipeline.ties import Ties
+from distlib.words import words_of
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -65,7 +66,7 @@ class _Running:
     train: bool
     has_loss: bool
     scale: float
-    kept: dict[Message, list[Tensor]] = field(default_factory=dict)
+    kept: dict[Message, list[Any]] = field(default_factory=dict)
     loss: Tensor | None = None
     outputs: dict[int, Any] = field(default_factory=dict)
 
@@ -211,7 +212,7 @@ class Runtime:
             if running.has_loss:
                 with torch.set_grad_enabled(running.train):
                     loss = scalar(self._loss_fn(output, batch.target))
-                share = loss.detach() * batch.share
+                share = loss.detach().to(torch.promote_types(loss.dtype, torch.float32)) * batch.share
                 running.loss = share if running.loss is None else running.loss + share
                 if running.train:
                     self._stages[stage].set_loss(k, loss * (batch.share * running.scale))
@@ -224,13 +225,13 @@ class Runtime:
     def _backward(self, running: _Running, action: Action) -> None:
         stage, k = _place(action)
         schedule = running.step.schedule
-        gradients = {source: self._take(running, (source, stage, k)) for source in schedule.consumers[stage]}
+        gradients = {source: self._take_gradients(running, (source, stage, k)) for source in schedule.consumers[stage]}
         began = self._now()
         split, last = action.kind is Kind.B, action in running.step.last
         back = self._stages[stage].backward(k, gradients, split=split, last=last)
         self._note(action, began)
         for source in schedule.producers[stage]:
-            self._keep(running, (stage, source, k), back.get(source, ()))
+            self._keep_gradients(running, (stage, source, k), back.get(source, ()))
 
     def _weights(self, running: _Running, action: Action) -> None:
         stage, k = _place(action)
@@ -274,19 +275,40 @@ class Runtime:
             return ()
         return self._transport.rooms(*message, running.step.specs(message))[running.step.numbers(message) :]
 
-    def _keep(self, running: _Running, message: Message, tensors: Tensors) -> None:
+    def _keep(self, running: _Running, message: Message, tensors: tuple[Any, ...]) -> None:
         specs = running.step.specs(message)
         if len(tensors) != len(specs):
             raise AssertionError(f"message {message}: {len(tensors)} tensors for {len(specs)} specs")
         if specs:
             running.kept[message] = list(tensors)
 
-    def _take(self, running: _Running, message: Message) -> Tensors:
+    def _keep_gradients(self, running: _Running, message: Message, gradients: Gradients) -> None:
+        """With them goes which there are: parameters that the loss does not depend on must get none."""
+        specs = running.step.specs(message)
+        if not specs:
+            return
+        given = torch.tensor([g is not None for g in gradients], dtype=torch.uint8, device="cpu")
+        if running.step.schedule.placement[message[1]] != self._rank:
+            gradients = tuple(
+                torch.zeros(s.shape, dtype=s.dtype, device=self._device) if g is None else g
+                for g, s in zip(gradients, specs[1:], strict=True)
+            )
+        self._keep(running, message, (given, *gradients))
+
+    def _take_gradients(self, running: _Running, message: Message) -> Gradients:
+        if not running.step.specs(message):
+            return ()
+        given, *gradients = self._take(running, message)
+        if self._group.counts_only:
+            return tuple(gradients)
+        return tuple(g if there else None for g, there in zip(gradients, given.tolist(), strict=True))
+
+    def _take(self, running: _Running, message: Message) -> tuple[Any, ...]:
         """What came, from another rank or from another stage of this one."""
         if not running.step.specs(message):
             return ()
         if running.step.schedule.placement[message[0]] == self._rank:
-            return tuple(tensor.detach() for tensor in running.kept.pop(message))
+            return tuple(None if tensor is None else tensor.detach() for tensor in running.kept.pop(message))
         return self._transport.take(*message)
 
     # ------------------------------------------------------------ faults
@@ -294,9 +316,10 @@ class Runtime:
     def _fail(self, at: str, error: BaseException) -> NoReturn:
         """Ends the step on all ranks of the pipeline and of its replicas, each naming what it was at."""
         kind = "" if isinstance(error, CollectiveError) else f"{type(error).__name__}: "
-        text = f"rank {self._group.ranks[self._rank]}, {at}: {kind}{error}{self._lost(str(error))}"
+        said = words_of(error)
+        text = f"rank {self._group.ranks[self._rank]}, {at}: {kind}{said}{self._lost(said)}"
         heard = isinstance(error, CollectiveError) and error.code == "aborted"
-        told = str(error) if heard else text
+        told = said if heard else text
         self._ended = text
         assert self._transport is not None
         self._transport.abort(told)

@@ -25,6 +25,7 @@ from distlib.pipeline.split_backward import Report, WeightQueue
 from distlib.pipeline.stages import Part
 
 Tensors = tuple[Tensor, ...]
+Gradients = tuple[Tensor | None, ...]  # None: nothing that the loss depends on came of it
 
 
 class Replicated(Protocol):
@@ -123,7 +124,9 @@ class Stage:
 
     # ------------------------------------------------------------ backward
 
-    def backward(self, micro_batch: int, gradients: Mapping[int, Tensors], *, split: bool, last: bool) -> dict:
+    def backward(
+        self, micro_batch: int, gradients: Mapping[int, Gradients], *, split: bool, last: bool
+    ) -> dict[int, Gradients]:
         """BW, or (split) B, of a micro-batch. Returns the gradients that go to each producer stage.
 
         gradients: by consumer stage, of those sent tensors that require one. last: the last backward pass of the step.
@@ -141,6 +144,8 @@ class Stage:
                     flight.queue.backward(roots, given)
             elif roots:
                 torch.autograd.backward(roots, given)
+            elif self.replicas is not None:  # those of other ranks may have something to do in it
+                around.enter_context(self.replicas.weight_backward())
         flight.sent, flight.loss = {}, None
         back = {port.source: _gradients_of(flight.leaves[port.source]) for port in flight.part.receives}
         flight.leaves = {}
@@ -181,7 +186,7 @@ class Stage:
                 group.abort(text)
 
     def _roots(
-        self, flight: _InFlight, gradients: Mapping[int, Tensors]
+        self, flight: _InFlight, gradients: Mapping[int, Gradients]
     ) -> tuple[list[GradientEdge], list[Tensor | None]]:
         """Where to start, with gradients; a tensor that several stages got comes once, with the sum."""
         found: dict[tuple[Any, int], tuple[GradientEdge, Tensor | None]] = {}
@@ -194,7 +199,7 @@ class Stage:
                 if not spec.requires_grad:
                     continue
                 gradient = next(given)
-                if edge is None:
+                if edge is None or gradient is None:
                     continue
                 _, before = found.get(edge[:2], (edge, None))
                 found[edge[:2]] = (edge, gradient if before is None else before + gradient)
@@ -209,11 +214,11 @@ def _edge(tensor: Tensor) -> GradientEdge | None:
     return get_gradient_edge(tensor) if tensor.requires_grad else None
 
 
-def _gradients_of(leaves: Sequence[Tensor]) -> Tensors:
-    """The gradients of received tensors; zeros where the stage did not use one."""
+def _gradients_of(leaves: Sequence[Tensor]) -> Gradients:
+    """The gradients of received tensors; None for one that the loss does not depend on."""
     found = []
     for leaf in leaves:
         if leaf.requires_grad:
-            found.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+            found.append(leaf.grad)
             leaf.grad = None
     return tuple(found)

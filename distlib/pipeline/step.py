@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
+import torch
+
 from distlib.pipeline.actions import Action, Kind, Schedule
 from distlib.pipeline.record import Spec
 from distlib.pipeline.stages import Part
@@ -31,9 +33,11 @@ class Step:
         return self._random[id(self.parts[micro_batch])][stage]
 
     def numbers(self, message: Message) -> int:
-        """How many of a message's tensors, the first ones, are the generators' state: it goes from stage to stage, as
-        far as numbers are drawn."""
+        """How many of a message's tensors, the first ones, stay on the host. With activations: the generators' state,
+        which goes from stage to stage as far as numbers are drawn. With gradients: one, which says what there are."""
         source, target, k = message
+        if target < source:
+            return 1 if self._gradients(message) else 0
         return len(self._numbers) if target == source + 1 and self.is_random(target, k) else 0
 
     def specs(self, message: Message) -> tuple[Spec, ...]:
@@ -41,8 +45,14 @@ class Step:
         source, target, k = message
         carried = self._carried[id(self.parts[k])]
         if target < source:
-            return tuple(spec for spec in carried.get((target, source), ()) if spec.requires_grad)
+            gradients = self._gradients(message)
+            return (Spec(torch.Size([len(gradients)]), torch.uint8, False), *gradients) if gradients else ()
         return (*self._numbers[: self.numbers(message)], *carried.get((source, target), ()))
+
+    def _gradients(self, message: Message) -> tuple[Spec, ...]:
+        """Of all gradients that may go back; which ones do is known when the later stage's backward is over."""
+        source, target, k = message
+        return tuple(s for s in self._carried[id(self.parts[k])].get((target, source), ()) if s.requires_grad)
 
     def read_beyond(self, rank: int) -> list[frozenset[int]]:
         """Per micro-batch, the numbers of the inputs that stages of other ranks than `rank` read."""

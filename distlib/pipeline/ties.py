@@ -49,8 +49,8 @@ class Ties:
         for tie in self._ties:
             first = min(tie.copies)
             for stage, parameter in tie.copies.items():
-                if parameter.grad is not None and not (tie.owns and stage == first):
-                    parameter.grad.zero_()
+                if not (tie.owns and stage == first):
+                    parameter.grad = None
 
     def ready(self, stage: int) -> None:
         """All gradients of a stage of this rank are there."""
@@ -68,19 +68,23 @@ class Ties:
             assert total is not None
             if tie.group is not None and tie.group.size > 1:
                 reach.all_reduce(tie.group, total)
-            for parameter in tie.copies.values():
-                _take_back(parameter, total)
+            # A look at what is on a device waits for it: only where this rank does not know.
+            if any(parameter.grad is not None for parameter in tie.copies.values()) or total[-1]:
+                for parameter in tie.copies.values():
+                    _take_back(parameter, total)
         self._waiting.clear()
 
 
 def _whole_gradient(parameter: nn.Parameter) -> Tensor:
-    """A vector of the whole weight's gradient: all of it, or this rank's piece among zeros."""
+    """A vector of the whole weight's gradient: all of it, or this rank's piece among zeros. After it, whether there is
+    one: where no copy was used, none gets one."""
     shard = shard_of(parameter)
-    if shard is None or shard.numel == shard.shape.numel():
-        return torch.zeros_like(parameter).view(-1) if parameter.grad is None else parameter.grad.flatten().clone()
-    whole = torch.zeros(shard.shape.numel(), dtype=parameter.dtype, device=parameter.device)
+    size = parameter.numel() if shard is None else shard.shape.numel()
+    whole = torch.zeros(size + 1, dtype=parameter.dtype, device=parameter.device)
     if parameter.grad is not None:
-        whole[shard.offset : shard.offset + shard.numel] = parameter.grad.view(-1)
+        begin = 0 if shard is None else shard.offset
+        whole[begin : begin + parameter.numel()] = parameter.grad.reshape(-1)
+        whole[-1] = 1
     return whole
 
 
