@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from ranks import Outcome, process_group, run_ranks, run_ranks_raw, store
 
+import distlib
 from distlib.comm.bounded_store import BoundedStore
 from distlib.comm.gloo_faults import Waiting
 from distlib.comm.group import Group
@@ -209,6 +211,22 @@ def test_who_finds_connections_closed_reads_why(how: str) -> None:
     for rank, outcome in enumerate(outcomes):
         assert outcome.ok, str(outcome)
         assert outcome.value == ("" if rank == 1 else "aborted", "rank 1 has had enough")
+
+
+def comes_late(rank: int, n: int) -> str:
+    """Ranks 2 and 3 are somewhere else while the others make a group."""
+    distlib.init(timeout=timedelta(seconds=40))
+    if rank > 1:
+        time.sleep(8)
+        return ""
+    with pytest.raises(CollectiveError) as caught:
+        dist.new_group([0, 1, 2, 3], timeout=timedelta(seconds=3))
+    return str(caught.value)
+
+
+def test_who_did_not_come_to_make_a_group_is_named() -> None:
+    for text in run_ranks(4, comes_late, env=hosts(4))[:2]:
+        assert "ranks 2-3 did not come within 3 s to make a group with rank" in text, text
 
 
 # ---------------------------------------------------------------- threads, and what is asked when

@@ -98,6 +98,38 @@ def test_whole_parameters_in_and_out(nodes: int) -> None:
     run_ranks(2, state, env={"DISTLIB_NODES": str(nodes)})
 
 
+def summoned(rank: int, n: int, stage: int) -> None:
+    with process_group(rank, n):
+        plain = tiny()
+        tokens = part_of(0, 0, n)[0]
+        model: Any = distlib.ShardedDataParallel(tiny(), stage=stage)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="was called itself.*summon_full_params"):
+                model.module(tokens)
+            with model.summon_full_params(writeback=False):
+                with pytest.raises(RuntimeError, match="gradients would stay on copies"):
+                    model(tokens)
+                with torch.no_grad():
+                    expected = plain(tokens)
+                    if rank == 0:  # alone, again and again
+                        for _ in range(3):
+                            torch.testing.assert_close(model.module(tokens), expected)
+                            torch.testing.assert_close(model(tokens), expected)
+                    model.head.weight.mul_(2)  # computes with what was written, which is not kept
+                    plain.head.weight.mul_(2)
+                    torch.testing.assert_close(model.module(tokens), plain(tokens))
+                    plain.head.weight.div_(2)
+            torch.testing.assert_close(model(tokens).detach(), expected)
+            loss_of(model, *part_of(0, rank, n)).backward()
+            model.zero_grad()
+
+
+@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=NO_CORE)])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_is_summoned_computes_alone(stage: int, nodes: int) -> None:
+    run_ranks(2, summoned, stage, env={"DISTLIB_NODES": str(nodes)})
+
+
 def refusals(rank: int, n: int) -> None:
     with process_group(rank, n):
         model: Any = distlib.ShardedDataParallel(tiny())

@@ -18,8 +18,7 @@ import torch.distributed as dist
 from distlib.checkpoint.life import SignsOfLife
 from distlib.comm.group import Group
 from distlib.comm.work import CollectiveError
-from distlib.data_parallel.agreement import said
-from distlib.words import words_of
+from distlib.words import ranks_text, words_of
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=1)  # the slowest rank's disk may take so long, if the rank shows that it lives
@@ -157,8 +156,8 @@ def _first_problem(notes: list[Any], what: str) -> Problem | None:
         return None
     first = notes[ranks[0]]
     same = [rank for rank in ranks if notes[rank] == first]
-    more = "" if len(same) == len(ranks) else f" ({said(sorted(set(ranks) - set(same)))} failed in other ways)"
-    return Problem(first.kind, f"{what}: {said(same)}: {first.text}{more}")
+    more = "" if len(same) == len(ranks) else f" ({ranks_text(sorted(set(ranks) - set(same)))} failed in other ways)"
+    return Problem(first.kind, f"{what}: {ranks_text(same)}: {first.text}{more}")
 
 
 _known: weakref.WeakKeyDictionary[Any, Ranks] = weakref.WeakKeyDictionary()

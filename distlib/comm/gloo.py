@@ -10,7 +10,7 @@ import logging
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,6 +31,7 @@ from distlib.comm.threads import Runner, Step
 from distlib.comm.watch import lookout
 from distlib.comm.work import CollectiveError, Operation
 from distlib.topology import Topology
+from distlib.words import ranks_text
 
 log = logging.getLogger("distlib")
 Sent = dict[int, int]  # bytes that this rank sends, by destination
@@ -58,16 +59,30 @@ def _starting(what: str, account: Account) -> Iterator[None]:
         raise CollectiveError(f"{what} cannot start: {error}", "dead") from error
 
 
-def process_group(store: dist.Store, rank: int, size: int, timeout: float, master: str | None) -> Any:
-    """torch's gloo group, on the chosen interface. Every rank must call. CollectiveError if they do not meet."""
+def process_group(
+    store: dist.Store, rank: int, size: int, timeout: float, master: str | None, labels: Sequence[int] = ()
+) -> Any:
+    """torch's gloo group, on the chosen interface. Every rank must call. CollectiveError if they do not meet, which
+    calls ranks by their labels, if those are given."""
     options = dist.ProcessGroupGloo._Options()
     options._timeout = timedelta(seconds=timeout)
     interface = interfaces.choose(master)
     make = dist.ProcessGroupGloo
     options._devices = [make.create_device(interface=interface) if interface else make.create_default_device()]
+    asked = BoundedStore(store)
     try:
+        asked.set(f"here/{rank}", "1")
         return make(store, rank, size, options)
     except RuntimeError as error:
+        absent: list[int] = []
+        with suppress(RuntimeError):  # the store has gone
+            absent = [label for r, label in enumerate(labels) if not asked.has(f"here/{r}")]
+        if absent:
+            raise CollectiveError(
+                f"{ranks_text(absent)} did not come within {timeout:.0f} s to make a group with rank {labels[rank]}: "
+                "ended, hanging, or at something else; look at what it said",
+                "timeout",
+            ) from error
         raise CollectiveError(
             f"rank {rank} of {size} cannot reach the others over interface {interface or '(gloo chose)'}: {error}. "
             f"Set {interfaces.VARIABLE} to an interface that all hosts share, and look at the other ranks' output",
@@ -123,7 +138,8 @@ class Seat:
 
     def connect(self, prefix: str, rank: int, size: int) -> Any:
         """gloo between some ranks of the group, this one being `rank` of `size`. All of them must call."""
-        return process_group(dist.PrefixStore(prefix, self.store), rank, size, self.timeout, self.master)
+        labels = self.labels if size == len(self.labels) else ()
+        return process_group(dist.PrefixStore(prefix, self.store), rank, size, self.timeout, self.master, labels)
 
 
 class GlooChannel:

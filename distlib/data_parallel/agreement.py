@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from distlib.comm.group import Group
-from distlib.words import words_of
+from distlib.words import ranks_text, words_of
 
 _SHOWN = 8  # differences listed in a message
 
@@ -58,7 +58,7 @@ def require_equal(group: Group, what: str, facts: Sequence[tuple[str, str]], dev
         for rank, version in enumerate(versions):
             held.setdefault(version.get(name, "absent"), []).append(rank)
         if len(held) > 1:
-            lines.append(f"  {name}: " + "; ".join(f"{v} on {said(r)}" for v, r in held.items()))
+            lines.append(f"  {name}: " + "; ".join(f"{v} on {ranks_text(r)}" for v, r in held.items()))
     if not lines:
         lines.append("  the same names in a different order")
     if len(lines) > _SHOWN:
@@ -123,16 +123,3 @@ def all_or_none(group: dist.ProcessGroup | None, run: Callable[[], Any]) -> Any:
     if len(texts) > 1 and all(type(e) is ValueError for e in failed):
         raise ValueError("\n".join(texts)) from error
     raise error or failed[0]
-
-
-def said(ranks: Sequence[int]) -> str:
-    """Ranks in words: "rank 3", "ranks 0-2, 5"."""
-    ranks = sorted(ranks)
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-    return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import torch
 
 from distlib.comm.group import Group
-from distlib.data_parallel.agreement import exchange, said
+from distlib.data_parallel.agreement import exchange
+from distlib.words import ranks_text
 
 _SHOWN = 20  # parameter names listed per complaint
 
@@ -111,7 +112,7 @@ class Report:
         restarted = [rank for rank, note in enumerate(notes) if note["restarted"]]
         if restarted and len(restarted) < len(notes):
             lines.append(
-                f"  The backward before this one raised on {said(restarted)} alone, so that the ranks are "
+                f"  The backward before this one raised on {ranks_text(restarted)} alone, so that the ranks are "
                 "one backward apart. Let the exception end the process, or skip the step on all ranks."
             )
         for kind, (what, fix) in _WORDS.items():
@@ -133,6 +134,6 @@ class Report:
         parts = []
         for ranks, names in groups.items():
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            everywhere = "all ranks" if len(ranks) == self._group.size > 1 else said(ranks)
+            everywhere = "all ranks" if len(ranks) == self._group.size > 1 else ranks_text(ranks)
             parts.append(", ".join(names[:_SHOWN]) + f"{more} (on {everywhere})")
         return "; ".join(parts)

@@ -50,6 +50,8 @@ class Runtime:
         self._returning: dict[_Flight, None] = {}  # those that the running backward goes through, the current one last
         self._in_backward: dict[UnitState, set[_Flight]] = {}  # units whose backward is under way, and of which flights
         self._backward_runs = False
+        self.inside = False  # a forward of the whole model
+        self.summoned = False  # the module holds whole copies, with which it computes as a plain one
         self.written = True  # parameters were written by other means than an optimizer
         self._announced = False  # forwards under no_sync() began a window: no optimizer writes before it ends
         self._fresh = False  # units are held, and were gathered since gradients were averaged
@@ -76,6 +78,7 @@ class Runtime:
     def begin(self) -> None:
         """A forward of the whole model begins. Every rank must call."""
         self._depth = dict.fromkeys(self.units, 0)
+        self.inside = True
         self._refresh()
         self._flight = _Flight()
         if torch.is_grad_enabled():
@@ -110,6 +113,7 @@ class Runtime:
 
     def rest(self) -> None:
         """The module holds pieces, whatever a forward that raised has left."""
+        self.inside = False
         for unit in self.units:
             if unit.is_root or self._depth[unit]:
                 self._depth[unit] = 0
@@ -125,6 +129,8 @@ class Runtime:
 
     def enter(self, unit: UnitState, inputs: Any) -> None:
         """One of the unit's modules begins its forward."""
+        if self.summoned:
+            return
         self._depth[unit] += 1
         if self._depth[unit] > 1:
             return
@@ -146,6 +152,8 @@ class Runtime:
 
     def leave(self, unit: UnitState, output: Any, last: bool) -> None:
         """It ended, or raised. last: of the unit's modules."""
+        if self.summoned:
+            return
         self._depth[unit] = max(0, self._depth[unit] - 1)
         if self._depth[unit] or _in_backward():  # a recomputation: what follows of the backward may need it too
             return
@@ -320,6 +328,22 @@ def _alive(reference: weakref.ref[Runtime]) -> Runtime:
             "the wrapper, and take model.full_state_dict() for a module of its own"
         )
     return runtime
+
+
+def outside(runtime: Runtime) -> Callable[..., None]:
+    """A pre-hook for the whole model: it computes with pieces unless the wrapper was called."""
+    reference = weakref.ref(runtime)
+
+    def hook(module: nn.Module, _: Any) -> None:
+        runtime = _alive(reference)
+        if not (runtime.inside or runtime.summoned or _in_backward()):
+            raise RuntimeError(
+                f"{type(module).__name__} was called itself, and not the ShardedDataParallel around it: it holds "
+                "pieces of its parameters. Call the wrapper, in which the engine or the trainer put the model; for "
+                "anything else, such as generate(), enter `with model.summon_full_params():` on all ranks"
+            )
+
+    return hook
 
 
 def _entering(reference: weakref.ref[Runtime], unit: UnitState) -> Callable[..., None]:

@@ -22,7 +22,7 @@ from distlib.sharded.groups import make_grid, secondary_group
 from distlib.sharded.guards import before_steps, require_offload
 from distlib.sharded.options import MixedPrecision, Options
 from distlib.sharded.reduce import Reduction
-from distlib.sharded.runtime import Runtime, trained_flats
+from distlib.sharded.runtime import Runtime, outside, trained_flats
 from distlib.sharded.units import divide
 from distlib.shards import shard_of
 
@@ -151,6 +151,7 @@ class ShardedDataParallel(Transparent):
         modules = [[], *(unit.modules for unit in divided[1:])]
         reshards = reshard_after_forward is not False
         self._runtime = Runtime(self._units, modules, self._source, self._reduction, reshards, prefetch)
+        module.register_forward_pre_hook(outside(self._runtime), prepend=True)
 
     # ------------------------------------------------------------ training
 
@@ -160,6 +161,13 @@ class ShardedDataParallel(Transparent):
             raise RuntimeError(
                 "ShardedDataParallel was called within a backward: checkpoint modules inside of it, not the wrapper"
             )
+        if self._runtime.summoned:
+            if self.training and torch.is_grad_enabled():
+                raise RuntimeError(
+                    "within summon_full_params() gradients would stay on copies of the parameters: train outside of "
+                    "it, or call under torch.no_grad()"
+                )
+            return self.module(*inputs, **kwargs)
         self._runtime.watch.settle()
         self._places.check(self._grid.world.rank)
         dtype = self._options.mixed_precision.param
@@ -262,15 +270,22 @@ class ShardedDataParallel(Transparent):
         self._runtime.watch.settle()
         return state.full_state_dict(self.module, self._units, self._grid, rank0_only)
 
-    def summon_full_params(self, writeback: bool = True) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def summon_full_params(self, writeback: bool = True) -> Iterator[None]:
         """`with model.summon_full_params():` the module holds whole parameters, a copy on every rank.
 
-        Every rank must enter it. writeback: each rank keeps its part of what it changed, so all ranks must make
-        the same changes.
+        Every rank must enter it; what is done inside is each rank's own affair. The module computes with its copies,
+        without talking to other ranks; gradients stay with the copies. writeback: each rank keeps its part of what it
+        changed, so all ranks must make the same changes.
         """
         self._runtime.watch.settle()
         self._runtime.written = True
-        return state.summon(self._units, self._grid, writeback)
+        with state.summon(self._units, self._grid, writeback):
+            self._runtime.summoned = True
+            try:
+                yield
+            finally:
+                self._runtime.summoned = False
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load whole parameters (as of the plain module), or this rank's pieces (as of `state_dict()`).
