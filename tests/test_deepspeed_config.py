@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -38,17 +39,31 @@ import deepspeed.runtime.config as config
 from deepspeed.runtime.activation_checkpointing.config import ACT_CHKPT_DEFAULT
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 def fields(model):
     return [name for key, field in model.model_fields.items() for name in (key, field.alias) if name]
 config.DeepSpeedConfig(Config(train_batch_size=1))
 for written in json.loads(sys.argv[1]):
     config.DeepSpeedConfig(written)
 removed = [*getattr(config, "_REMOVED_TOP_LEVEL_CONFIG_KEYS", ())]
+import inspect
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
+def defaults(*kinds):
+    found = [inspect.signature(kind.__init__).parameters for kind in kinds]
+    return [{name: one.default for name, one in each.items() if name in ("lr", "betas", "eps", "weight_decay")}
+            for each in found]
+print("DEFAULTS" + json.dumps({
+    "gradient_clipping": config.get_gradient_clipping({}),
+    "fp16": DeepSpeedFP16Config().model_dump(),
+    "AdamW": defaults(FusedAdam, DeepSpeedCPUAdam),
+    "Lion": defaults(FusedLion, DeepSpeedCPULion),
+}))
 print("KEYS" + json.dumps({
     "": sorted({*seen, *removed}),
     "zero_optimization": fields(DeepSpeedZeroConfig) + [*getattr(config, "_REMOVED_ZERO_CONFIG_KEYS", ())],
     "zero_optimization.offload_optimizer": fields(DeepSpeedZeroOffloadOptimizerConfig),
+    "zero_optimization.offload_param": fields(DeepSpeedZeroOffloadParamConfig),
     "fp16": fields(DeepSpeedFP16Config),
     "bf16": fields(DeepSpeedBF16Config),
     "activation_checkpointing": list(ACT_CHKPT_DEFAULT),
@@ -57,6 +72,7 @@ print("KEYS" + json.dumps({
 """
 
 ON = {"fp16": {"enabled": True}, "bf16": {"enabled": True}, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+ZERO_QUANTIZED = "zero_optimization.zero_quantized_weights"
 OFFLOAD = {"device": "nvme", "nvme_path": "/disk"}
 
 
@@ -74,22 +90,31 @@ WRITTEN = [
 
 
 @pytest.fixture(scope="module")
-def known() -> dict[str, list[str]]:
-    """Keys by section, by the installed DeepSpeed's own word; it has then read all that we write, too."""
+def probed() -> dict[str, Any]:
+    """By the installed DeepSpeed's own word "KEYS" by section, and "DEFAULTS"; it has read all that we write, too."""
     if not any((Path(entry) / "deepspeed").is_dir() for entry in sys.path):
         pytest.skip("deepspeed is not installed: make test installs it")
     written = json.dumps([write_deepspeed(plan, 1) for plan in WRITTEN])
     command = [sys.executable, "-c", PROBE, written]
     made = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert made.returncode == 0, made.stderr
-    return json.loads(next(line for line in made.stdout.splitlines() if line.startswith("KEYS"))[4:])
+    lines = made.stdout.splitlines()
+    return {
+        word: json.loads(next(line for line in lines if line.startswith(word)).removeprefix(word))
+        for word in ("KEYS", "DEFAULTS")
+    }
+
+
+@pytest.fixture(scope="module")
+def known(probed: dict[str, Any]) -> dict[str, list[str]]:
+    return probed["KEYS"]
 
 
 def test_every_key_of_deepspeed_has_its_word(known: dict[str, list[str]]) -> None:
     assert len(known[""]) > 40 and len(known["zero_optimization"]) > 40
     for section, names in known.items():
         for name in names:
-            inner: dict[str, Any] = {**ON.get(section, {}), **(OFFLOAD if section.endswith("optimizer") else {})}
+            inner: dict[str, Any] = {**ON.get(section, {}), **(OFFLOAD if ".offload_" in section else {})}
             inner.setdefault(name, {"enabled": True})
             config: dict[str, Any] = inner
             if section:
@@ -197,9 +222,9 @@ def test_what_cannot_be_honoured_is_said_and_strict_raises() -> None:
     }
     with pytest.warns(UserWarning) as warned:
         plan = Plan.from_deepspeed(config, world_size=2)
-    assert plan == Plan(stage=2, precision={"dtype": "fp16", "init_scale": 128.0}) and len(warned) == 1
+    fp16 = {"dtype": "fp16", "init_scale": 128.0}
+    assert plan == Plan(stage=2, precision=fp16, clip=1.0, offload="cpu") and len(warned) == 1
     for key in (
-        "zero_optimization.offload_optimizer.device",
         "zero_optimization.zero_quantized_gradients",
         "zero_optimization.stage3_max_live_paramters",
         "fp16.loss_scale",
@@ -215,10 +240,13 @@ def test_what_cannot_be_honoured_is_said_and_strict_raises() -> None:
         ValueError, match="zero_quantized_gradients=True: cannot be honoured: gradients are not quantized"
     ):
         Plan.from_deepspeed(config, strict=True)
+    notes = {note.key: note for note in read_deepspeed(config, world_size=2).notes}
+    device = notes["zero_optimization.offload_optimizer.device"]
+    assert device.verdict == "honoured" and "offload='cpu', which needs GPUs" in device.text
     with pytest.raises(ValueError, match="bf16 and fp16 are both enabled"):
         read_deepspeed({"bf16": {"enabled": True}, "fp16": {"enabled": True}})
     secondary = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}, "pipeline": {"stages": 2}}
-    assert read_deepspeed(secondary, pipeline=1).plan == Plan(stage=3, reshard_after_forward=2)
+    assert read_deepspeed(secondary, pipeline=1).plan == Plan(stage=3, reshard_after_forward=2, clip=1.0)
     with pytest.raises(ValueError, match="as a plan: Plan: reshard_after_forward=2 with pipeline=2 or more"):
         read_deepspeed(secondary)
     with pytest.raises(ValueError, match="a mapping, not list"):
@@ -236,9 +264,13 @@ def test_batches_are_divided_as_deepspeed_does() -> None:
         ({batch: 64, micro: 4, steps: 2}, None, 2, "yours"),
         ({batch: 64}, 4, 1, "yours"),
         ({batch: "many", steps: 2}, 4, 2, "cannot"),
+        ({batch: 32, steps: 3}, 4, 3, "cannot"),
+        ({batch: 32, steps: 4}, 4, 4, "yours"),
+        ({batch: 64, micro: 4, steps: "auto"}, 4, 4, "honoured"),
     ):
         reading = read_deepspeed(config, world_size=world)
-        assert reading.plan == Plan(microbatches=microbatches) and verdicts(reading)[batch] == verdict, config
+        assert "cannot" not in (verdicts(reading).get(steps), verdicts(reading).get(micro)), config
+        assert reading.plan == Plan(microbatches=microbatches, clip=1.0) and verdicts(reading)[batch] == verdict, config
 
 
 def test_a_wordless_configuration_warns_of_nothing() -> None:
@@ -322,3 +354,167 @@ def test_only_plans_for_deepspeed_are_written() -> None:
         write_deepspeed(Plan(), 1)
     with pytest.raises(ValueError, match=r"init_scale=3.0: DeepSpeed takes a power of two"):
         write_deepspeed(Plan(engine="deepspeed", stage=1, precision={"dtype": "fp16", "init_scale": 3.0}), 1)
+
+
+# ---------------------------------------------------------------- defaults
+
+
+def test_defaults_that_are_filled_in_are_those_of_the_installed_deepspeed(probed: dict[str, Any]) -> None:
+    theirs = probed["DEFAULTS"]
+    notes = {note.key: note for note in read_deepspeed({"fp16": {"enabled": True}}).notes}
+    filled = {key for key, note in notes.items() if note.text.endswith("left out, it is DeepSpeed's default")}
+    assert filled == {"gradient_clipping", "fp16.loss_scale_window", "fp16.hysteresis"}
+    assert notes["gradient_clipping"].value == theirs["gradient_clipping"]
+    assert all(notes[key].value == theirs["fp16"][key.removeprefix("fp16.")] for key in filled if "." in key)
+    ours = {"AdamW": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}, "Lion": {"weight_decay": 0.0}}
+    for kind, fused_and_cpu in (("AdamW", theirs["AdamW"]), ("Lion", theirs["Lion"])):
+        reading = read_deepspeed({"optimizer": {"type": kind}})
+        assert reading.optimizer is not None and reading.optimizer[0] == kind
+        made = {**ours[kind], **reading.optimizer[1]}  # distlib.optim's own defaults for the rest
+        for theirs_ in fused_and_cpu:
+            assert {**made, "betas": list(made["betas"])} == {**theirs_, "betas": list(theirs_["betas"])}, kind
+
+
+def test_left_out_keys_have_deepspeeds_defaults_unless_given() -> None:
+    assert read_deepspeed({}).plan == Plan(clip=1.0)
+    assert read_deepspeed({}, clip=None).plan == Plan() and not read_deepspeed({}, clip=None).notes
+    assert read_deepspeed({"gradient_clipping": 0.0}).plan == Plan()
+    fp16 = read_deepspeed({"fp16": {"enabled": True}})
+    assert fp16.plan == Plan(clip=1.0, precision={"dtype": "fp16", "growth_interval": 1000})
+    assert {note.key for note in fp16.of("cannot")} == {"fp16.hysteresis"}
+    static = read_deepspeed({"fp16": {"enabled": True, "loss_scale": 128}})
+    assert static.plan.precision.growth_interval == 2000 and {n.key for n in static.of("cannot")} == {"fp16.loss_scale"}
+    assert not read_deepspeed({"fp16": {"enabled": False}, "bf16": {"enabled": True}}).of("cannot")
+
+
+def test_a_given_fp16_has_the_scale_of_the_configuration() -> None:
+    config = {"fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 500, "initial_scale_power": 12}}
+    scaled = {"dtype": "fp16", "init_scale": 4096.0, "growth_interval": 500}
+    for given_ in ("fp16", {"dtype": "fp16"}, Plan(precision="fp16").precision):
+        assert read_deepspeed(config, precision=given_).plan.precision == Plan(precision=scaled).precision
+    assert read_deepspeed({"fp16": {"enabled": "auto"}}, precision="fp16").plan.precision.growth_interval == 1000
+    own = {"dtype": "fp16", "growth_interval": 7}
+    assert read_deepspeed(config, precision=own).plan.precision == Plan(precision=own).precision
+    for other in ("bf16", "fp32"):
+        reading = read_deepspeed(config, precision=other)
+        assert reading.plan.precision == Plan(precision=other).precision and not reading.of("cannot")
+
+
+@pytest.mark.parametrize(
+    ("kind", "params", "made", "verdict"),
+    [
+        ("AdamW", {"lr": 0.01}, {"lr": 0.01, "weight_decay": 0.0}, "yours"),
+        ("Adam", {"lr": 0.01, "torch_adam": True}, {"lr": 0.01}, "yours"),  # torch's AdamW, which decays as ours
+        ("Adam", {"adam_w_mode": False}, {"weight_decay": 0.0}, "yours"),  # without decay there is no difference
+        ("Adam", {"adam_w_mode": False, "torch_adam": True}, {"weight_decay": 0.0}, "yours"),
+        ("Adam", {"adam_w_mode": False, "weight_decay": 0.1}, {"weight_decay": 0.1}, "cannot"),
+        ("AdamW", {"adam_w_mode": False, "weight_decay": 0.1}, {"weight_decay": 0.1}, "yours"),  # which it ignores
+        ("AdamW", {"weight_decay": "auto"}, {}, "yours"),
+        ("AdamW", {"bias_correction": False}, {"weight_decay": 0.0}, "cannot"),
+        ("Lion", {}, {"lr": 1e-3, "betas": (0.9, 0.999)}, "yours"),
+        ("SGD", {"lr": 0.1}, {"lr": 0.1}, "yours"),
+    ],
+)
+def test_optimizers_are_made_with_deepspeeds_defaults(
+    kind: str, params: dict[str, Any], made: dict[str, Any], verdict: str
+) -> None:
+    reading = read_deepspeed({"optimizer": {"type": kind, "params": params}})
+    assert reading.optimizer is not None and reading.optimizer[1] == made
+    assert verdicts(reading)["optimizer"] == verdict
+    (note,) = (note for note in reading.notes if note.key == "optimizer")
+    assert all(f", {key}={value!r}" in note.text for key, value in made.items())
+
+
+def test_what_is_written_says_whether_it_clips() -> None:
+    assert write_deepspeed(Plan(engine="deepspeed"), 1)["gradient_clipping"] == 0.0
+    assert write_deepspeed(Plan(engine="deepspeed", clip=0.5), 1)["gradient_clipping"] == 0.5
+
+
+# ---------------------------------------------------------------- what is no configuration
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"fp16": {"enabled": "false"}}, "fp16.enabled='false': must be true, false or \"auto\""),
+        ({"bf16": {"enabled": "False"}}, "bf16.enabled='False': must be"),
+        ({"bfloat16": {"enabled": 1}}, "bfloat16.enabled=1: must be"),
+        ({"torch_autocast": {"enabled": "no"}}, "torch_autocast.enabled='no': must be"),
+        (
+            {"gradient_accumulation_steps": True},
+            "must be a number of micro-batches, 1 or more (gradient_accumulation_st",
+        ),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0: must be a whole number"),
+        ({"gradient_clipping": -1}, "must be a number above 0, or None (gradient_clipping)"),
+        ({"gradient_clipping": True}, "(gradient_clipping)"),
+        ({"communication_data_type": "bfp16"}, "(communication_data_type)"),
+        ({"fp16": {"enabled": True, "loss_scale": True}}, "fp16.loss_scale=True: must be a number"),
+        ({"fp16": {"enabled": True, "loss_scale_window": True}}, "fp16.loss_scale_window=True: must be a number"),
+        ({"fp16": {"enabled": True, "loss_scale_window": 0}}, "(fp16.loss_scale_window)"),
+        ({"fp16": {"enabled": True, "initial_scale_power": 2000}}, "(fp16.initial_scale_power)"),
+        ({"zero_optimization": {"stage": None}}, "zero_optimization.stage=None: must be 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": "two", "mics_shard_size": 2}}, "zero_optimization.stage='two': must be"),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage=True: must be"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage=4: must be"),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 0}}, "(zero_optimization.mics_shard_size)"),
+        ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvmee"}}}, "did you mean 'nvme'?"),
+        (
+            {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "gpu"}}},
+            "zero_optimization.offload_optimizer.device='gpu': must be one of none, cpu, nvme",
+        ),
+        ({"train_batch_size": 32, "train_micro_batch_size_per_gpu": 0}, "train_micro_batch_size_per_gpu=0: must be"),
+        ({"train_batch_size": -8}, "train_batch_size=-8: must be a whole number, 1 or more"),
+    ],
+    ids=str,
+)
+def test_a_value_that_deepspeed_would_not_take_is_an_error_with_its_key(config: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)) as error:
+        read_deepspeed(config, world_size=4)
+    assert str(error.value).startswith("DeepSpeed configuration")
+
+
+def test_ranks_are_counted_from_one() -> None:
+    config = {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 2}
+    for size in (0, -1, True):
+        with pytest.raises(ValueError, match=f"world_size={size}: must be a number of ranks, 1 or more"):
+            read_deepspeed(config, world_size=size)
+    with pytest.raises(ValueError, match="microbatches=0: must be"):
+        read_deepspeed(config, world_size=4, microbatches=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "says"),
+    [
+        ({"fp16": {"enable": True}}, "fp16.enable", "did you mean 'enabled'?"),
+        (
+            {"bf16": {"enabled": False, "imediate_grad_update": 1}},
+            "bf16.imediate_grad_update",
+            "'immediate_grad_update'?",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}},
+            "zero_optimization.offload_optimizer.devise",
+            "did you mean 'device'?",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "none", "bufer_size": 1}}},
+            "zero_optimization.offload_param.bufer_size",
+            "did you mean 'buffer_size'?",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
+            "zero_optimization.offload_param.device",
+            "parameters stay in memory",
+        ),
+        ({"tensorboard": {"enable": True}}, "tensorboard", "'enable'; did you mean 'enabled'?"),
+        ({"optimizer": {"type": "SGD", "parms": {"lr": 1}}}, "optimizer", "'parms'; did you mean 'params'?"),
+        ({"optimizer": {"type": "SGD", "lr": 1}}, "optimizer", "no such key is known: 'lr'"),
+        ({"scheduler": {"type": "WarmupLR", "parms": {}}}, "scheduler", "'parms'; did you mean 'params'?"),
+        ({"sequence_parallel_size": True}, "sequence_parallel_size", "no sequence parallelism"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": "false"}}, ZERO_QUANTIZED, "true or false"),
+    ],
+    ids=str,
+)
+def test_what_is_misspelt_is_named_in_sections_that_are_off_too(config: dict[str, Any], key: str, says: str) -> None:
+    (note,) = (note for note in read_deepspeed(config).of("cannot") if note.key == key)
+    assert says in note.text

@@ -136,6 +136,69 @@ def test_a_plain_process_needs_no_launchers_variables() -> None:
     assert torch.allclose(torch.tensor(theirs), torch.tensor(ours), rtol=1e-5)
 
 
+class Interrupted(Exception):
+    """An error of the script."""
+
+
+CUT = [
+    {"stage": 0},
+    {"stage": 1},
+    {"stage": 2},
+    {"stage": 3},
+    {"stage": 0, "precision": "bf16"},
+    {"stage": 1, "precision": "bf16"},
+    {"stage": 3, "precision": "bf16"},
+]
+
+
+def losses(settings: dict[str, Any], where: str | None, number: int) -> list[float]:
+    """Of four steps; before the third, another batch is cut off by an error in its micro-batch of that number."""
+    engine = engine_of(distlib.Plan(microbatches=4, seed=3, engine="deepspeed", **settings))
+    calls: list[int] = []
+    block = engine.zero.module.blocks[1]
+
+    def interrupt(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        def cut(*_: Any) -> None:
+            raise Interrupted
+
+        calls.append(1)
+        if len(calls) == number:
+            output.register_hook(cut) if where == "backward" else cut()
+
+    found = []
+    for step in range(4):
+        if step == 2 and where is not None:
+            handle = (block if where != "last" else engine.zero.module).register_forward_hook(interrupt)
+            with pytest.raises(Interrupted):
+                engine.train_step(batch(9, engine.data_rank), batch(8, engine.data_rank))
+            handle.remove()
+        tokens = batch(step, engine.data_rank)
+        found.append(float(engine.train_step(tokens, tokens.roll(-1, 1))))
+    return found
+
+
+def interrupted(rank: int, n: int) -> tuple[list[list[list[float]]], list[str]]:
+    """By settings: losses without and with errors; then what is said after an error inside of ZeRO's backward."""
+    distlib.init()
+    ways = [(None, 0), ("block", 1), ("block", 3), ("last", 2), ("last", 4)]
+    curves = [[losses(settings, *way) for way in ways] for settings in CUT]
+    curves[0].append(losses(CUT[0], "backward", 3))
+    said = []
+    for settings in CUT[1:4]:
+        with pytest.raises(RuntimeError) as error:
+            losses(settings, "backward", 2)
+        said.append(str(error.value))
+    return curves, said
+
+
+def test_gradients_of_a_batch_that_was_cut_off_are_of_no_step() -> None:
+    for curves, said in run_ranks(2, interrupted, timeout=150):
+        for settings, (unbroken, *broken) in zip(CUT, curves, strict=True):
+            assert all(curve == unbroken for curve in broken), settings
+        for text in said:
+            assert "an error ended ZeRO's backward" in text and "load a checkpoint" in text
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
     return run_ranks(2, compare, str(tmp_path_factory.mktemp("deepspeed")), timeout=110)

@@ -166,6 +166,24 @@ def test_any_plan_trains_as_a_plain_loop_and_exports(case: int, runs: tuple[Path
         torch.testing.assert_close(tensor, state[name], rtol=1e-3, atol=1e-5)
 
 
+def generated(rank: int, n: int) -> list[int]:
+    distlib.init()
+    engine = distlib.parallelize(
+        model_of("gpt2"), distlib.Plan(stage=3), optimizer=lambda p: torch.optim.SGD(p, lr=0.1), weigh=hf.causal_tokens
+    )
+    ids = torch.tensor([[3, 4, 5]])
+    with pytest.raises(RuntimeError, match="summon_full_params"):
+        engine.eval().model.generate(ids, max_new_tokens=4, do_sample=False)
+    with engine.model.summon_full_params(writeback=False), torch.no_grad():
+        return engine.model.generate(ids, max_new_tokens=4, do_sample=False).tolist()[0]
+
+
+def test_a_sharded_model_generates_where_it_is_summoned() -> None:
+    ids = torch.tensor([[3, 4, 5]])
+    expected = model_of("gpt2").eval().generate(ids, max_new_tokens=4, do_sample=False).tolist()[0]
+    assert len(expected) > 3 and run_ranks(2, generated) == [expected, expected]
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_model_on_meta_is_initialised_as_transformers_does(kind: str) -> None:
     real = model_of(kind)

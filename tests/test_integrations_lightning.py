@@ -197,3 +197,56 @@ def test_what_the_trainer_decides_is_refused_in_a_plan(plan: distlib.Plan, words
 
     with pytest.raises(ValueError, match=words):
         DistlibStrategy(plan)
+
+
+def pieces(rank: int, n: int, folder: str) -> dict[str, Any]:
+    """What is said of a module in pieces, by a word; and numbers that scripts ask it for."""
+    from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+
+    def loader() -> DataLoader[Any]:
+        return DataLoader(data(), batch_size=ROWS)
+
+    plan, said = distlib.Plan(stage=3), {}
+    for callback in (StochasticWeightAveraging(1e-3), EMAWeightAveraging()):
+        with pytest.raises(ValueError) as error:
+            trainer(plan, folder, 1, callbacks=[callback]).fit(lightning_module(), loader())
+        said[type(callback).__name__] = str(error.value)
+        trainer(distlib.Plan(), folder, 1, callbacks=[callback])  # replicated: whole weights
+
+    class Asks(type(lightning_module())):  # type: ignore[misc]
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            said["norm"] = float(distlib.optim.global_norm(self.parameters()))
+
+        def on_validation_epoch_end(self) -> None:
+            x = data().tensors[0][:2]
+            with pytest.raises(RuntimeError, match="summon_full_params"):
+                self(x)
+            with self.trainer.model.summon_full_params(), torch.no_grad():
+                said["whole"] = self(x)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            trained = [p for p in self.parameters() if p.requires_grad]
+            groups = [[p for p in trained if p.ndim > 1], [p for p in trained if p.ndim < 2]]
+            return torch.optim.SGD(
+                [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}], lr=0.0
+            )
+
+    module, run = Asks(), trainer(plan, folder, 1)
+    with pytest.warns(UserWarning, match="the optimizer decays nothing"):
+        run.fit(module, loader(), loader())
+    with pytest.raises(ValueError) as error:
+        trainer(plan, folder, 1).fit(module, loader())
+    said["second"] = str(error.value)
+    return said
+
+
+def test_what_needs_whole_parameters_is_refused_or_summoned(tmp_path: Path) -> None:
+    model, (x, y) = network(), data().tensors
+    functional.cross_entropy(model(x), y).backward()
+    norm = float(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    for said in run_ranks(2, pieces, str(tmp_path), timeout=110):
+        for name in ("StochasticWeightAveraging", "EMAWeightAveraging"):
+            assert f"callbacks=[{name}(...)]): it averages whole weights" in said[name]
+        assert "scale is a piece" in said["second"] and "Go on with that Trainer" in said["second"]
+        assert said["norm"] == pytest.approx(norm, rel=1e-5)
+        torch.testing.assert_close(said["whole"], model(x[:2]).detach())

@@ -195,6 +195,8 @@ def test_all_problems_are_told_at_once_and_unknown_keys_with_the_nearest(tmp_pat
     assert "micro_batches=8: unknown key; did you mean 'microbatches'?" in text
     assert "precision.outptu='fp32': unknown key; did you mean 'output'?" in text
     assert "precision.dtype='bf8': must be" in text and "did you mean 'zb-h1'?" in text
+    with pytest.raises(ValueError, match="Plan: activations.3=4: unknown key; known are policy"):
+        Plan(activations={"policy": "full", 3: 4})
     with pytest.raises(ValueError, match="frozen"):
         Plan().stage = 3  # type: ignore[misc]
 
@@ -206,6 +208,10 @@ def test_all_problems_are_told_at_once_and_unknown_keys_with_the_nearest(tmp_pat
         ("plan.json", "{stage: 3}", "line 1, column 2"),
         ("plan.toml", "stage = 3", "ends in .yaml, .yml, .json"),
         ("plan.yaml", "stage: 9\n", "stage=9: must be"),
+        ("plan.yaml", "activations: {1: 2}\n", "activations.1=2: unknown key; known are policy"),
+        ("plan.yaml", "precision: {dtype: bf16, true: 2}\n", "precision.True=2: unknown key"),
+        ("plan.yaml", "? [a]\n: b\n", "['a'] is no name of a setting, for 'b'"),
+        ("plan.yaml", "precision: {{a: b}: c}\n", "{'a': 'b'} is no name of a setting, for 'c'"),
     ):
         path = tmp_path / name
         path.write_text(content)

@@ -213,6 +213,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(text: Path, tmp_path: Path) -
         ("--strategy zero", "--strategy 'zero' must be one of replicated, sharded, mics"),
         ("--strategy sharded --partition-size 2", "--partition-size 2 has no effect without --strategy mics"),
         ("--stage 2", "--stage 2 has no effect without --strategy"),
+        ("--stage 3", "--stage 3 has no effect without --strategy"),
+        ("--partition-size 0", "--partition-size 0 has no effect without --strategy mics"),
         ("--save-every 5", "--save-every 5 has no effect without --save FOLDER"),
         (
             "--batch 8 --accumulate 3",

@@ -106,6 +106,11 @@ def test_the_ready_plans_train(
     ("plan", "arguments", "message"),
     [
         ({"pipeline": 2}, "--clip 0.5", "--clip 0.5 has no effect with --plan: say it in"),
+        ({"pipeline": 2}, "--clip 1", "--clip 1.0 has no effect with --plan: say it in"),  # the default, but given
+        ({"pipeline": 2}, "--accumulate 1", "--accumulate 1 has no effect with --plan"),
+        ({"pipeline": 2}, "--stage 3", "--stage 3 has no effect with --plan"),
+        ({"pipeline": 2}, "--partition-size 0", "--partition-size 0 has no effect with --plan"),
+        ({"pipeline": 2}, "--strategy replicated", "--strategy replicated has no effect with --plan"),
         ({"pipeline": 2}, "--accumulate 2", "--accumulate 2 has no effect with --plan"),
         ({"pipeline": 2}, "--strategy mics", "--strategy mics has no effect with --plan"),
         ({"pipeline": 4}, "", "pipeline=4 does not divide 6 ranks"),

@@ -16,11 +16,13 @@ from distlib.activations import ActivationReport, checkpoint_activations
 from distlib.activations.blocks import find_blocks
 from distlib.comm.group import Group
 from distlib.data_parallel import DataParallel
-from distlib.data_parallel.agreement import all_or_none, from_first
+from distlib.data_parallel.agreement import all_or_none, from_first, require_equal
+from distlib.data_parallel.memory import numbers_on
 from distlib.engine import stage_budget
 from distlib.engine.as_in_training import autocast, cast, compute_dtype, in_dtype, where_it_computes
 from distlib.engine.engine import Engine, Stepper
 from distlib.engine.micro_steps import MicroSteps
+from distlib.engine.pieces import check_optimizer
 from distlib.optim import GradScaler
 from distlib.pipeline.build import Held, device_for, example_of, materialise
 from distlib.pipeline.micro_batches import Weigh
@@ -67,6 +69,7 @@ def parallelize(
     """
     plan = Plan() if plan is None else plan
     world = init()
+    require_same_plan(plan, world.device)
     plan.check(world)
     if plan.engine == "deepspeed":
         from distlib.integrations.deepspeed_engine import deepspeed_engine
@@ -131,8 +134,22 @@ def parallelize(
     scaler = None if scaling is None else GradScaler(**scaling)
     make = partial(optimizer_of, optimizer, list(model.parameters()))
     made = make() if plan.pipeline == 1 else all_or_none(dist.group.WORLD, make)
+    if plan.stage > 0:
+        check_optimizer(made)
     peaks = [None] * plan.pipeline if budget is None else predicted_peaks(reports, groups["pipeline"])
     return Engine(plan, mesh, model, groups["data_parallel"], made, scaler, reports, device, weigh, peaks)
+
+
+def require_same_plan(plan: Plan, device: torch.device) -> None:
+    """RuntimeError on every rank, naming the settings, if plans differ by more than where folders are. A collective of
+    all ranks."""
+    values = plan.to_dict()
+    if plan.offload not in (None, "cpu"):
+        values["offload"] = "a folder"
+    if plan.activations.folder is not None:
+        values["activations"] = {**values["activations"], "folder": "a folder"}
+    facts = [(name, str(value)) for name, value in values.items()]
+    require_equal(Group.of(None), "Plan", facts, numbers_on(Group.of(None), device))
 
 
 def optimizer_of(make: MakeOptimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

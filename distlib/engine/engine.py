@@ -110,10 +110,10 @@ class Engine:
         try:
             with self._autocast():
                 loss = self.model.train_step(batch, loss_scale=scale * part)
+            self._optimize()
         except BaseException:
-            self.optimizer.zero_grad()  # what micro-batches before the error left is of no step
+            self._forget_gradients()
             raise
-        self._optimize()
         self.steps += 1
         return self._mean(loss * part)
 
@@ -148,6 +148,10 @@ class Engine:
         if clip is not None and isinstance(optimizer, FlatOptimizer):
             self.grad_norm = optimizer.grad_norm
         optimizer.zero_grad()
+
+    def _forget_gradients(self) -> None:
+        """What was summed before an error is of no step."""
+        self.optimizer.zero_grad()
 
     @torch.no_grad()
     def eval_step(self, inputs: Any = None, target: Any = None, **keywords: Any) -> Tensor:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distlib.integrations.deepspeed_keys import KEYS
+from distlib.integrations.deepspeed_keys import CONFIGURATION
 from distlib.integrations.deepspeed_rules import Draft, Note, walk
 from distlib.plan import files
 from distlib.plan.plan import Plan
@@ -32,8 +32,9 @@ _ORDER = {
 class Reading:
     """What a DeepSpeed configuration says. Prints as the report.
 
-    notes: one for each key, in the order of the configuration. optimizer, scheduler: (type, its parameters) that it
-    names, to be made by the caller, who passes parallelize() an optimizer; "auto" parameters are left out.
+    notes: one for each key, in the order of the configuration, and for each default of DeepSpeed that is not ours.
+    optimizer, scheduler: (type, its parameters) that it names, to be made by the caller, who passes parallelize() an
+    optimizer; "auto" parameters are left out.
     """
 
     plan: Plan
@@ -74,8 +75,11 @@ def read_deepspeed(
         settings: of the Plan; they go over what the configuration says, and stand in for what is "auto" there.
 
     Raises:
-        ValueError: a file that is no JSON; settings that do not go together, as of Plan.
+        ValueError: a file that is no JSON; a value that DeepSpeed would not take, with its key; settings that do not go
+            together, as of Plan.
     """
+    if world_size is not None and (type(world_size) is not int or world_size < 1):
+        raise ValueError(f"world_size={world_size!r}: must be a number of ranks, 1 or more")
     if isinstance(config, (str, Path)):
         try:
             config = files.read_json(Path(config).read_text(encoding="utf-8"))
@@ -84,7 +88,7 @@ def read_deepspeed(
     if not isinstance(config, Mapping):
         raise ValueError(f"a DeepSpeed configuration is a mapping, not {type(config).__name__}")
     draft = Draft(config, settings, world_size)
-    notes = walk(config, KEYS, draft)
+    notes = walk(config, CONFIGURATION, draft)
     try:
         plan = draft.plan()
     except ValueError as error:
@@ -95,8 +99,9 @@ def read_deepspeed(
 
 
 def write_deepspeed(plan: Plan, rows: int) -> dict[str, Any]:
-    """The DeepSpeed configuration of a plan with engine="deepspeed". What it has no key for is the caller's: the seed,
-    and activations, which `checkpoint_activations` applies to the module before.
+    """The DeepSpeed configuration of a plan with engine="deepspeed", so that no default of DeepSpeed's changes it. What
+    it has no key for is the caller's: the seed, and activations, which `checkpoint_activations` applies to the module
+    before.
 
     rows: of one micro-batch on one rank.
 
@@ -112,6 +117,7 @@ def write_deepspeed(plan: Plan, rows: int) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": rows,
         "gradient_accumulation_steps": plan.microbatches,
+        "gradient_clipping": plan.clip or 0.0,  # DeepSpeed's default is not none
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -129,6 +135,4 @@ def write_deepspeed(plan: Plan, rows: int) -> dict[str, Any]:
         config["fp16"] = {"enabled": True, "loss_scale": 0, **scale}
     if kind.reduce is not None:
         config["communication_data_type"] = kind.reduce
-    if plan.clip is not None:
-        config["gradient_clipping"] = plan.clip
     return config

@@ -28,12 +28,13 @@ from distlib.checkpoint.saving import state_of_object
 from distlib.engine.apply import block_classes, keep_less, seed
 from distlib.engine.engine import Engine
 from distlib.engine.micro_steps import MicroSteps
+from distlib.integrations.deepspeed_config import write_deepspeed
 from distlib.integrations.require import require
 from distlib.memory import MemoryReport
 from distlib.optim.flat import FlatOptimizer
-from distlib.pipeline.micro_batches import Weigh
+from distlib.pipeline.micro_batches import Batch, Weigh
 from distlib.pipeline.runtime import LossFunction
-from distlib.plan import Plan, options
+from distlib.plan import Plan
 from distlib.plan.checked import SettingsError
 from distlib.plan.mesh import Mesh
 from distlib.world import World
@@ -78,35 +79,17 @@ def deepspeed_engine(
 
 
 def configuration(plan: Plan) -> dict[str, Any]:
-    """The plan as DeepSpeed's configuration. Every setting of the plan that DeepSpeed carries out is in it."""
+    """The plan as DeepSpeed's configuration, for an engine whose micro-batches are ours."""
     kind = plan.precision
-    zero: dict[str, Any] = {"stage": plan.stage}
-    if plan.stage == 3:
-        # Else it replaces torch.nn.functional.linear, for the whole process and for good.
-        zero["memory_efficient_linear"] = False
-    if plan.offload == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu"}
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,  # used for its own counts only
+    config = {
+        **write_deepspeed(plan, 1),  # rows are used for its own counts only
         "gradient_accumulation_steps": 1,  # ZeroSteps weighs the micro-batches, and says which is the last
-        "gradient_clipping": plan.clip or 0.0,  # its default is not none
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
+        "communication_data_type": kind.reduce or ("fp32" if plan.stage == 0 else kind.dtype),
         "steps_per_print": 2**31,
     }
-    if kind.dtype != "fp32" and plan.stage == 0:
-        config["torch_autocast"] = {"enabled": True, "dtype": str(options.DTYPES[kind.dtype]).removeprefix("torch.")}
-    elif kind.dtype == "bf16":
-        config["bf16"] = {"enabled": True}
-    elif kind.dtype == "fp16":
-        power = int(math.log2(kind.init_scale))
-        config["fp16"] = {
-            "enabled": True,
-            "initial_scale_power": power,
-            "loss_scale_window": kind.growth_interval,
-        }
-    config["communication_data_type"] = kind.reduce or ("fp32" if plan.stage == 0 else kind.dtype)
+    if plan.stage == 3:
+        # Else it replaces torch.nn.functional.linear, for the whole process and for good.
+        config["zero_optimization"]["memory_efficient_linear"] = False
     return config
 
 
@@ -156,15 +139,38 @@ def _use_process_group(deepspeed: Any) -> None:
 
 
 class ZeroSteps(MicroSteps):
-    """Micro-batches through DeepSpeed's engine, which averages gradients at the last."""
+    """Micro-batches through DeepSpeed's engine, which averages gradients at the last.
+
+    cut_off: the call of ZeRO's that an error ended; None: none.
+    """
 
     def __init__(
         self, zero: Any, microbatches: int, loss_fn: LossFunction | None = None, weigh: Weigh | None = None
     ) -> None:
         super().__init__(zero, microbatches, loss_fn, weigh)
+        self.cut_off: str | None = None
+
+    def prepare(self, inputs: Any, target: Any, keywords: dict[str, Any], train: bool) -> Batch:
+        """As `MicroSteps.prepare`. RuntimeError after an error that ZeRO cannot go on from."""
+        if self.cut_off is not None:
+            raise RuntimeError(
+                f"engine='deepspeed' cannot go on: an error ended ZeRO's {self.cut_off}, which has no way to begin "
+                "anew. Call parallelize again, and load a checkpoint"
+            )
+        return super().prepare(inputs, target, keywords, train)
+
+    @contextlib.contextmanager
+    def whole(self, call: str) -> Iterator[None]:
+        """Around what ZeRO must finish."""
+        try:
+            yield
+        except BaseException:
+            self.cut_off = call
+            raise
 
     def _backward(self, loss: Tensor) -> None:
-        self.module.backward(loss, scale_wrt_gas=False)
+        with self.whole("backward"):
+            self.module.backward(loss, scale_wrt_gas=False)
 
     @contextlib.contextmanager
     def _no_sync(self) -> Iterator[None]:
@@ -200,15 +206,27 @@ class DeepSpeedEngine(Engine):
         zero.set_gradient_accumulation_boundary(True)
 
     def _optimize(self) -> None:
-        if self.plan.clip is None:
-            self.zero.step()
-        elif self.plan.stage == 0:  # where it clips, it keeps the norm to itself
+        clips, stage = self.plan.clip is not None, self.plan.stage
+        if clips and stage == 0:  # where it clips, it keeps the norm to itself
             gradients = [p.grad for p in self.zero.module.parameters() if p.grad is not None]
             self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+        with self.model.whole("step"):
             self.zero.step()
-        else:
-            self.zero.step()
+        if clips and stage > 0:
             self.grad_norm = torch.as_tensor(float(self.zero.get_global_grad_norm()))
+
+    def _forget_gradients(self) -> None:
+        """ZeRO keeps sums of its own. Those of micro-batches that ended are dropped; see `ZeroSteps.cut_off`."""
+        self.zero.zero_grad()
+        if self.plan.stage == 0:
+            self.model.cut_off = None  # torch's optimizer and gradients: nothing else is held
+            return
+        if self.plan.offload is not None:
+            self.model.cut_off = "accumulation on the CPU"
+        held = self.zero.optimizer
+        held.zero_grad()
+        for sums in ("averaged_gradients", "all_grad_tensors"):  # of stages 1 to 3, of stages 1 and 2
+            getattr(held, sums, {}).clear()
 
     # ------------------------------------------------------------ checkpoints
 

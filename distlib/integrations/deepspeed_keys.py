@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from distlib.integrations.deepspeed_optimizers import optimizer, scheduler
 from distlib.integrations.deepspeed_rules import (
+    Draft,
     Rule,
     Section,
+    accumulation,
     cannot,
+    flag,
     if_dynamic,
     in_stage_3,
     is_off,
+    least_scale,
     micro_batch,
     off_or,
     offload_device,
     offload_is_off,
-    optimizer,
+    offload_to_cpu,
     precision,
-    scheduler,
     sets,
     static_scale,
     switched,
@@ -26,6 +31,7 @@ from distlib.integrations.deepspeed_rules import (
     train_batch_size,
     unneeded,
     yours,
+    zero_stage,
 )
 
 _UNITS = "units of the model are gathered and reduced as one; see units and prefetch"
@@ -43,7 +49,7 @@ OFFLOAD_OPTIMIZER = {
     "device": Rule(offload_device),
     "nvme_path": unneeded("it is read with device"),
     "buffer_count": unneeded("files are streamed through five buffers of 4 MiB per kind of state"),
-    "pin_memory": unneeded("nothing is copied from a GPU"),
+    "pin_memory": unneeded("memory that a GPU copies from and to is always pinned"),
     "pipeline_read": unneeded("reads are always ahead"),
     "pipeline_write": unneeded("writes are always behind"),
     "fast_init": unneeded("files are made when the state is"),
@@ -52,23 +58,28 @@ OFFLOAD_OPTIMIZER = {
     "cpuadam_cores_perc": unneeded("the optimizer uses torch.get_num_threads()"),
 }
 
+OFFLOAD_PARAM = {
+    "device": cannot("parameters stay in memory; stage 3 divides them over ranks"),
+    **dict.fromkeys(
+        ("nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory"), unneeded("it is read with device")
+    ),
+}
+
 ZERO: dict[str, Any] = {
-    "stage": sets("stage", 0),
+    "stage": Rule(zero_stage, "stage"),
     "mics_shard_size": in_stage_3(sets("partition_size", -1)),
     "mics_hierarchical_params_gather": in_stage_3(sets("hierarchical")),
     "zero_hpz_partition_size": in_stage_3(sets("reshard_after_forward", 1)),
-    "zero_quantized_weights": in_stage_3(sets("gather_dtype", False, lambda on: "int8" if on else None)),
+    "zero_quantized_weights": in_stage_3(flag("gather_dtype", "int8")),
     "zero_quantized_nontrainable_weights": cannot("frozen parameters are kept as they are", False),
     "zero_quantized_gradients": cannot("gradients are not quantized; precision.reduce halves their bytes", False),
     "zeropp_loco_param": cannot("gradients are not quantized"),
     "offload_optimizer": Section(OFFLOAD_OPTIMIZER, offload_is_off),
-    "offload_param": switched(
-        "parameters stay in memory; stage 3 divides them over ranks", switch="device", off=("none", None)
-    ),
+    "offload_param": Section(OFFLOAD_PARAM, offload_is_off),
     "zenflow": cannot("optimizer steps are never deferred"),
-    "cpu_offload": cannot("optimizer state of GPUs in the CPU's memory is not in this version", False),
+    "cpu_offload": Rule(offload_to_cpu),
     "cpu_offload_param": cannot("parameters stay in memory", False),
-    "cpu_offload_use_pin_memory": unneeded("nothing is copied from a GPU"),
+    "cpu_offload_use_pin_memory": unneeded("memory that a GPU copies from and to is always pinned"),
     "overlap_comm": unneeded("communication overlaps always; the numbers are the same"),
     "ignore_unused_parameters": cannot("parameters without a gradient are always allowed", True),
     "leaf_module": yours("name the classes in units=, which are gathered as one", {}),
@@ -121,13 +132,20 @@ FP16 = {
     "enabled": precision("fp16"),
     "auto_cast": unneeded("inputs are cast as the model computes"),
     "loss_scale": Rule(static_scale),
-    "initial_scale_power": if_dynamic("init_scale", lambda power: 2.0**power),
-    "loss_scale_window": if_dynamic("growth_interval", lambda steps: steps),
+    "initial_scale_power": if_dynamic("init_scale", lambda power: 2.0**power if power < 1024 else math.inf),
+    "loss_scale_window": if_dynamic("growth_interval", lambda steps: steps if steps % 1 else int(steps)),
     "hysteresis": cannot("the scale halves at the first overflow", 1),
     "consecutive_hysteresis": cannot("the scale halves at the first overflow", False),
-    "min_loss_scale": cannot("the scale has no lower bound; a run that overflows at every scale skips every step"),
+    "min_loss_scale": Rule(least_scale),
     "fp16_master_weights_and_grads": cannot("masters and sums of gradients are fp32", False),
 }
+
+
+def _absent_of_fp16(draft: Draft) -> dict[str, Any]:
+    if not (draft.is_fp16 and draft.is_dynamic):
+        return {}
+    return {"initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1}
+
 
 BF16 = {
     "enabled": precision("bf16"),
@@ -194,10 +212,10 @@ TORCH_AUTOCAST = {
 KEYS: dict[str, Rule | Section] = {
     "train_batch_size": Rule(train_batch_size, "microbatches"),
     "train_micro_batch_size_per_gpu": Rule(micro_batch, "microbatches"),
-    "gradient_accumulation_steps": sets("microbatches", 1),
+    "gradient_accumulation_steps": Rule(accumulation, "microbatches", native=True),
     "managed_gradient_accumulation": cannot("train_step accumulates its micro-batches", True),
     "zero_optimization": Section(ZERO),
-    "fp16": Section(FP16, is_off("fp16")),
+    "fp16": Section(FP16, is_off("fp16"), _absent_of_fp16),
     "bf16": Section(BF16, is_off("bf16")),
     "bfloat16": Section(BF16, is_off("bfloat16")),
     "torch_autocast": Section(TORCH_AUTOCAST, is_off("torch_autocast")),
@@ -261,3 +279,5 @@ KEYS: dict[str, Rule | Section] = {
         switched("DeepSpeed has removed it, and distlib has none"),
     ),
 }
+
+CONFIGURATION = Section(KEYS, absent=lambda draft: {"gradient_clipping": 1.0})

@@ -1,6 +1,8 @@
 """What becomes of a key of a DeepSpeed configuration: rules, and the draft of a plan that they write into.
 
-A rule is a function (value, draft) -> (verdict, words). It may write a setting of the plan into the draft. Verdicts:
+A rule is a function (value, draft) -> (verdict, words). It may write a setting of the plan into the draft;
+ValueError for a value that DeepSpeed would not take. A key that is left out has DeepSpeed's default, where that is not
+ours. Verdicts:
 
     honoured    the plan has it                           "honoured as stage=3"
     unneeded    nothing would change                      "not needed because ..."
@@ -10,14 +12,17 @@ A rule is a function (value, draft) -> (verdict, words). It may write a setting 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from distlib.plan.checked import nearest
+from distlib.plan.checked import SettingsError, nearest
 from distlib.plan.plan import Plan, Precision
 
 Said = tuple[str, str]
+_SCALE = ("init_scale", "growth_interval")  # of fp16
+_DEVICES = ("none", "cpu", "nvme")
 _WORDS = {
     "honoured": "honoured as",
     "unneeded": "not needed because",
@@ -41,7 +46,9 @@ class Note:
 
 @dataclass
 class Draft:
-    """A plan in the making. config: the whole configuration. given: settings that go over it."""
+    """A plan in the making. config: the whole configuration. given: settings that go over it. key: the one whose rule
+    speaks. origins: of settings, the keys that they come from.
+    """
 
     config: Mapping[str, Any]
     given: Mapping[str, Any]
@@ -50,18 +57,58 @@ class Draft:
     precision: dict[str, Any] = field(default_factory=dict)
     optimizer: tuple[str, dict[str, Any]] | None = None
     scheduler: tuple[str, dict[str, Any]] | None = None
+    key: str = ""
+    origins: dict[str, str] = field(default_factory=dict)
 
     def plan(self) -> Plan:
-        """The plan. A precision that is given goes over that of the configuration as a whole."""
-        drawn = {**self.settings, **({"precision": self.precision} if self.precision else {})}
-        return Plan(**{**drawn, **self.given})
+        """The plan. A precision that is given goes over that of the configuration; "fp16" alone leaves its scale open.
+
+        ValueError for what does not go together, with the keys of the configuration.
+        """
+        precision = {**self.precision, **_mapping(self.given["precision"])} if self._leaves_scale else self.precision
+        drawn = {**self.settings, **self.given, **({"precision": precision} if precision else {})}
+        try:
+            return Plan(**drawn)
+        except SettingsError as error:
+            keys = (self.origins.get(problem.partition("=")[0]) for problem in error.problems)
+            told = [p if key is None else f"{p} ({key})" for p, key in zip(error.problems, keys, strict=True)]
+            raise SettingsError(error.what, told) from None
+
+    def wrong(self, value: Any, right: str, key: str | None = None) -> ValueError:
+        """The error for a value. key: default: the one whose rule speaks. right: ends the sentence "must be ..."."""
+        return ValueError(f"DeepSpeed configuration: {key or self.key}={value!r}: must be {right}")
 
     @property
     def stage(self) -> int:
         """Of ZeRO: it decides what other keys mean."""
+        if "stage" in self.given:
+            return self.given["stage"]
         zero = self.config.get("zero_optimization")
-        found = zero if isinstance(zero, bool) else self.section("zero_optimization").get("stage", 0)
-        return self.given.get("stage", int(found) if found != "auto" else 0)
+        if isinstance(zero, bool):
+            return int(zero)
+        found = self.section("zero_optimization").get("stage", 0)
+        if found == "auto":
+            return 0
+        if type(found) is not int or not 0 <= found <= 3:
+            raise self.wrong(found, "0, 1, 2 or 3", "zero_optimization.stage")
+        return found
+
+    @property
+    def is_fp16(self) -> bool | None:
+        """Whether the loss is scaled; None: the configuration leaves it open."""
+        if "precision" in self.given:
+            return _mapping(self.given["precision"]).get("dtype") == "fp16"
+        on = self.section("fp16").get("enabled", False)
+        return None if on == "auto" else on
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether fp16's loss scale is, if there is one."""
+        return self.section("fp16").get("loss_scale") in (0, None, "auto")
+
+    @property
+    def _leaves_scale(self) -> bool:
+        return "precision" in self.given and dict(_mapping(self.given["precision"])) == {"dtype": "fp16"}
 
     def section(self, name: str) -> Mapping[str, Any]:
         """A section of the configuration; empty where there is none."""
@@ -71,13 +118,21 @@ class Draft:
     def set(self, name: str, value: Any) -> Said:
         """Writes a setting, dotted for the precision, unless it was given."""
         first, _, inner = name.partition(".")
-        if first in self.given:
+        if first in self.given and not (inner in _SCALE and self._leaves_scale):
             return "unneeded", f"{first}={self.given[first]!r} was given"
+        self.origins[name] = self.key
         if inner:
             self.precision[inner] = value
         else:
             self.settings[name] = value
         return "honoured", f"{name}={value!r}"
+
+
+def _mapping(precision: Any) -> Mapping[str, Any]:
+    """A precision that was given, by setting."""
+    if isinstance(precision, Precision):
+        return {"dtype": precision.dtype, **precision.changed()}
+    return precision if isinstance(precision, Mapping) else {"dtype": precision}
 
 
 @dataclass(frozen=True)
@@ -92,19 +147,22 @@ class Rule:
 
 @dataclass(frozen=True)
 class Section:
-    """Keys inside of a key. off: words for a section that has no effect, or None, from (section, draft)."""
+    """Keys inside of a key. off: words for a section that has no effect, or None, from (section, draft). absent: what
+    DeepSpeed takes for keys that are left out, where it matters."""
 
     keys: Mapping[str, Any]
     off: Callable[[Mapping[str, Any], Draft], str | None] = lambda section, draft: None
+    absent: Callable[[Draft], Mapping[str, Any]] = lambda draft: {}
 
 
-def walk(config: Mapping[str, Any], keys: Mapping[str, Rule | Section], draft: Draft, prefix: str = "") -> list[Note]:
-    """A note for every key of `config`, those in sections too."""
-    notes = []
+def walk(config: Mapping[str, Any], within: Section, draft: Draft, prefix: str = "") -> list[Note]:
+    """A note for every key of `config`, those in sections too, and for every default that matters."""
+    notes, keys = [], within.keys
     for key, value in config.items():
         name, rule = prefix + str(key), keys.get(key)
+        draft.key = name
         if rule is None:
-            notes.append(Note(name, value, "cannot", f"no such key is known{nearest(str(key), keys)}"))
+            notes.append(_unknown(name, key, value, keys))
         elif isinstance(rule, Rule):
             notes.append(Note(name, value, *_of(rule, value, draft)))
         elif isinstance(value, bool) and key == "zero_optimization":  # DeepSpeed's first format
@@ -115,17 +173,32 @@ def walk(config: Mapping[str, Any], keys: Mapping[str, Rule | Section], draft: D
             notes.append(Note(name, value, "cannot", "it must be a mapping"))
         else:
             off = rule.off(value, draft)
-            inner = walk(value, rule.keys, draft, name + ".") if off is None else []
-            notes += inner or [Note(name, value, "unneeded", str(off))]
+            if off is None:
+                notes += walk(value, rule, draft, name + ".")
+            else:
+                unknown = [key for key in value if key not in rule.keys]
+                notes += [_unknown(f"{name}.{key}", key, value[key], rule.keys) for key in unknown]
+                notes.append(Note(name, value, "unneeded", off))
+    for key, value in within.absent(draft).items():
+        draft.key = prefix + key
+        verdict, text = ("unneeded", "") if key in config else _of(keys[key], value, draft)
+        if verdict != "unneeded":
+            notes.append(Note(draft.key, value, verdict, f"{text}; left out, it is DeepSpeed's default"))
     return notes
+
+
+def _unknown(name: str, key: Any, value: Any, keys: Mapping[str, Any]) -> Note:
+    return Note(name, value, "cannot", f"no such key is known{nearest(str(key), keys)}")
 
 
 def _of(rule: Rule, value: Any, draft: Draft) -> Said:
     if value != "auto" or rule.native:
         return rule.says(value, draft)
-    if rule.setting is None:
-        return "unneeded", '"auto" leaves it open'
-    first = rule.setting.partition(".")[0]
+    return ("unneeded", '"auto" leaves it open') if rule.setting is None else _left_open(rule.setting, draft)
+
+
+def _left_open(setting: str, draft: Draft) -> Said:
+    first = setting.partition(".")[0]
     if first in draft.given:
         return "unneeded", f"{first}={draft.given[first]!r} was given"
     return "cannot", f'only the Trainer of Transformers fills in "auto": give {first}= beside the configuration'
@@ -134,19 +207,39 @@ def _of(rule: Rule, value: Any, draft: Draft) -> Said:
 # ------------------------------------------------------------ kinds of rules
 
 
-def sets(setting: str, off: Any = None, value: Callable[[Any], Any] = lambda v: v) -> Rule:
+def sets(setting: str, off: Any = None) -> Rule:
     """Writes a setting; `off` is the value that leaves it at its default."""
 
     def says(given: Any, draft: Draft) -> Said:
-        if given is None or given == off:
+        if given is None or _is_among(given, (off,)):
             return "unneeded", f"that is the default of {setting}"
-        return draft.set(setting, value(given))
+        return draft.set(setting, given)
 
     return Rule(says, setting)
 
 
+def _is_among(value: Any, values: tuple[Any, ...]) -> bool:
+    """Whether a value is one of some. True is no number."""
+    return any(value == one and (isinstance(one, bool) or not isinstance(value, bool)) for one in values)
+
+
+def flag(setting: str, value: Any) -> Rule:
+    """Writes `value` to a setting where it is true."""
+
+    def says(on: Any, draft: Draft) -> Said:
+        if not isinstance(on, bool | None):
+            return "cannot", "it must be true or false"
+        return draft.set(setting, value) if on else ("unneeded", "it is off")
+
+    return Rule(says)
+
+
 def unneeded(why: str) -> Rule:
     return Rule(lambda value, draft: ("unneeded", why))
+
+
+def zero_stage(value: Any, draft: Draft) -> Said:
+    return draft.set("stage", value) if draft.stage else ("unneeded", "that is the default of stage")
 
 
 def in_stage_3(rule: Rule) -> Rule:
@@ -158,20 +251,23 @@ def in_stage_3(rule: Rule) -> Rule:
 
 
 def yours(what: str, *off: Any) -> Rule:
-    return Rule(lambda value, draft: ("unneeded", "it is off") if value is None or value in off else ("yours", what))
+    return Rule(lambda value, draft: off_or(value is None or _is_among(value, off), ("yours", what)))
 
 
 def cannot(why: str, *off: Any, native: bool = False) -> Rule:
     """off: the values that ask for nothing."""
-    return Rule(lambda value, draft: off_or(value in off or value is None, ("cannot", why)), native=native)
+    return Rule(lambda value, draft: off_or(value is None or _is_among(value, off), ("cannot", why)), native=native)
 
 
 def switched(why: str, verdict: str = "cannot", switch: str = "enabled", off: tuple[Any, ...] = (False, None)) -> Rule:
     """A section that is on where its switch is; `off` are the values of a switch that is not."""
 
     def says(value: Any, draft: Draft) -> Said:
+        if isinstance(value, Mapping) and switch not in value:
+            for key in difflib.get_close_matches(switch, map(str, value), n=1):
+                return "cannot", f"no such key is known: {key!r}; did you mean {switch!r}?"
         on = value.get(switch) if isinstance(value, Mapping) else value
-        return off_or(on in off, (verdict, why))
+        return off_or(_is_among(on, off), (verdict, why))
 
     return Rule(says)
 
@@ -181,7 +277,13 @@ def off_or(off: bool, otherwise: Said) -> Said:
 
 
 def is_off(name: str) -> Callable[[Mapping[str, Any], Draft], str | None]:
-    return lambda section, draft: None if section.get("enabled") else f"{name} is off"
+    def off(section: Mapping[str, Any], draft: Draft) -> str | None:
+        on = section.get("enabled", False)
+        if on != "auto" and not isinstance(on, bool):
+            raise draft.wrong(on, 'true, false or "auto"', f"{draft.key}.enabled")
+        return None if on else f"{name} is off"
+
+    return off
 
 
 # ------------------------------------------------------------ batches
@@ -190,28 +292,50 @@ def is_off(name: str) -> Callable[[Mapping[str, Any], Draft], str | None]:
 def train_batch_size(value: Any, draft: Draft) -> Said:
     if not _is_number(value):
         return "cannot", "it must be a number of rows"
-    micro, steps = (draft.config.get(key) for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"))
-    micro, steps = (v if _is_number(v) else None for v in (micro, steps))
+    batch, micro, steps = _batches(draft)
     world = draft.world_size
-    if "microbatches" in draft.given:
-        steps = draft.given["microbatches"]
-    if micro is not None and steps is not None and world is not None and micro * steps * world != value:
+    if micro is not None and steps is not None and world is not None and micro * steps * world != batch:
         return "cannot", f"{micro} rows x {steps} micro-batches x {world} ranks are {micro * steps * world} rows"
+    if steps is not None and world is not None and batch % (steps * world):
+        return "cannot", f"{steps} micro-batches x {world} ranks do not divide it"
     if micro is not None and steps is None:
         if world is None:
             return "cannot", "the number of micro-batches follows from that of ranks: give world_size= or microbatches="
-        if value % (micro * world):
+        if batch % (micro * world):
             return "cannot", f"{micro} rows x {world} ranks do not divide it"
-        return draft.set("microbatches", int(value // (micro * world)))
+        return draft.set("microbatches", batch // (micro * world))
     return "yours", "all ranks together feed so many rows to each train_step"
+
+
+def accumulation(value: Any, draft: Draft) -> Said:
+    batch, micro, steps = _batches(draft)
+    if value != "auto":
+        return sets("microbatches", 1).says(steps if _is_number(value) else value, draft)
+    if steps is None and None not in (batch, micro, draft.world_size):
+        return "unneeded", "it follows from train_batch_size"
+    return _left_open("microbatches", draft)
+
+
+def micro_batch(value: Any, draft: Draft) -> Said:
+    if not _is_number(value):
+        return "cannot", "it must be a number of rows"
+    return "yours", f"feed each rank {_batches(draft)[1]} rows for every micro-batch of its train_step"
+
+
+def _batches(draft: Draft) -> tuple[Any, Any, Any]:
+    """Rows of a step, rows of a micro-batch, micro-batches; None: not known."""
+    found = []
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        value: Any = draft.config.get(key)
+        if _is_number(value) and (value < 1 or value % 1):
+            raise draft.wrong(value, "a whole number, 1 or more", key)
+        found.append(int(value) if _is_number(value) else None)
+    steps = draft.given.get("microbatches", found[2])
+    return found[0], found[1], steps if _is_number(steps) and steps >= 1 else None
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def micro_batch(value: Any, draft: Draft) -> Said:
-    return "yours", f"feed each rank {value} rows for every micro-batch of its train_step"
 
 
 # ------------------------------------------------------------ precision
@@ -219,8 +343,6 @@ def micro_batch(value: Any, draft: Draft) -> Said:
 
 def precision(dtype: str) -> Rule:
     def says(on: Any, draft: Draft) -> Said:
-        if not on:
-            return "unneeded", "it is off"
         if draft.precision.get("dtype", dtype) != dtype:
             raise ValueError("DeepSpeed configuration: bf16 and fp16 are both enabled: choose one")
         verdict, text = draft.set("precision.dtype", dtype)
@@ -231,6 +353,8 @@ def precision(dtype: str) -> Rule:
 
 
 def static_scale(value: Any, draft: Draft) -> Said:
+    if isinstance(value, bool):
+        raise draft.wrong(value, "a number")
     if not value:
         return "unneeded", "the scale is dynamic"
     if not _is_number(value):
@@ -241,10 +365,11 @@ def static_scale(value: Any, draft: Draft) -> Said:
 
 def if_dynamic(setting: str, convert: Callable[[Any], Any]) -> Rule:
     def says(value: Any, draft: Draft) -> Said:
-        fp16 = draft.section("fp16")
-        if fp16["enabled"] == "auto":
-            return "unneeded", "whether fp16 is on is not known"
-        if fp16.get("loss_scale") not in (0, None, "auto"):
+        if isinstance(value, bool):
+            raise draft.wrong(value, "a number")
+        if not draft.is_fp16:
+            return "unneeded", "whether fp16 is on is not known" if draft.is_fp16 is None else "fp16 is off"
+        if not draft.is_dynamic:
             return "unneeded", "DeepSpeed reads it with a dynamic scale only"
         if not _is_number(value):
             return "cannot", "it must be a number"
@@ -256,9 +381,13 @@ def if_dynamic(setting: str, convert: Callable[[Any], Any]) -> Rule:
     return Rule(says)
 
 
+def least_scale(value: Any, draft: Draft) -> Said:
+    if value == 1 and value is not True:
+        return "unneeded", "a run that overflows at 1 ends with DeepSpeed; here its scale goes on halving"
+    return "cannot", "the scale has no lower bound; a run that overflows at every scale skips every step"
+
+
 def torch_autocast(on: Any, draft: Draft) -> Said:
-    if not on:
-        return "unneeded", "it is off"
     if draft.stage:
         return "cannot", "stages 1 to 3 compute in copies of their parameters, all operations in one dtype"
     names = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "bf16": "bf16", "fp16": "fp16"}
@@ -272,64 +401,28 @@ def torch_autocast(on: Any, draft: Draft) -> Said:
 
 
 def offload_is_off(section: Mapping[str, Any], draft: Draft) -> str | None:
-    if section.get("device", "none") in ("none", None):
+    device = section.get("device")
+    if device not in (None, *_DEVICES):
+        right = f"one of {', '.join(_DEVICES)}{nearest(str(device), _DEVICES)}"
+        raise draft.wrong(device, right, f"{draft.key}.device")
+    if device in (None, "none"):
         return "its device is none"
     return None if draft.stage else "DeepSpeed offloads in stages 1 to 3 only"
 
 
 def offload_device(value: Any, draft: Draft) -> Said:
-    if value != "nvme":
-        return (
-            "cannot",
-            "optimizer state of GPUs in the CPU's memory is not in this version; on CPU ranks it is there anyway",
-        )
+    if value == "cpu":
+        return offload_to_cpu(True, draft)
     path = draft.section("zero_optimization")["offload_optimizer"].get("nvme_path")
     if path is None:
         return "cannot", "there is no nvme_path"
     return draft.set("offload", str(path))
 
 
-# ------------------------------------------------------------ optimizer, scheduler
-
-_OPTIMIZERS = {
-    "adam": ("AdamW", {"lr", "betas", "eps", "weight_decay"}),
-    "adamw": ("AdamW", {"lr", "betas", "eps", "weight_decay"}),
-    "lion": ("Lion", {"lr", "betas", "weight_decay"}),
-    "sgd": ("SGD", {"lr", "momentum", "weight_decay", "dampening", "nesterov"}),
-}
-_OTHERS_OF_ADAM = {"torch_adam": None, "adam_w_mode": False, "bias_correction": False, "amsgrad": True, "fused": None}
-
-
-def _is_named(value: Any) -> bool:
-    """A section of a type and its parameters."""
-    return isinstance(value, Mapping) and "type" in value and isinstance(value.get("params") or {}, Mapping)
-
-
-def optimizer(value: Any, draft: Draft) -> Said:
-    if not _is_named(value):
-        return "cannot", "it must be a mapping with a type, and maybe params"
-    kind, params = str(value["type"]), dict(value.get("params") or {})
-    fixed = {name: v for name, v in params.items() if v != "auto"}
-    if kind.lower() not in _OPTIMIZERS:
-        return "cannot", f"distlib.optim has AdamW, SGD and Lion: pass parallelize() a {kind} of your own"
-    name, known = _OPTIMIZERS[kind.lower()]
-    ours = {key: tuple(v) if isinstance(v, list) else v for key, v in fixed.items() if key in known}
-    draft.optimizer = (name, ours)
-    made = f"optimizer=lambda p: distlib.optim.{name}(p{''.join(f', {k}={v!r}' for k, v in ours.items())})"
-    wrong = [
-        key
-        for key, v in fixed.items()
-        if key not in known and not (key in _OTHERS_OF_ADAM and v != _OTHERS_OF_ADAM[key])
-    ]
-    open_ = [key for key, v in params.items() if v == "auto"]
-    if wrong:
-        return "cannot", f"{', '.join(wrong)}; the rest is {made}"
-    return "yours", made + (f", with {', '.join(open_)}, which Transformers fills in" if open_ else "")
-
-
-def scheduler(value: Any, draft: Draft) -> Said:
-    if not _is_named(value):
-        return "cannot", "it must be a mapping with a type, and maybe params"
-    params = {key: v for key, v in (value.get("params") or {}).items() if v != "auto"}
-    draft.scheduler = (str(value["type"]), params)
-    return "yours", f"a torch.optim.lr_scheduler on the engine's optimizer, as {value['type']} with {params}"
+def offload_to_cpu(on: Any, draft: Draft) -> Said:
+    if not draft.stage:
+        return "unneeded", "DeepSpeed offloads in stages 1 to 3 only"
+    verdict, text = flag("offload", "cpu").says(on, draft)
+    if verdict == "honoured":
+        text += ", which needs GPUs: on CPU ranks the state is in the CPU's memory anyway; give offload=None there"
+    return verdict, text

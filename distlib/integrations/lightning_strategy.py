@@ -21,16 +21,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distlib
-from distlib.engine.apply import block_classes, keep_less, replicate, seed
+from distlib.engine.apply import block_classes, keep_less, replicate, require_same_plan, seed
+from distlib.engine.pieces import check_optimizer
 from distlib.integrations.require import require
 from distlib.launchers import detect
 from distlib.optim.norm import clip_grad_norm_
 from distlib.plan import Plan, options
 from distlib.plan.checked import SettingsError
 from distlib.plan.mesh import Mesh
+from distlib.shards import shard_of
 
 require("lightning", "lightning")
 
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging  # noqa: E402
 from lightning.pytorch.plugins.environments import ClusterEnvironment  # noqa: E402
 from lightning.pytorch.plugins.precision import Precision  # noqa: E402
 from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry  # noqa: E402
@@ -100,6 +103,7 @@ class DistlibStrategy(ParallelStrategy):
         self._launcher = None  # ranks are there already
 
     def setup_environment(self) -> None:
+        require_same_plan(self.plan, self.world.device)
         self.plan.check(self.world)
         super().setup_environment()
         seed(self.plan, Mesh.of(self.plan, self.world).place(self.world.rank))
@@ -139,6 +143,13 @@ class DistlibStrategy(ParallelStrategy):
                 f"Trainer(precision={self.precision_plugin.precision!r}): the plan decides. "
                 'Leave it out, and give Plan(precision="bf16")'
             )
+        averages = [c for c in trainer.callbacks if isinstance(c, (StochasticWeightAveraging, WeightAveraging))]
+        if self.plan.stage > 0:
+            wrong += [
+                f"Trainer(callbacks=[{type(callback).__name__}(...)]): it averages whole weights, and with "
+                f"stage={self.plan.stage} ranks hold pieces of them. Leave it out, or take stage=0"
+                for callback in averages
+            ]
         if wrong:
             raise SettingsError("DistlibStrategy", wrong)
 
@@ -152,6 +163,13 @@ class DistlibStrategy(ParallelStrategy):
         before = self._wrapped
         if before is not None and before.module is model:
             return before
+        for parameter in model.parameters():
+            shard = shard_of(parameter)
+            if shard is not None:
+                raise ValueError(
+                    f"DistlibStrategy: {shard.name} is a piece: another Trainer, of stage 1, 2 or 3, has divided this "
+                    "module. Go on with that Trainer, or build the module anew and load a checkpoint (ckpt_path=)"
+                )
         keep_less(self.plan, model, model, block_classes(self.plan, model), None)
         self._wrapped = replicate(self.plan, model, None, None, None)
         return self._wrapped
@@ -163,6 +181,9 @@ class DistlibStrategy(ParallelStrategy):
                 f"DistlibStrategy: configure_optimizers returned {len(self.optimizers)} optimizers; a checkpoint holds "
                 "one. Give one with several parameter groups"
             )
+        if self.plan.stage > 0:
+            for made in self.optimizers:
+                check_optimizer(made)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         return self._step("training_step", self.precision_plugin.train_step_context, args, kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,8 @@ def _yaml() -> Any:
 def _once(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for key, value in pairs:
+        if not isinstance(key, Hashable):
+            raise ValueError(f"{key!r} is no name of a setting, for {value!r}")
         if key in found:
             raise ValueError(f"{key!r} stands twice, as {found[key]!r} and {value!r}: keep one")
         found[key] = value

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator
 
 from distlib.plan import files
-from distlib.plan.checked import Checked, nearest, setting
+from distlib.plan.checked import Checked, SettingsError, nearest, setting
 
 if TYPE_CHECKING:
     from distlib.memory import PerParameter
@@ -99,6 +99,11 @@ def _short(kind: type[Checked], first: str) -> BeforeValidator:
     def made(value: Any) -> Any:
         if isinstance(value, kind) or not isinstance(value, (str, Mapping)):
             return value
+        if isinstance(value, Mapping) and (nameless := [key for key in value if not isinstance(key, str)]):
+            raise SettingsError(
+                kind.__name__,
+                [f"{k}={value[k]!r}: unknown key{nearest(str(k), kind.model_fields)}" for k in nameless],
+            )
         return kind(**({first: value} if isinstance(value, str) else value))
 
     return BeforeValidator(made)
@@ -308,7 +313,7 @@ class Plan(Checked):
             settings: of the plan, over those of the configuration; needed for keys that are "auto".
 
         Raises:
-            ValueError: strict; or settings that do not go together.
+            ValueError: strict; a value that DeepSpeed would not take; or settings that do not go together.
         """
         from distlib.integrations.deepspeed_config import read_deepspeed
 

@@ -25,7 +25,7 @@ def option(default: Any, text: str, *more_names: str) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """Every field is an option of the command line."""
+    """Every field is an option of the command line, but the last, which has the names of those that were given."""
 
     data: Path | None = option(None, "a file, or a folder of text files; by default Python's standard library")
     out: Path | None = option(None, "write settings, loss curves and final numbers here, as JSON")
@@ -58,6 +58,7 @@ class Settings:
     prompt: str = option("def ", "what the generated sample begins with")
     sample: int = option(300, "bytes to generate at the end")
     seed: int = option(0, "of the weights, the order of the data, and the sample")
+    given: tuple[str, ...] = field(default=(), compare=False)
 
 
 def parse(arguments: list[str] | None = None) -> Settings:
@@ -68,20 +69,20 @@ def parse(arguments: list[str] | None = None) -> Settings:
         allow_abbrev=False,
     )
     types: dict[str, Any] = {"int": int, "float": float, "str": str, "Path | None": Path}
-    for option_field in fields(Settings):
+    for option_field in fields(Settings)[:-1]:
         name = "--" + option_field.name.replace("_", "-")
         names = (name, *option_field.metadata["names"])
         text, default = option_field.metadata["help"], option_field.default
         if option_field.type == "bool":
-            parser.add_argument(*names, action="store_true", help=text)
+            parser.add_argument(*names, action="store_true", default=argparse.SUPPRESS, help=text)
         else:
             shown = "" if default is None else f" ({default})"
             kind = types[str(option_field.type)]
             metavar = "FILE" if kind is Path else "TEXT" if kind is str else "N" if kind is int else "X"
-            parser.add_argument(
-                *names, dest=option_field.name, type=kind, default=default, help=text + shown, metavar=metavar
-            )
-    return Settings(**vars(parser.parse_args(arguments)))
+            settings: dict[str, Any] = {"dest": option_field.name, "type": kind, "default": argparse.SUPPRESS}
+            parser.add_argument(*names, help=text + shown, metavar=metavar, **settings)
+    given = vars(parser.parse_args(arguments))
+    return Settings(**given, given=tuple(given))
 
 
 def check(settings: Settings, ranks: int) -> None:
@@ -95,19 +96,18 @@ def check(settings: Settings, ranks: int) -> None:
         raise ValueError("--save-every, --warmup, --sample, --weight-decay and --seed must not be negative")
     if settings.strategy not in STRATEGIES:
         raise ValueError(f"--strategy {settings.strategy!r} must be one of {', '.join(STRATEGIES)}")
-    if settings.partition_size and settings.strategy != "mics":
+    for name in IN_A_PLAN:
+        if settings.plan is not None and name in settings.given:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(settings, name)} has no effect with --plan: say it in "
+                f"{settings.plan}"
+            )
+    if "partition_size" in settings.given and settings.strategy != "mics":
         raise ValueError(f"--partition-size {settings.partition_size} has no effect without --strategy mics")
     if settings.stage not in (1, 2, 3):
         raise ValueError(f"--stage {settings.stage} must be 1, 2 or 3")
-    if settings.stage != 3 and settings.strategy == "replicated":
+    if "stage" in settings.given and settings.strategy == "replicated":
         raise ValueError(f"--stage {settings.stage} has no effect without --strategy sharded or mics")
-    if settings.plan is not None:
-        for name in IN_A_PLAN:
-            if getattr(settings, name) != getattr(Settings, name):
-                raise ValueError(
-                    f"--{name.replace('_', '-')} {getattr(settings, name)} has no effect with --plan: say it in "
-                    f"{settings.plan}"
-                )
     if settings.save_every and settings.save is None:
         raise ValueError(f"--save-every {settings.save_every} has no effect without --save FOLDER")
     if not settings.prompt:
