@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -152,7 +153,7 @@ def test_selective_keeps_what_is_asked_for_and_learns_what_is_not() -> None:
     for policy in (None, "full", "selective"):
         report = distlib.checkpoint_activations(model, policy) if policy else None
         with Count():
-            model(x).sum().backward()  # in this step every forward runs twice, to count bytes
+            model(x).sum().backward()  # in this step it is learned what is kept in vain
             counted.clear()
             model(x).sum().backward()
         runs[policy] = Counter(counted)
@@ -184,6 +185,50 @@ def test_names_classes_state_and_copies_stay() -> None:
     report.remove()
     assert all("forward" not in block.__dict__ for block in model) and not model._forward_hooks
     assert same(step(model, inputs), expected)
+
+
+def test_a_copy_of_one_block_takes_no_other_along() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(*[Residual() for _ in range(8)])
+    model = copy.deepcopy(plain)
+    distlib.checkpoint_activations(model, "full")
+    x = torch.randn(4, WIDTH)
+    assert len(pickle.dumps(model[0])) < len(pickle.dumps(plain[0])) + 4096
+    for other in (copy.deepcopy(model[0]), pickle.loads(pickle.dumps(model[0]))):
+        assert len(other.forward.setting.watcher.choices) == 1
+        assert same(step(other, x), step(plain[0], x))
+    whole = copy.deepcopy(model)
+    assert list(whole[0].forward.setting.watcher.choices) == [str(i) for i in range(8)]
+    step(whole, x)
+    assert whole[0].forward.setting.watcher.baseline_bytes > 0
+
+
+@pytest.mark.parametrize("policy", ["full", "selective", "offload"])
+def test_a_forward_without_backward_is_not_counted(policy: str, tmp_path: Path) -> None:
+    x = torch.randn(4, WIDTH)
+    counts = []
+    for looks in (False, True):
+        model = make("dropout")
+        report = apply(model, policy, tmp_path)
+        if looks:
+            model(x)
+            hook = model[2].register_forward_pre_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(x)
+            hook.remove()
+        step(model, x)
+        counts.append((report.baseline_bytes, report.kept_bytes))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.filterwarnings("ignore:budget=")
+def test_budgets_of_numpy_and_inputs_with_gradients() -> None:
+    x = torch.randn(4, WIDTH, requires_grad=True)
+    for budget in (np.float32(0.0), np.float64(0.0), np.int64(1 << 30)):
+        report = distlib.checkpoint_activations(make("dropout"), budget=budget, example_inputs=x)
+        assert type(report.budget) is int and x.grad is None
+    with pytest.raises(ValueError, match=r"part from 0.0 to 1.0"):
+        distlib.checkpoint_activations(make("dropout"), budget=np.float32(1.5), example_inputs=x)
 
 
 def test_user_hooks_run_once_and_see_what_they_change() -> None:
@@ -373,6 +418,7 @@ def test_saved_bytes_before_any_forward_and_with_example_inputs() -> None:
         ({"policy": {aten.mm}}, "not an overload"),
         ({"policy": {aten.bernoulli.default}}, "draws random numbers"),
         ({"policy": "offload"}, "needs a folder"),
+        ({"policy": "offload", "folder": ""}, "names no folder"),
         ({"policy": "offload", "folder": "/nowhere/at/all"}, "cannot be written there"),
         ({"policy": "offload", "folder": ".", "resident": 2}, "resident=2 of 2 blocks.*0 bytes"),
         ({"resident": 1}, "resident=1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import gc
 import os
@@ -187,6 +188,108 @@ def test_a_folder_in_memory_is_warned_of() -> None:
         pytest.skip("no tmpfs here")
     with pytest.warns(UserWarning, match="tmpfs.*saves 0 bytes"):
         FileStore(folder)
+
+
+def _steps_of_a_fork(model: nn.Module, plain: nn.Module, queue: Any) -> None:
+    try:
+        queue.put([same(step(plain, X, seed), step(model, X, seed)) for seed in range(4)])
+    except RuntimeError as error:
+        queue.put(str(error))
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_processes_that_are_forked_have_files_and_threads_of_their_own(warm: bool, tmp_path: Path) -> None:
+    """warm: the model has made a step before. Both processes move at once what they saved, into files of one folder."""
+    plain, model = model_of(), model_of()
+    offload(model, tmp_path, resident=0, window=1)
+    if warm:
+        step(model, X)
+    context = get_context("fork")
+    queues = [context.Queue() for _ in range(2)]
+    processes = [context.Process(target=_steps_of_a_fork, args=(model, plain, queue), daemon=True) for queue in queues]
+    for process in processes:
+        process.start()
+    try:
+        for queue in queues:
+            assert queue.get(timeout=100) == [True] * 4
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    assert same(step(plain, X), step(model, X))  # the parent is what it was
+
+
+def _backward_of_a_fork(loss: Tensor, queue: Any) -> None:
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        queue.put(str(error))
+    else:
+        queue.put("no error")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_backward_in_a_fork_of_a_forward_before_it_is_refused(tmp_path: Path) -> None:
+    model = model_of()
+    _, offloader = offload(model, tmp_path, resident=0)
+    loss = model(X).sum()
+    offloader.settle()
+    context = get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=_backward_of_a_fork, args=(loss, queue), daemon=True)
+    process.start()
+    try:
+        assert f"moved by process {os.getpid()}, which has forked since" in queue.get(timeout=100)
+    finally:
+        process.kill()
+        process.join()
+    loss.backward()
+
+
+def test_a_graph_that_somebody_keeps_does_not_end_prefetching(tmp_path: Path) -> None:
+    """As a loss of validation that nobody runs backward: steps begin and end as without."""
+    model = model_of()
+    _, offloader = offload(model, tmp_path, resident=0, window="1GiB")
+    kept = model(X).square().mean()
+    for _ in range(6):
+        model(X).square().mean().backward()
+    moved = len(offloader._order)
+    offloader.prefetched = offloader.waited = 0
+    for _ in range(5):
+        loss = model(X).square().mean()
+        offloader.settle()
+        loss.backward()
+        del loss
+        assert len(offloader._tape) == len(offloader._needed) == moved
+    assert offloader.waited == 5 and offloader.prefetched > 5 * 4  # once a step, what is needed first of all
+    plain = model_of()
+    plain(X).square().mean().backward()
+    model.zero_grad()
+    torch.manual_seed(5)
+    kept.backward()  # and it is still whole
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_memory_whose_tensors_count_changes_apart_moves_as_often_as_it_changes(tmp_path: Path) -> None:
+    """Chunks that are no views, as in a GRU: each is written, saved, and written beside the other."""
+
+    class Gates(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.other = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = self.linear(x).unsafe_chunk(2, -1)
+            y = second.sigmoid_() * self.other(x)
+            return x + y + first.tanh_() * y
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(*[Gates() for _ in range(3)])
+    model = copy.deepcopy(plain)
+    _, offloader = offload(model, tmp_path, resident=0, window=1)
+    for seed in range(3):
+        assert same(step(plain, X, seed), step(model, X, seed))
 
 
 def test_small_tensors_stay_and_are_reported(tmp_path: Path) -> None:

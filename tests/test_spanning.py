@@ -237,3 +237,22 @@ def test_the_slowest_rank_is_named_on_every_rank(env: dict[str, str]) -> None:
     for slowest, arrivals, _ in run_ranks(3, lateness, env=env):
         assert slowest == 1
         assert arrivals[1] > 0.03 and arrivals[1] > 3 * max(arrivals[0], arrivals[2])
+
+
+def in_a_graph(rank: int, n: int) -> None:
+    with process_group(rank, n):
+        group = Group.of()
+        weight = torch.full((6, 4), float(rank + 1), requires_grad=True)
+        for dtype in (torch.float32, torch.bfloat16):
+            results = [torch.empty(6, 4, dtype=dtype) for _ in range(n)]
+            with torch.no_grad():  # as in the forward of an autograd.Function
+                summed = (weight.detach() * 2).to(dtype).requires_grad_()
+                group.all_reduce(summed)
+                group.all_gather(torch.stack(results).requires_grad_(), summed)
+                group.broadcast(summed, 0)
+            assert summed.tolist() == [[2.0 * sum(range(1, n + 1))] * 4] * 6
+
+
+@pytest.mark.parametrize("nodes", ["1", "2"])
+def test_tensors_of_a_graph_are_taken_as_they_are(nodes: str) -> None:
+    run_ranks(4, in_a_graph, env={"DISTLIB_NODES": nodes})

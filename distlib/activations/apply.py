@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ def checkpoint_activations(
         ValueError: no repeated blocks; options that contradict each other or cannot take effect; with example inputs, a
             setting that saves nothing; a budget that cannot be met, with the smallest that can.
     """
+    if isinstance(budget, Real) and not isinstance(budget, Integral):
+        budget = float(budget)  # numpy's, too
     _require_consistent(policy, budget, example_inputs, loss, folder, resident, window)
     found = find_blocks(module, blocks)
     require_plain(found)
@@ -126,6 +129,8 @@ def _require_consistent(
     elif loss is not None:
         raise ValueError("loss= is for measuring a budget: without budget= it has no effect")
     offloads = policy == "offload"
+    if folder == "":
+        raise ValueError("folder='' names no folder: pass one on a disk")
     if folder is not None and not offloads and budget is None:
         raise ValueError(f'folder={str(folder)!r} has no effect without policy="offload" or budget=')
     if resident is not None and (not offloads or isinstance(resident, bool) or resident < 0):

@@ -1,5 +1,5 @@
-"""Buffers that a block's forward changes, such as the running averages of a batch norm: the recomputation sees what
-the forward saw, and leaves them as it found them. Without it they would be updated twice.
+"""Buffers of a block: the recomputation sees what the forward saw, and leaves them as it found them. A forward that
+changes them, such as that of a batch norm, would do so twice without it; and others may write them before backward.
 
     self.mean.mul_(0.9)           written: the values before are kept
     self.mean = 0.9 * self.mean   replaced: the tensor that hung there before is kept
@@ -8,7 +8,6 @@ the forward saw, and leaves them as it found them. Without it they would be upda
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,28 +15,37 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-SMALL = 1 << 20  # bytes: up to it, what a buffer held before is copied in every forward, in case it changes
+from distlib.activations.live import version
+
+SMALL = 1 << 20  # bytes: up to it, what a buffer held before is copied in every forward, in case it is written
 Hanging = list[tuple[nn.Module, dict[str, torch.Tensor | None]]]  # modules, and the buffers that hang in each
 
 
 @dataclass(frozen=True)
 class _Before:
-    """A buffer before the forward. copy: of its values; None of one that is too large."""
+    """A buffer before the forward. copy: of its values; None of one that is too large, or can't be written."""
 
     name: str
     buffer: torch.Tensor
     version: int
     copy: torch.Tensor | None
 
-    def changed(self) -> bool:
-        """Batch norms change theirs without counting up a version, and to compare values on a GPU would stop it: there
-        all small buffers count as changed. While a run is recorded there are no values, and sparse ones can't be
-        compared: there the version tells."""
-        if self.buffer._version != self.version:
-            return True
+    def written(self) -> bool:
+        """Not all who write do count up a version: batch norms don't."""
+        return version(self.buffer) != self.version
+
+    def write(self, value: torch.Tensor) -> None:
+        """To the graph nothing changes: what stood there before is written back at the end."""
+        with torch.no_grad(), _disable_current_modes(), torch.autograd._unsafe_preserve_version_counter(self.buffer):
+            self.buffer.copy_(value)
+
+    def differs(self) -> bool:
+        """Whether it holds something else by now. To compare values on a GPU would stop it: there all small buffers
+        count as changed. While a run is recorded there are no values, and sparse ones can't be compared: there the
+        version tells."""
         no_values = self.buffer.is_meta or isinstance(self.buffer, FakeTensor)
         if self.copy is None or no_values or self.buffer.layout is not torch.strided:
-            return False
+            return self.written()
         return self.buffer.device.type != "cpu" or not torch.equal(self.buffer, self.copy)
 
 
@@ -51,11 +59,11 @@ class BufferGuard:
         self._module = module
         self._hung = _hanging(module)
         self._hang_now: Hanging = []
-        self._now: list[torch.Tensor] = []
+        self._now: dict[str, torch.Tensor] = {}
         self._before = []
         for name, buffer in module.named_buffers():
-            copy = buffer.detach().clone() if _nbytes(buffer) <= most else None
-            self._before.append(_Before(name, buffer, buffer._version, copy))
+            copy = buffer.detach().clone() if _nbytes(buffer) <= most and not buffer.is_inference() else None
+            self._before.append(_Before(name, buffer, version(buffer), copy))
 
     @classmethod
     def of_any_size(cls, module: nn.Module) -> BufferGuard:
@@ -63,14 +71,11 @@ class BufferGuard:
         return cls(module, math.inf)
 
     def ran(self) -> None:
-        """Forgets values that did not change.
-
-        Raises:
-            RuntimeError: a buffer of more than 1 MiB was written, of which there is no copy.
+        """Raises:
+        RuntimeError: a buffer of more than 1 MiB was written, of which there is no copy.
         """
-        self._before = [before for before in self._before if before.changed()]
         for before in self._before:
-            if before.copy is None:
+            if before.copy is None and before.written():
                 raise RuntimeError(
                     f"the forward of a checkpointed block changes its buffer {before.name!r} of "
                     f"{_nbytes(before.buffer)} bytes, and the recomputation would change it again: buffers above "
@@ -81,31 +86,34 @@ class BufferGuard:
     def undo(self) -> None:
         """The forward was only a trial: buffers are what they were, and hold what they held before."""
         _hang(self._hung)
-        self._write_before()
+        for before in self._before:
+            if before.copy is not None:
+                before.write(before.copy)
 
     def __enter__(self) -> None:
+        for before in self._before:
+            if before.copy is None and before.written():
+                raise RuntimeError(
+                    f"buffer {before.name!r} of a checkpointed block was written between its forward and its backward, "
+                    f"which is to recompute it: its {_nbytes(before.buffer)} bytes were not copied, as are those of "
+                    f"buffers up to {SMALL}. Call .backward() before it is written"
+                )
         with _disable_current_modes():  # these are no operations of the block
-            self._now = [before.buffer.detach().clone() for before in self._before]
+            changed = [before for before in self._before if before.differs()]
+            self._now = {before.name: before.buffer.detach().clone() for before in changed}
         self._hang_now = _hanging(self._module)
-        self.undo()
+        _hang(self._hung)
+        for before in changed:
+            if before.copy is not None:
+                before.write(before.copy)
 
     def __exit__(self, *_: object) -> None:
-        self._write(self._now)
+        for before in self._before:
+            now = self._now.get(before.name, before.copy)
+            if now is not None and (before.name in self._now or before.differs()):
+                before.write(now)
         _hang(self._hang_now)
-        self._now, self._hang_now = [], []
-
-    def _write_before(self) -> None:
-        self._write([before.copy for before in self._before if before.copy is not None])
-
-    def _write(self, values: Sequence[torch.Tensor]) -> None:
-        for before, value in zip(self._before, values, strict=True):
-            # To the graph nothing changes: what stood there before is written back at the end.
-            with (
-                torch.no_grad(),
-                _disable_current_modes(),
-                torch.autograd._unsafe_preserve_version_counter(before.buffer),
-            ):
-                before.buffer.copy_(value)
+        self._now, self._hang_now = {}, []
 
 
 def _nbytes(buffer: torch.Tensor) -> int:

@@ -19,8 +19,19 @@ def storage_key(tensor: torch.Tensor) -> int:
 
 
 def has_storage(leaf: Any) -> bool:
-    """Whether it is a tensor whose memory can be counted: strided, and not of the meta device."""
-    return isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and leaf.device.type != "meta"
+    """Whether it is a tensor whose memory can be counted: strided, not of the meta device, and not one that a
+    transform (torch.func) has put around another."""
+    return (
+        isinstance(leaf, torch.Tensor)
+        and leaf.layout is torch.strided
+        and not leaf.is_meta
+        and not torch._C._functorch.is_functorch_wrapped_tensor(leaf)
+    )
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often it was written. Those made in inference mode count nothing, and can't be written outside of it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class LiveBytes(TorchDispatchMode):

@@ -270,7 +270,7 @@ class Measurement:
                 self._captured[one] = tree_map(_copy, (args, kwargs))
 
     def _run(self, own: dict[str, torch.Tensor]) -> None:
-        args, kwargs = self._inputs
+        args, kwargs = tree_map(_leaf, self._inputs)
         self._loss(call_with(own, self._module, args, kwargs)).backward()
 
     def _timed(self, call: Callable[[], None]) -> float:

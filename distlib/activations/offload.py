@@ -11,6 +11,7 @@ tensors look at moves once.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections import deque
 from collections.abc import Iterable
@@ -20,8 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from distlib.activations.counting import come_back, require_version, stay
 from distlib.activations.lending import Held, Lending, Loan, Stay
-from distlib.activations.live import storage_key
+from distlib.activations.live import has_storage, storage_key
 from distlib.activations.stores import FileStore, PinnedStore, Store, Transfer
 
 SMALLEST = 64 << 10  # bytes: what is smaller stays
@@ -41,14 +43,18 @@ class Moved:
         source: torch.Tensor,
         device: torch.device,
         index: int,
-        version: int,
+        tensor: torch.Tensor,
         waiting: Held,
         ahead: Held,
     ) -> None:
         self.nbytes = source.numel()
         self.device = device
         self.index = index
-        self.version = version
+        self.process = os.getpid()
+        self.version = tensor._version
+        # Shares the tensor's version counter without its memory: changes in place are noticed as if it were here.
+        self.counter = tensor.detach()
+        self.counter.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         self.source: torch.Tensor | None = source
         self.back: tuple[torch.Tensor, Transfer] | None = None
         self.uses = 0  # saved tensors that look at it
@@ -62,6 +68,11 @@ class Moved:
         self.waits.take()
         me = weakref.ref(self)  # a copy under way does not keep alive what nobody needs any more
         self.write: Transfer = store.write(source, self._offset, lambda: _forget_source(me))
+
+    def is_of(self, tensor: torch.Tensor) -> bool:
+        """Whether it is what this tensor, which looks at the same memory, holds now. One that counts changes of its own
+        tells nothing of those that others made."""
+        return self.version == tensor._version and _count_together(tensor, self.counter)
 
     def fetch(self) -> None:
         """Begins to come back, unless it is under way or still here."""
@@ -109,10 +120,14 @@ class _Ticket:
     def __init__(self, tensor: torch.Tensor, moved: Moved) -> None:
         self.moved = moved
         self.like = (tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride())
-        self.version = tensor._version
-        # Shares the tensor's version counter without its memory: changes in place are noticed as if it were here.
-        self.counter = tensor.detach()
-        self.counter.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+
+
+def _count_together(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether both tensors have one version counter."""
+    before = other._version
+    with torch.autograd._unsafe_preserve_version_counter(one):
+        torch.autograd.graph.increment_version(one)
+        return other._version != before
 
 
 class Offloader:
@@ -139,6 +154,9 @@ class Offloader:
         self._needed: list[int] = []  # indices in order of first need: of this step
         self._order: list[int] = []  # and of the last
         self._place: dict[int, int] = {}
+        self._backward_ran = False  # since the last forward began
+        self._since = 0  # place in the tape where the first forward after the last backward began
+        self._process = os.getpid()
         self._largest_block = 8 << 20
         self._lending = Lending()
 
@@ -160,7 +178,13 @@ class Offloader:
 
     def hooks(self, block: nn.Module) -> _BlockHooks:
         """A context for one forward of `block`. Its `kept` and `moved` are bytes by storage afterwards."""
+        self._in_this_process()
         return _BlockHooks(self, block)
+
+    def _in_this_process(self) -> None:
+        """One that was forked has files and threads of its own, too."""
+        if self._process != os.getpid():
+            self.__init__(self.folder, self.window, self.lends)  # type: ignore[misc]
 
     def settle(self) -> None:
         """Returns when nothing waits to be written."""
@@ -179,6 +203,7 @@ class Offloader:
 
     def make_room(self, nbytes: int) -> None:
         """A block is about to keep so many bytes: what was lent of them comes back."""
+        self._in_this_process()
         room = self._lending.room - nbytes
         self._drain(self._own + self._lent(room, self._ahead))
         self._reclaim(self._own + self._lent(room, self._waiting))
@@ -207,14 +232,14 @@ class Offloader:
         storage = tensor.untyped_storage()
         known = self._here.get(storage._cdata)
         moved = known[1]() if known is not None and not known[0].expired() else None
-        if moved is None or moved.version != tensor._version:
+        if moved is None or not moved.is_of(tensor):
             moved = self._move(tensor)
         moved.uses += 1
         return _Ticket(tensor, moved)
 
     def _move(self, tensor: torch.Tensor) -> Moved:
         self.prepare(tensor.device)
-        if not self._alive:
+        if self._step_is_over():
             self._begin_step()
         storage = tensor.untyped_storage()
         nbytes = storage.nbytes()
@@ -222,16 +247,28 @@ class Offloader:
         with torch.no_grad():
             source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
         store, index = self._stores[tensor.device], len(self._tape)
-        moved = Moved(store, source, tensor.device, index, tensor._version, self._waiting, self._ahead)
+        moved = Moved(store, source, tensor.device, index, tensor, self._waiting, self._ahead)
         self._alive += 1
-        weakref.finalize(moved, self._died).atexit = False
+        weakref.finalize(moved, self._died, moved.process).atexit = False
         self._tape.append(weakref.ref(moved))
         self._here[storage._cdata] = (torch.multiprocessing.reductions.StorageWeakRef(storage), weakref.ref(moved))
         self._writing.append(weakref.ref(moved))
         self.moved_bytes += nbytes
         return moved
 
+    def _step_is_over(self) -> bool:
+        """Nothing of it is alive any more; or at least nothing that was moved since some backward before the last one:
+        then what is, somebody holds who runs no backward, as a loss of validation."""
+        if not self._alive:
+            return True
+        if not self._backward_ran:
+            return False
+        self._backward_ran = False
+        since, self._since = self._since, len(self._tape)
+        return all(moved() is None for moved in self._tape[since:])
+
     def _begin_step(self) -> None:
+        self._backward_ran, self._since = False, 0
         self._lending.begin_step()
         self._order = self._needed or self._order
         self._place = {index: place for place, index in enumerate(self._order)}
@@ -241,8 +278,8 @@ class Offloader:
         self._here.clear()
         self.moved_bytes = 0
 
-    def _died(self) -> None:
-        self._alive -= 1
+    def _died(self, process: int) -> None:
+        self._alive -= process == self._process
 
     def _drain(self, left: int) -> None:
         """Waits until at most `left` bytes wait to be written. Raises what went wrong in the worker."""
@@ -265,15 +302,22 @@ class Offloader:
     # ------------------------------------------------------------ backward
 
     def unpack(self, ticket: _Ticket) -> torch.Tensor:
-        _require_version(ticket.counter, ticket.version, ticket.like[0], ticket.like[2])
         moved = ticket.moved
-        if moved.asked == 0:
+        if moved.process != os.getpid():
+            raise RuntimeError(
+                f"a saved tensor was moved by process {moved.process}, which has forked since: run backward where the "
+                "forward ran"
+            )
+        require_version(moved.counter, moved.version, ticket.like[0], ticket.like[2])
+        self._backward_ran = True
+        mine = moved.index < len(self._tape) and self._tape[moved.index]() is moved  # not of a step long ago
+        if moved.asked == 0 and mine:
             self._needed.append(moved.index)
         if moved.source is None:
             self.prefetched += moved.back is not None
             self.waited += moved.back is None
         moved.fetch()
-        place = self._place.get(moved.index)
+        place = self._place.get(moved.index) if mine else None
         if place is not None:
             now = moved.nbytes if moved.back is not None and moved.asked == 0 else 0  # it is not ahead any more
             self._prefetch(place + 1, now + self._own + max(0, self._lending.room - self._waiting.nbytes))
@@ -295,27 +339,6 @@ class Offloader:
             moved.fetch()
 
 
-class _Kept:
-    """A saved tensor that stays. Without its history: the operation that made it holds it, and it would hold that."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor.detach()
-        self.version = tensor._version
-
-    def get(self) -> torch.Tensor:
-        _require_version(self.tensor, self.version, self.tensor.dtype, self.tensor.size())
-        return self.tensor
-
-
-def _require_version(counter: torch.Tensor, version: int, dtype: torch.dtype, size: torch.Size) -> None:
-    """counter: shares the version counter of what was saved."""
-    if counter._version != version:
-        raise RuntimeError(
-            f"a {dtype} tensor of shape {list(size)} that backward needs has been modified by an inplace operation "
-            f"since it was saved: it is at version {counter._version}, and was at version {version}"
-        )
-
-
 class _BlockHooks(torch.autograd.graph.saved_tensors_hooks):
     """Saved tensors of one forward of a block: parameters, their views and small tensors stay, others move."""
 
@@ -333,17 +356,15 @@ class _BlockHooks(torch.autograd.graph.saved_tensors_hooks):
         key = storage_key(tensor)
         if key in self._own or _is_of_leaf(tensor):
             return tensor
-        odd = tensor.is_conj() or tensor.is_neg() or tensor.is_meta
+        odd = tensor.is_conj() or tensor.is_neg() or tensor.is_meta or tensor._is_zerotensor()
         if odd or nbytes < SMALLEST or tensor.nbytes * MOSTLY < nbytes:
             self.kept[key] = nbytes
-            return tensor if tensor.grad_fn is None else _Kept(tensor)
+            return stay(tensor)
         self.moved[key] = nbytes
         return self._offloader.pack(tensor)
 
     def _unpack(self, packed: Any) -> torch.Tensor:
-        if isinstance(packed, _Kept):
-            return packed.get()
-        return self._offloader.unpack(packed) if isinstance(packed, _Ticket) else packed
+        return self._offloader.unpack(packed) if isinstance(packed, _Ticket) else come_back(packed)
 
     def __exit__(self, *args: object) -> None:
         super().__exit__(*args)
@@ -353,7 +374,7 @@ class _BlockHooks(torch.autograd.graph.saved_tensors_hooks):
 def storages_of(block: nn.Module) -> frozenset[int]:
     """The memory of a block's parameters and buffers, as `storage_key` names it."""
     tensors: list[Iterable[torch.Tensor]] = [block.parameters(), block.buffers()]
-    return frozenset(storage_key(t) for some in tensors for t in some if t.layout is torch.strided)
+    return frozenset(storage_key(t) for some in tensors for t in some if has_storage(t) or t.is_meta)
 
 
 def _is_of_leaf(tensor: torch.Tensor) -> bool:

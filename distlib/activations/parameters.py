@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import _disable_current_modes
 
-from distlib.activations.live import has_storage
+from distlib.activations.live import has_storage, version
 
 
 class _Memory:
@@ -36,7 +39,7 @@ class _Slot:
     memory: _Memory | None
 
     def is_written(self) -> bool:
-        return self.tensor._version != self.version
+        return version(self.tensor) != self.version
 
     def is_replaced(self) -> bool:
         """By another tensor, on other memory. Nothing can be told of one that got other data (DeepSpeed gathers and
@@ -49,11 +52,12 @@ class _Slot:
         memory = _memory(now)
         if memory is None or self.memory is None:
             return False
-        return now._version != self.version or memory != self.memory
+        return version(now) != self.version or memory != self.memory
 
 
 class Parameters:
-    """What a block computes with in a forward. Make it before; `require_unchanged()` before the recomputation.
+    """What a block computes with in a forward. Make it before, call `ran()` after it; `recomputing()` is for around
+    the recomputation.
 
     name: of the block, for errors.
     """
@@ -61,21 +65,62 @@ class Parameters:
     def __init__(self, block: nn.Module, name: str) -> None:
         self._block = name
         self._slots = [
-            _Slot(f"{path}.{key}" if path else key, owner, key, tensor, tensor._version, _memory(tensor))
+            _Slot(f"{path}.{key}" if path else key, owner, key, tensor, version(tensor), _memory(tensor))
             for path, owner in block.named_modules()
             for key, tensor in owner._parameters.items()
             if tensor is not None
         ]
+        self._written: list[_Slot] = []
 
-    def require_unchanged(self) -> None:
-        """Raises:
-        RuntimeError: a parameter was written since, or another tensor hangs in its place.
+    def ran(self) -> None:
+        """What the forward itself wrote is what backward needs."""
+        for place, slot in enumerate(self._slots):
+            if slot.is_written():
+                self._slots[place] = now = replace(slot, version=version(slot.tensor))
+                self._written.append(now)
+
+    @contextlib.contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """A forward that writes its parameters does so again here: they must be the same after it, as where it bounds
+        them.
+
+        Raises:
+            RuntimeError: a parameter was written since the forward, or another tensor hangs in its place; or the
+                recomputation has changed one.
         """
+        self._require_unchanged()
+        if not self._written:
+            yield
+            return
+        with _disable_current_modes():
+            values = [slot.tensor.detach().clone() for slot in self._written]
+        try:
+            with contextlib.ExitStack() as versions:
+                for slot in self._written:
+                    versions.enter_context(torch.autograd._unsafe_preserve_version_counter(slot.tensor))
+                yield
+        finally:
+            self._require_same(values)
+
+    def _require_same(self, values: list[torch.Tensor]) -> None:
+        for slot, value in zip(self._written, values, strict=True):
+            with torch.no_grad(), _disable_current_modes():
+                if torch.equal(slot.tensor, value):
+                    continue
+                with torch.autograd._unsafe_preserve_version_counter(slot.tensor):
+                    slot.tensor.copy_(value)
+            raise RuntimeError(
+                f"the forward of block {self._block!r} changes its parameter {slot.name}, and changes it again where "
+                'it is recomputed: change it outside of the forward, use policy="offload", or leave the block out '
+                "(blocks=)"
+            )
+
+    def _require_unchanged(self) -> None:
         for slot in self._slots:
             if slot.is_written():
                 raise RuntimeError(
                     f"parameter {self._block}.{slot.name} that backward needs has been modified by an inplace "
-                    f"operation since the forward: it is at version {slot.tensor._version}, and was at version "
+                    f"operation since the forward: it is at version {version(slot.tensor)}, and was at version "
                     f"{slot.version}. Call .backward() before the optimizer's step"
                 )
             if slot.is_replaced():
@@ -93,8 +138,7 @@ def _memory(tensor: torch.Tensor) -> _Memory | None:
 
 
 def _memory_is_told(tensor: torch.Tensor) -> bool:
-    plain = type(tensor) in (torch.Tensor, nn.Parameter)
-    return plain and not torch._C._functorch.is_functorch_wrapped_tensor(tensor) and has_storage(tensor)
+    return type(tensor) in (torch.Tensor, nn.Parameter) and has_storage(tensor)
 
 
 def _takes_turns(tensor: torch.Tensor) -> bool:

@@ -13,9 +13,10 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from distlib.activations.clock import Span
+from distlib.activations.counting import Account
 from distlib.activations.live import LiveBytes
 from distlib.activations.size import show_size
-from distlib.activations.wrapped import Account, Record, Wrapped, on_first_gradient
+from distlib.activations.wrapped import Record, Wrapped, on_first_gradient
 from distlib.shown import Shown
 
 
@@ -112,7 +113,7 @@ class ActivationReport(Shown):
         return self._step.seconds if self._step is not None and self.in_flight is None else None
 
     def refresh(self) -> None:
-        """Counts bytes again in the next step, as for another batch size. That step runs every forward twice."""
+        """Counts bytes again in the next step, as for another batch size."""
         self._counting = True
         self._backward_ran = True
         self._checked = False
@@ -212,6 +213,10 @@ class ActivationReport(Shown):
         if self._live is not None:
             self._live.adopt(tree_leaves(trees))
 
+    def joins(self, block: Wrapped) -> None:
+        """A copy of a block belongs to this copy of its report."""
+        self._wrapped.append(block)
+
     def entered(self, record: Record) -> bool:
         if self.paused:
             return False
@@ -219,6 +224,8 @@ class ActivationReport(Shown):
             self._begin_step()
         if record.counted and self.in_flight is not None:
             return False
+        if self._counting and all(one.record.went for one in self._wrapped):
+            self._clear_bytes()  # a forward to look at its output is no part of the step
         record.counted = self._counting
         self._counted = self._counted or self._counting
         return self._counting
@@ -263,8 +270,7 @@ class ActivationReport(Shown):
         """What was measured on the way to a setting is no step."""
         for one in self._wrapped:
             one.record.clear()
-            one.record.clear_bytes()
-        self._accounts = (Account(), Account())
+        self._clear_bytes()
         self._counting, self._counted, self._step = True, False, None
         self._backward_ran = self._checked = False
 
@@ -286,10 +292,13 @@ class ActivationReport(Shown):
         self._counting = again
         for one in self._wrapped:
             one.record.clear()
-            if again:
-                one.record.clear_bytes()
         if again:
-            self._accounts = (Account(), Account())
+            self._clear_bytes()
+
+    def _clear_bytes(self) -> None:
+        for one in self._wrapped:
+            one.record.clear_bytes()
+        self._accounts = (Account(), Account())
 
     def step_begins(self, device: torch.device) -> None:
         """The module's forward begins."""
@@ -306,6 +315,7 @@ class ActivationReport(Shown):
     def __getstate__(self) -> dict[str, Any]:
         return {
             **self.__dict__,
+            "_wrapped": [],  # blocks that are copied too join: one of them does not take all others along
             "_accounts": (Account(), Account()),
             "_step": None,
             "_live": None,

@@ -11,18 +11,21 @@ Papers: Reducing Activation Recomputation in Large Transformer Models (Korthikan
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from distlib import writes
 from distlib.activations.live import has_storage, storage_key
+from distlib.activations.origins import Operation, Origins, says_what_it_writes, tensors_in, written
 
-Operation = Any  # torch._ops.OpOverload
 Policy = Callable[..., Any]  # policy(operation, *args, **kwargs) -> whether its result is kept
 Key = tuple[Operation, int]  # the n-th call of an operation in a block
 
@@ -112,16 +115,22 @@ def _named(names: list[str]) -> _Among:
 
 
 class Kept:
-    """A result that is kept, and the version that it had: a change of it before its use is noticed."""
+    """A result that is kept, how it came to be, and the versions of what is in its memory: a change of it before its
+    use is noticed."""
 
-    def __init__(self, result: Any) -> None:
+    def __init__(self, result: Any, origin: int) -> None:
         self.result = tree_map(_alone, result)
-        self._versions = [leaf._version for leaf in self._leaves()]
+        self.origin = origin
+        self._versions = [(leaf, leaf._version) for leaf in self._leaves()]
+
+    def watch(self, tensor: torch.Tensor) -> None:
+        """Another tensor in its memory, which counts changes of its own."""
+        self._versions.append((alone := _alone(tensor), alone._version))
 
     @property
     def unchanged(self) -> bool:
-        """Whether it is what the operation computed. Else it is recomputed, and changed again if the block did it."""
-        return [leaf._version for leaf in self._leaves()] == self._versions
+        """Whether it is what the operation computed. Else it is recomputed."""
+        return all(tensor._version == version for tensor, version in self._versions)
 
     def storages(self) -> dict[int, int]:
         """Bytes by storage."""
@@ -143,19 +152,25 @@ def _alone(leaf: Any) -> Any:
 class Selection:
     """What is kept of one forward of a block.
 
-    wasted: calls that are not worth keeping, learned from recomputation to recomputation; shared by all forwards of the
-    block.
+    given: tensors that the block was given. wasted: calls that are not worth keeping, learned from recomputation to
+    recomputation; shared by all forwards of the block.
     """
 
-    def __init__(self, policy: Policy, wasted: set[Key]) -> None:
+    def __init__(self, policy: Policy, wasted: set[Key], block: nn.Module, given: Collection[torch.Tensor]) -> None:
         self.policy = policy
         self.wasted = wasted
         self.kept: dict[Key, Kept] = {}
+        self._block = block
+        self._arguments = frozenset(storage_key(tensor) for tensor in given if has_storage(tensor))
 
     def modes(self) -> tuple[TorchDispatchMode, TorchDispatchMode]:
         """For around the forward, where results are kept, and around the recomputation, where they are given. They
         hold this, and not the other way round: what nobody runs backward goes at once."""
         return _Keeping(self), _Giving(self)
+
+    def origins(self) -> Origins:
+        """For a run of the block."""
+        return Origins(self._block, self._arguments)
 
     def storages(self) -> dict[int, int]:
         """Bytes of what is kept, by storage."""
@@ -182,52 +197,120 @@ class _Watching(TorchDispatchMode, ABC):
     def __init__(self, selection: Selection) -> None:
         super().__init__()
         self._selection = selection
+        self._begin()
+
+    def _begin(self) -> None:
         self._calls: defaultdict[Operation, int] = defaultdict(int)
+        self._origins = self._selection.origins()
 
     def __enter__(self) -> Any:
-        self._calls.clear()  # entered again where the graph was retained: by then nothing is left, all is recomputed
+        self._begin()  # entered again where the graph was retained: by then nothing is left, all is recomputed
+        self._hearing = writes.heard_by(self._written_unseen)
+        self._hearing.__enter__()
         return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._hearing.__exit__(*error)
+
+    def _written_unseen(self, tensor: torch.Tensor) -> None:
+        """By a collective that is no operation of torch."""
+        self._origins.wrote(hash("a collective"), tensor)
+        self._wrote(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not _can_be_kept(func):
+        does = _what_it_does(func)
+        if does == "views":
             return func(*args, **kwargs)
-        key = (func, self._calls[func])
-        self._calls[func] += 1
-        return self._result(key, args, kwargs)
+        origin = self._origins.of_call(func, args, kwargs)
+        if does == "computes":
+            key = (func, self._calls[func])
+            self._calls[func] += 1
+            result = self._result(key, origin, args, kwargs)
+            self._origins.made(origin, result)
+            return result
+        result = func(*args, **kwargs)
+        if does == "casts":
+            self._origins.unknown(result)
+            return result
+        self._origins.made(origin, result)
+        for tensor in written(func, args, kwargs):
+            self._origins.wrote(origin, tensor)
+            self._wrote(tensor)
+        return result
 
     @abstractmethod
-    def _result(self, key: Key, args: Any, kwargs: Any) -> Any:
+    def _result(self, key: Key, origin: int, args: Any, kwargs: Any) -> Any:
         """The result of a call, computed or not."""
+
+    def _wrote(self, tensor: torch.Tensor) -> None:
+        """An operation of the block has written there."""
 
 
 class _Keeping(_Watching):
-    def _result(self, key: Key, args: Any, kwargs: Any) -> Any:
+    def _begin(self) -> None:
+        super()._begin()
+        self._in_memory: defaultdict[int, set[Key]] = defaultdict(set)  # storage -> calls whose results lie there
+
+    def _result(self, key: Key, origin: int, args: Any, kwargs: Any) -> Any:
         operation, selection = key[0], self._selection
         result = operation(*args, **kwargs)
+        self._watch(result)
         if (
             key not in selection.wasted
             and selection.policy(operation, *args, **kwargs)
             and not is_random(operation, args, kwargs)
         ):
-            selection.kept[key] = Kept(result)
+            selection.kept[key] = kept = Kept(result, origin)
+            for storage in kept.storages():
+                self._in_memory[storage].add(key)
         return result
+
+    def _watch(self, result: Any) -> None:
+        """Some operations return no view, and yet what they were given, such as the one behind a Linear without bias:
+        changes of that count in it alone."""
+        if self._in_memory:
+            for leaf in tensors_in(result):
+                if has_storage(leaf):
+                    for key in self._in_memory.get(storage_key(leaf), ()):
+                        self._selection.kept[key].watch(leaf)
+
+    def _wrote(self, tensor: torch.Tensor) -> None:
+        """The block will do so again in the recomputation: what is kept is of no use, whether its own version counts
+        that or not."""
+        if self._in_memory and has_storage(tensor):
+            for key in list(self._in_memory.get(storage_key(tensor), ())):
+                for storage in self._selection.kept.pop(key).storages():
+                    self._in_memory[storage].discard(key)
+                self._selection.wasted.add(key)
 
 
 class _Giving(_Watching):
-    def _result(self, key: Key, args: Any, kwargs: Any) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self._selection.kept:  # nothing is left to be given
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _result(self, key: Key, origin: int, args: Any, kwargs: Any) -> Any:
         kept = self._selection.kept.pop(key, None)
-        if kept is not None and kept.unchanged:
-            return kept.result
-        if kept is not None:
+        if kept is not None and kept.origin == origin:  # else this is another call: the forward did more, or less
+            if kept.unchanged:
+                return kept.result
             self._selection.wasted.add(key)
         return key[0](*args, **kwargs)
 
 
-def _can_be_kept(operation: Operation) -> bool:
-    """Not what writes to its arguments, and not views: there is nothing to keep. Not casts: autocast remembers those of
-    parameters from forward to forward, so that the n-th in one run is not the n-th in another."""
+@functools.cache
+def _what_it_does(operation: Operation) -> str:
+    """What it "computes" may be kept. It "writes" to arguments. It "views" them: there is nothing to keep. It "casts":
+    autocast remembers those of parameters from forward to forward, so that the n-th in one run is not the n-th in
+    another."""
     if operation is torch.ops.aten._to_copy.default:
-        return False
+        return "casts"
     schema = getattr(operation, "_schema", None)
-    return schema is not None and not schema.is_mutable and not any(r.alias_info for r in schema.returns)
+    if schema is None:
+        return "views"
+    if schema.is_mutable or not says_what_it_writes(operation):
+        return "writes"
+    return "views" if any(value.alias_info for value in schema.returns) else "computes"

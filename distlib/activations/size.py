@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from numbers import Integral
 
 _UNITS = {"B": 1, "": 1}
 for _power, _prefix in enumerate("KMGT", 1):
@@ -12,7 +13,7 @@ for _power, _prefix in enumerate("KMGT", 1):
 
 def parse_size(what: str, size: str | int) -> int:
     """Bytes of "2GiB" (1024s), "2GB" (1000s), "2G" (1024s) or an int. Raises ValueError naming `what`."""
-    if isinstance(size, int) and not isinstance(size, bool):
+    if isinstance(size, Integral) and not isinstance(size, bool):  # numpy's, too
         value = float(size)
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size) if isinstance(size, str) else None

@@ -11,6 +11,7 @@ Recomputation is torch's non-reentrant checkpoint: same random numbers, same aut
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,20 +19,25 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from distlib.activations.buffers import BufferGuard
 from distlib.activations.clock import Span
+from distlib.activations.counting import Account, Counting, Hooks
 from distlib.activations.lending import Stay
-from distlib.activations.live import has_storage, storage_key
+from distlib.activations.live import has_storage, storage_key, version
 from distlib.activations.offload import Offloader, storages_of
 from distlib.activations.parameters import Parameters
 from distlib.activations.selective import Key, Policy, Selection
+from distlib.activations.surroundings import Draws, OwnRandom, same_attributes
 
 KINDS = ("keep", "selective", "full", "offload")
 MOST_TIMES = 1024  # forwards of a block whose seconds are known: those that have no backward end no step
+
+
+class Graph:
+    """Lives as long as the graph of a forward, which holds it."""
 
 
 class Record:
@@ -49,6 +55,16 @@ class Record:
         self.baseline = 0  # bytes that it would keep if it kept everything
         self.kept = 0  # bytes that it keeps in memory
         self.counted = False
+        self._graphs: list[weakref.ref[Graph]] = []  # of the forwards that were counted
+
+    @property
+    def went(self) -> bool:
+        """Whether nothing is left of what was counted: nobody runs it backward."""
+        return all(graph() is None for graph in self._graphs)
+
+    def counts_in(self, graph: Graph) -> None:
+        """What was counted belongs to this graph."""
+        self._graphs.append(weakref.ref(graph))
 
     def clear(self) -> None:
         """A new step begins."""
@@ -65,26 +81,12 @@ class Record:
         self.__init__(state["name"], state["kind"])  # type: ignore[misc]
 
 
-class Account:
-    """Bytes of saved tensors by unique memory: what an earlier block counted is not counted again."""
-
-    def __init__(self) -> None:
-        self._seen: dict[int, StorageWeakRef] = {}
-
-    def add(self, tensors: dict[int, Any], transient: int = 0) -> int:
-        """Bytes of the memory that is new here. tensors: by storage_key; `transient` bytes are new in any case."""
-        total = transient
-        for key, tensor in tensors.items():
-            weak = self._seen.get(key)
-            if weak is None or weak.expired():
-                storage = tensor.untyped_storage()
-                self._seen[key] = StorageWeakRef(storage)
-                total += storage.nbytes()
-        return total
-
-
 class Watcher(Protocol):
     """Who is told of blocks' calls: the report."""
+
+    def joins(self, block: Wrapped) -> None:
+        """A block was copied, and its setting with it."""
+        ...
 
     def entered(self, record: Record) -> bool:
         """A block's forward begins. Returns whether bytes are to be counted in it."""
@@ -119,6 +121,7 @@ class Wrapped:
         self.seen: Callable[[Wrapped, Any, Any], None] | None = None  # told of inputs, while blocks are measured
         self._own = block.__dict__.get("forward")  # a forward that somebody else has put there
         self._wasted: set[Key] = set()
+        self._draws = Draws()
         block.forward = self
 
     @property
@@ -140,7 +143,11 @@ class Wrapped:
             self.block.forward = self._own
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_wasted": set(), "seen": None}
+        return {**self.__dict__, "_wasted": set(), "_draws": Draws(), "seen": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.setting.watcher.joins(self)
 
     # ------------------------------------------------------------ a call
 
@@ -151,9 +158,8 @@ class Wrapped:
             self.seen(self, args, kwargs)
         if not torch.is_grad_enabled() or not self._has_gradient(tensors):
             return self._inner(*args, **kwargs)
-        counts = self.setting.watcher.entered(self.record)
-        if counts:
-            self._count_baseline(args, kwargs)
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None  # torch.func: what is saved is not told
+        counts = not transformed and self.setting.watcher.entered(self.record)
         device = next((tensor.device for tensor in tensors), torch.device("cpu"))
         forward = Span(device).begin()
         stay: Stay | None = None
@@ -165,7 +171,10 @@ class Wrapped:
             result = self._checkpointed(args, kwargs, device, counts)
         self.record.forwards.append(forward.end())
         self.record.calls += 1
-        self._time_backward(tensors, result, device, stay)
+        graph = Graph() if counts else None
+        if graph is not None:
+            self.record.counts_in(graph)
+        self._time_backward(tensors, result, device, stay, graph)
         return result
 
     def _inner(self, *args: Any, **kwargs: Any) -> Any:
@@ -178,34 +187,35 @@ class Wrapped:
         return any(t.requires_grad for t in tensors) or any(p.requires_grad for p in self.block.parameters())
 
     def _checkpointed(self, args: Any, kwargs: Any, device: torch.device, counts: bool) -> Any:
+        given = [(args, kwargs)]  # the caller's own lists and dicts; the recomputation gets copies of what was in them
         leaves, spec = tree_flatten((args, kwargs))
         at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         tensors = [leaves[i] for i in at]
         for i in at:
             leaves[i] = None  # torch keeps them, under version control; here they would be kept besides
         guard = BufferGuard(self.block)
-        selection = Selection(self.setting.policy, self._wasted) if self.kind == "selective" else None
+        own_random = OwnRandom(self.block, leaves, self._draws)
+        selection = None
+        if self.kind == "selective":
+            selection = Selection(self.setting.policy, self._wasted, self.block, tensors)
         training = self.block.training
         parameters = Parameters(self.block, self.name)
-        versions = [tensor._version for tensor in tensors]
+        versions = [version(tensor) for tensor in tensors]
         record, watcher = self.record, self.setting.watcher
-        runs = 0
 
         def run(*tensors: torch.Tensor) -> Any:
-            nonlocal runs
+            if given:
+                its_args, its_kwargs = given.pop()
+                return self._forward(its_args, its_kwargs, counts)
             whole = list(leaves)
             for i, tensor in zip(at, tensors, strict=True):
                 whole[i] = tensor
             its_args, its_kwargs = tree_unflatten(whole, spec)
-            runs += 1
-            if runs == 1:
-                return self._inner(*its_args, **its_kwargs)
             self._require_same_mode(training)
-            parameters.require_unchanged()
             span = Span(device).begin()
             watcher.backward_runs()
             try:
-                with guard:
+                with parameters.recomputing(), guard, own_random.as_before(), same_attributes(self.block):
                     return self._inner(*its_args, **its_kwargs)
             finally:  # torch ends it by an exception as soon as nothing more is needed
                 record.recomputations.append(span.end())
@@ -218,7 +228,9 @@ class Wrapped:
         else:
             result = checkpoint(run, *tensors, use_reentrant=False, context_fn=selection.modes)
         guard.ran()
-        if [tensor._version for tensor in tensors] != versions:
+        own_random.ran()
+        parameters.ran()
+        if [version(tensor) for tensor in tensors] != versions:
             on_first_gradient(result, self._refuse_changed_inputs)
         if counts:
             own = storages_of(self.block)
@@ -249,7 +261,7 @@ class Wrapped:
         borrower = offloader if offloader is not None and offloader.lends else None
         if borrower is not None:
             borrower.make_room(self.record.kept_by_a_call)
-        result = self._inner(*args, **kwargs)
+        result = self._forward(args, kwargs, counts)
         if counts:
             self.record.kept = self.record.baseline
         return result, None if borrower is None else borrower.stay(self.record.kept_by_a_call)
@@ -259,7 +271,7 @@ class Wrapped:
         assert offloader is not None
         hooks = offloader.hooks(self.block)
         with hooks:
-            result = self._inner(*args, **kwargs)
+            result = self._forward(args, kwargs, counts, (hooks.pack_hook, hooks.unpack_hook))
         self.record.moved += sum(hooks.moved.values())
         if counts:
             self.record.kept += sum(hooks.kept.values())
@@ -267,40 +279,26 @@ class Wrapped:
 
     # ------------------------------------------------------------ accounts
 
-    def _count_baseline(self, args: Any, kwargs: Any) -> None:
-        """Runs the forward once more, keeping everything, for the bytes of it. On copies: it may write its inputs."""
-        own = storages_of(self.block)
-        saved: dict[int, int] = {}
+    def _forward(self, args: Any, kwargs: Any, counts: bool, around: Hooks | None = None) -> Any:
+        """Runs it, inside of these hooks; `counts`: the bytes that it saves, or would save, if it kept everything."""
+        if not counts:
+            return self._inner(*args, **kwargs)
+        counting = Counting(self.setting.watcher.accounts()[0], storages_of(self.block), around)
+        with counting:
+            result = self._inner(*args, **kwargs)
+        self.record.kept_by_a_call = counting.nbytes
+        self.record.baseline += counting.nbytes
+        return result
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            if has_storage(tensor) and storage_key(tensor) not in own:
-                saved[storage_key(tensor)] = tensor.untyped_storage().nbytes()
-            return tensor.detach()  # its history would hold the graph that holds it
-
-        leaves, spec = tree_flatten((args, kwargs))
-        copies = [_copy(leaf) for leaf in leaves]
-        its_args, its_kwargs = tree_unflatten(copies, spec)
-        given = {storage_key(copy): leaf for copy, leaf in zip(copies, leaves, strict=True) if has_storage(leaf)}
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        guard = BufferGuard(self.block)
-        with same_random(tensors), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            result = self._inner(*its_args, **its_kwargs)
-        guard.ran()
-        guard.undo()
-        del result  # the graph holds what was counted until here, so that no two were counted as one
-        held = {storage_key(given[key]): given[key] for key in saved if key in given}
-        held = {key: leaf for key, leaf in held.items() if key not in own}
-        made = sum(nbytes for key, nbytes in saved.items() if key not in given)
-        self.record.kept_by_a_call = self.setting.watcher.accounts()[0].add(held, made)
-        self.record.baseline += self.record.kept_by_a_call
-
-    def _time_backward(self, tensors: list[torch.Tensor], result: Any, device: torch.device, stay: Stay | None) -> None:
+    def _time_backward(
+        self, tensors: list[torch.Tensor], result: Any, device: torch.device, stay: Stay | None, graph: Graph | None
+    ) -> None:
         """From the first gradient of an output to the last of the inputs."""
         entering = [tensor for tensor in tensors if tensor.grad_fn is not None]
         record, watcher, span = self.record, self.setting.watcher, Span(device)
         offloader, missing = self.setting.offloader, len(entering)
 
-        def begins(_: Any, stay: Stay | None = stay) -> None:  # the graph holds `stay`, whatever enters
+        def begins(_: Any, held: tuple = (stay, graph)) -> None:  # the graph holds both, whatever enters
             watcher.backward_runs()
             span.begin()
 
@@ -314,15 +312,10 @@ class Wrapped:
             if stay is not None and offloader is not None and missing <= 0 and not graph_is_kept():
                 offloader.left(stay)
 
-        if entering or stay is not None:
+        if entering or stay is not None or graph is not None:
             on_first_gradient(result, begins)
             for tensor in entering:
                 tensor.register_hook(ends)
-
-
-def _copy(leaf: Any) -> Any:
-    """With the history of the tensor: to write in place into a leaf would be an error."""
-    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
 
 
 def graph_is_kept() -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from distlib import native
+from distlib import native, writes
 from distlib.comm import hierarchical as levels
 from distlib.comm import interfaces, membership
 from distlib.comm.c10d import C10dChannel
@@ -357,8 +357,7 @@ class Group:
         async_op: bool = False,
         timeout: Timeout = None,
     ) -> Work | None:
-        """Receives into `tensor` from rank `src`, or (None) from whichever rank sent one: `Work.source_rank()`
-        tells."""
+        """Receives into `tensor` from rank `src`, or (None) whichever rank sent one: `Work.source_rank()` tells."""
         if src is not None:
             self._check_rank("recv", "src", src)
         inner, finish = writable([tensor])
@@ -366,6 +365,7 @@ class Group:
         channel = self._channel_for(call, is_message=True)
         if channel.by_streams and finish is not None:
             raise ValueError(f"recv on {tensor.device}: the tensor must be contiguous")
+        writes.tell([tensor])
         operation = channel.recv(inner[0], src, tag, seconds_of(timeout, self.timeout))
         return self._track(channel, call, operation, [tensor], finish, async_op)
 
@@ -429,6 +429,7 @@ class Group:
         if self.closed:
             raise CollectiveError(f"group '{self.name}' was closed on this rank")
         begin = time.perf_counter_ns()
+        writes.tell(result)
         channel = self._channel_for(call)
         if channel.by_streams:
             call.finish, finish = finish, None

@@ -10,6 +10,8 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
 from distlib import native
 from distlib.comm.work import CollectiveError, completions
 
@@ -136,6 +138,7 @@ class Waiters:
         threading.Thread(target=self._run, args=(step, self._steps), name="distlib-waiter", daemon=True).start()
 
     def _run(self, step: Step | None, steps: queue.SimpleQueue[Step]) -> None:
+        torch.set_grad_enabled(False)
         while True:
             assert step is not None
             step.execute()
@@ -149,6 +152,7 @@ waiters = Waiters()
 
 
 def _work(steps: queue.SimpleQueue[Step | None], abandon: threading.Event) -> None:
+    torch.set_grad_enabled(False)  # of this thread: tensors may be in a graph, such as those that a Function reduces
     while (step := steps.get()) is not None and not abandon.is_set():
         step.execute()
         del step  # what it holds is not this thread's to keep: neither memory, nor this thread's owner
