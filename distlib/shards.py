@@ -83,13 +83,15 @@ class PartOfModel:
 
     aliases: other names of tied parameters and buffers in the whole model, to the one that they are stored under.
     tensors: name, shape and dtype of all that the whole model stores, equal on all ranks. replica, replicas: so many
-    ranks hold this part; this rank is the `replica`-th.
+    ranks hold this part; this rank is the `replica`-th. elsewhere: names of buffers of this part that another part
+    holds as well, and counts.
     """
 
     aliases: dict[str, str]
     tensors: tuple[tuple[str, tuple[int, ...], str], ...]
     replica: int = 0
     replicas: int = 1
+    elsewhere: frozenset[str] = frozenset()
 
 
 def part_of(model: object) -> PartOfModel | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import sys
 import threading
 import time
+import weakref
 from datetime import timedelta
 from typing import Any
 
@@ -191,6 +194,34 @@ def test_a_rank_that_left_in_good_order_is_not_taken_for_one_that_ended(how: str
         assert "rank 1" in outcomes[0].value[1]
 
 
+def ends_meanwhile(rank: int, n: int) -> list[str]:
+    """A rank ends its group from another thread while an all-reduce of its own is under way: never a result."""
+    found = []
+    for k in range(4):
+        dist.init_process_group("distlib", store=dist.PrefixStore(str(k), store()), rank=rank, world_size=n)
+        group = Group.of()
+        for value in (7.0, 1.0):
+            tensor = torch.full((20_000_000,), value)
+            work = group.all_reduce(tensor, async_op=True)
+            if value == 1.0 and rank == 0:
+                time.sleep(0.01 * (k + 1))
+                group.abort("rank 0 has had enough")
+            try:
+                work.wait()
+                found.append("well" if bool((tensor == n * value).all()) else "wrong")
+            except CollectiveError as error:
+                found.append(str(error))
+        dist.destroy_process_group()
+    return found
+
+
+def test_a_collective_that_was_ended_meanwhile_has_no_result() -> None:
+    for rank, found in enumerate(run_ranks(2, ends_meanwhile, env=hosts(2))):
+        for k in range(4):
+            assert found[2 * k] == "well"
+            assert found[2 * k + 1] == "rank 0 has had enough" or (rank == 1 and found[2 * k + 1] == "well"), found
+
+
 def told(rank: int, n: int, how: str) -> tuple[str, str]:
     """Rank 1 ends the group while the others wait for rank 0, or for it."""
     dist.init_process_group("distlib", store=store(), rank=rank, world_size=n)
@@ -236,17 +267,79 @@ def test_a_runner_that_is_abandoned_fails_what_is_queued_and_starts_again() -> N
     runner, go = Runner("test"), threading.Event()
     stuck, queued = runner.start(go.wait), runner.start(lambda: 1)
     error = CollectiveError("rank 7 has gone", "dead")
-    while not stuck._notify and not runner._queue.qsize() == 1:
+    while runner._line.steps.qsize() > 1:
         time.sleep(0.001)
     runner.abandon(error)
     assert queued.wait(5) and queued.text == "rank 7 has gone"
     stuck.fail(error)
     assert stuck.wait(5) and stuck.text == "rank 7 has gone"
     assert (after := runner.start(lambda: 2)).wait(5) and after.result == 2
+    closing = threading.Thread(target=runner.close)
+    closing.start()
+    closing.join(5)
+    assert not closing.is_alive()
     go.set()  # it comes back after all, and changes nothing
     time.sleep(0.1)
     assert stuck.text == "rank 7 has gone" and stuck.result is None
-    runner.close()
+
+
+def test_closing_waits_for_no_thread_that_is_given_up() -> None:
+    runner, go = Runner("test"), threading.Event()
+    runner.start(go.wait)
+    closing = threading.Thread(target=runner.close)
+    closing.start()
+    while not runner._line.closing:
+        time.sleep(0.001)
+    assert closing.is_alive()
+    runner.abandon(CollectiveError("given up"))
+    closing.join(5)
+    assert not closing.is_alive()
+    assert (after := runner.start(lambda: 2)).wait(5) and after.result == 2
+    go.set()
+
+
+def test_no_step_is_lost_between_threads_that_start_and_one_that_gives_up() -> None:
+    steps: list[Step] = []
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(200):
+            runner = Runner("test")
+            starting = threading.Thread(target=lambda r=runner: steps.extend(r.start(int) for _ in range(10)))
+            starting.start()
+            runner.abandon(CollectiveError("given up"))
+            starting.join()
+            runner.close()
+    finally:
+        sys.setswitchinterval(before)
+    assert all(step.wait(5) for step in steps)
+
+
+def collected(rank: int, n: int) -> list[bool]:
+    """What a collective or a message held goes with it, without the garbage collector."""
+    with process_group(rank, n):
+        group = Group.of()
+        gc.disable()
+        found = []
+        for kind in ("all_reduce", "messages"):
+            tensor = torch.ones(1000)
+            if kind == "all_reduce":
+                work = group.all_reduce(tensor, async_op=True)
+            else:
+                work = group.send(tensor, 1, async_op=True) if rank == 0 else group.recv(tensor, 0, async_op=True)
+            work.wait()
+            held = weakref.ref(work.operation)
+            group.sweep()
+            del work, tensor
+            group.barrier()
+            group.sweep()
+            found.append(held() is None)
+        return found
+
+
+def test_what_is_over_is_held_by_no_circle_of_references() -> None:
+    for found in run_ranks(2, collected, env=hosts(2)):
+        assert found == [True, True]
 
 
 def test_waiters_run_side_by_side_and_are_kept() -> None:

@@ -15,7 +15,7 @@ from test_collectives import KINDS, Case, check, place, values
 
 import distlib
 from distlib import native
-from distlib.comm.gloo import broadcast_targets, expected_sent
+from distlib.comm.gloo_bytes import broadcast_targets, expected_sent
 from distlib.comm.group import Group
 from distlib.comm.spanning import Shares
 from distlib.comm.work import CollectiveError

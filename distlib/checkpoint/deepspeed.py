@@ -94,7 +94,7 @@ def convert_deepspeed(
 
     manifest = Manifest("", 1, source.step, ties, {"class": source.optimizer, "kinds": kinds})
     rest = writer.to_bytes(source.rest())
-    note = {"path": "", "facts": "", "step": source.step, "parts": (), "kinds": kinds}
+    note = {"path": "", "facts": "", "step": source.step, "replica": 0, "parts": (), "kinds": kinds}
     note |= {"extra": {"deepspeed": ""}, "extra bytes": {"deepspeed": rest}}
     write(Ranks(None, 0, 1), folder.real(out), Job(plan, contents(), note, manifest), None)
 

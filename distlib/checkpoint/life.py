@@ -24,7 +24,7 @@ class SignsOfLife:
     def __init__(self, group: Group) -> None:
         self._group = group
         self._limit = max(_LEAST, group.timeout)
-        self._store = None if group.store is None else BoundedStore(group.store)
+        self._store = None if group.store is None else BoundedStore(group.store, own=True)
         self._count = 0
 
     @contextlib.contextmanager

@@ -14,7 +14,7 @@ from torch import nn
 
 from distlib.checkpoint import folder, random_state
 from distlib.checkpoint.layout import Piece
-from distlib.checkpoint.model_state import MODEL, ModelState, model_state
+from distlib.checkpoint.model_state import MODEL, ModelState, model_state, replica_of
 from distlib.checkpoint.optimizer_state import GROUPS, GROUPS_OF, STATE, groups_for, kind_of, ordered, restore
 from distlib.checkpoint.ranks import Ranks
 from distlib.checkpoint.reader import Checkpoint, Target
@@ -28,8 +28,9 @@ class LoadedState:
     """What `load` found beside the model and the optimizer.
 
     step: as given to `save`. world_size: the ranks that saved. extra: by key, what was saved of it; where ranks
-    differed, this rank's, and nothing if the world size is another one now. extra_by_rank: by key, what each rank that
-    saved had, where they differed. rng: whether the random number generators were set.
+    differed, this rank's, and nothing if the ranks are others now: in number, or in which of them share a copy of the
+    model. extra_by_rank: by key, what each rank that saved had, where they differed. rng: whether the random number
+    generators were set.
     """
 
     step: int | None
@@ -62,6 +63,7 @@ def load(
     extra: dict[str, Any] | None = None,
     rng: bool = True,
     process_group: dist.ProcessGroup | None = None,
+    scaler_required: bool = True,
 ) -> LoadedState:
     """Load what `save` wrote into `model` and the rest, in whatever layout they are now. Every rank must call it.
 
@@ -78,8 +80,10 @@ def load(
         scaler: gets load_state_dict() with what was saved.
         extra: objects that get load_state_dict() with what was saved under their key. The values of all keys come back
             in the LoadedState, too.
-        rng: set the random number generators, if the world size is that of the save; otherwise they stay as they are.
+        rng: set the random number generators, if as many ranks saved, of which the same ones shared a copy of the
+            model (the ranks of a pipeline do); otherwise they stay as they are.
         process_group: the ranks that hold the model; default: all.
+        scaler_required: False: where no scaler was saved, the one given stays as it is.
 
     Returns:
         A LoadedState: step, world size of the save, `extra`, and whether generators were set.
@@ -92,11 +96,17 @@ def load(
     ranks = Ranks.of(process_group)
     target = folder.real(path)
     what = f"load from {target}"
-    if ranks.rank == 0:
-        ranks.agree(None, None, lambda notes: folder.recover(target), what)
-    else:
-        ranks.agree(None, None, lambda notes: None, what)
-    plan = ranks.together(lambda: _plan(ranks, target, model, optimizer, scaler, extra, rng), what)
+
+    def recovered(replicas: list[int]) -> list[int]:
+        folder.recover(target)
+        return replicas
+
+    replicas = ranks.agree(replica_of(model, ranks.rank), None, recovered, what)
+
+    def check() -> _Plan:
+        return _plan(ranks, replicas, target, model, optimizer, scaler, scaler_required, extra, rng)
+
+    plan = ranks.together(check, what)
 
     before = getattr(model, "before_writing", None)
 
@@ -111,7 +121,7 @@ def load(
                     tensor.copy_(into.flat.view(tensor.shape))
         if optimizer is not None:
             restore(optimizer, plan.groups, plan.states)
-        if scaler is not None:
+        if scaler is not None and plan.scaler is not None:
             scaler.load_state_dict(plan.scaler)
         for key, value in (extra or {}).items():
             value.load_state_dict(plan.found.extra[key])
@@ -128,10 +138,12 @@ def load(
 
 def _plan(
     ranks: Ranks,
+    replicas: list[int],
     path: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
     scaler: Any,
+    scaler_required: bool,
     extra: dict[str, Any] | None,
     rng: bool,
 ) -> _Plan:
@@ -145,18 +157,21 @@ def _plan(
         objects += _plan_optimizer(plan, optimizer, state)
     targets = [into for into, _ in plan.parameters] + plan.state_targets
     manifest = checkpoint.manifest
-    same = manifest.world_size == ranks.size
-    if scaler is not None and not manifest.scaler:
-        raise ValueError(f"{path} was saved without a scaler: leave scaler= out, or save it")
-    if scaler is not None:
+    if scaler is not None and manifest.scaler:
         plan.scaler = checkpoint.object("scaler", trusted=True)
-    plan.found = _extra(checkpoint, ranks, extra or {}, rng and manifest.rng and same)
+    elif scaler is not None and scaler_required:
+        raise ValueError(f"{path} was saved without a scaler: leave scaler= out, or save it")
+    elif scaler is not None and ranks.rank == 0:
+        log.info("%s was saved without a scaler: the loss scale stays as it is", path)
+    # Where the file does not tell, each rank is taken to have had a copy of the model of its own.
+    same = (manifest.replicas or list(range(manifest.world_size))) == replicas
+    plan.found = _extra(checkpoint, ranks, replicas, extra or {}, rng and manifest.rng and same)
     if plan.found.rng:
         plan.generators = checkpoint.object(f"rng.{ranks.rank}")
     elif rng and manifest.rng and ranks.rank == 0:
         log.info(
-            "%s was saved by %d ranks, there are %d now: random number generators stay as they are",
-            path, manifest.world_size, ranks.size,
+            "%s was saved by %d ranks, there are %d now%s: random number generators stay as they are",
+            path, manifest.world_size, ranks.size, _otherwise(manifest.world_size, ranks.size),
         )  # fmt: skip
     checkpoint.verify(targets, objects)
     return plan
@@ -257,7 +272,12 @@ def _plan_optimizer(plan: _Plan, optimizer: torch.optim.Optimizer, state: ModelS
     return objects
 
 
-def _extra(checkpoint: Checkpoint, ranks: Ranks, wanted: dict[str, Any], rng: bool) -> LoadedState:
+def _otherwise(saved: int, now: int) -> str:
+    """How ranks of equal number are not the same."""
+    return ", which share copies of the model in another way" if saved == now else ""
+
+
+def _extra(checkpoint: Checkpoint, ranks: Ranks, replicas: list[int], wanted: dict[str, Any], rng: bool) -> LoadedState:
     """The values of `extra`; that they fit the objects that want them."""
     manifest, path = checkpoint.manifest, checkpoint.path
     values = {key: checkpoint.object(f"extra.{key}", trusted=True) for key in manifest.shared}
@@ -265,7 +285,7 @@ def _extra(checkpoint: Checkpoint, ranks: Ranks, wanted: dict[str, Any], rng: bo
         key: [checkpoint.object(f"extra_by_rank.{key}.{r}", trusted=True) for r in range(manifest.world_size)]
         for key in manifest.by_rank
     }
-    if manifest.world_size == ranks.size:
+    if manifest.world_size == ranks.size and manifest.replicas in (None, replicas):
         values.update({key: all_of[ranks.rank] for key, all_of in by_rank.items()})
     for key, value in wanted.items():
         if not callable(getattr(value, "load_state_dict", None)):
@@ -273,7 +293,8 @@ def _extra(checkpoint: Checkpoint, ranks: Ranks, wanted: dict[str, Any], rng: bo
         if key in by_rank and key not in values:
             raise ValueError(
                 f"{path}: extra[{key!r}] was not the same on all {manifest.world_size} ranks that saved, and "
-                f"there are {ranks.size} now: leave it out, and use LoadedState.extra_by_rank"
+                f"there are {ranks.size} now{_otherwise(manifest.world_size, ranks.size)}: leave it out, and use "
+                "LoadedState.extra_by_rank"
             )
         if key not in values:
             raise ValueError(f"{path} was saved without extra[{key!r}]; it has {sorted(values)}")

@@ -21,10 +21,11 @@ FORMAT, VERSION = "distlib checkpoint", 1
 class Manifest:
     """What `manifest.json` holds.
 
-    save_id: of this save, for logs. world_size: the ranks that saved. step: as given. aliases: other names of tied
-    parameters, with the one that is stored. optimizer: {"class": its name, "kinds": {state key: "piece" or "scalar"}}
-    or None. shared, by_rank: keys of `extra` that were equal on all ranks, and those that were not. files: by name,
-    {"bytes": size, "chunks": [[offset, bytes, crc32], ...]}; the chunks follow each other.
+    save_id: of this save, for logs. world_size: the ranks that saved. replicas: in which copy of the whole model each
+    of them was, such as [0, 0, 1, 1] for two pipelines; None in files that do not tell. step: as given. aliases: other
+    names of tied parameters, with the one that is stored. optimizer: {"class": its name, "kinds": {state key: "piece"
+    or "scalar"}} or None. shared, by_rank: keys of `extra` that were equal on all ranks, and those that were not.
+    files: by name, {"bytes": size, "chunks": [[offset, bytes, crc32], ...]}; the chunks follow each other.
     """
 
     save_id: str
@@ -37,6 +38,7 @@ class Manifest:
     shared: list[str] = field(default_factory=list)
     by_rank: list[str] = field(default_factory=list)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    replicas: list[int] | None = None
 
     def to_bytes(self) -> bytes:
         """The file's content."""

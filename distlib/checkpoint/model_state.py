@@ -31,12 +31,14 @@ def model_state(model: nn.Module, rank: int, size: int) -> ModelState:
 
     Parameters without a Shard are whole and equal on all ranks, so all ranks may write them. Buffers may differ, as
     the statistics of a batch norm do: rank 0's count. Of a part of a model, all ranks are those that hold the part. A
-    tied weight that another stage counts is read, never written.
+    tied weight or a buffer that another stage counts is read, never written.
     """
     part = part_of(model)
     ties: dict[str, str] = {}
+    elsewhere: set[str] = set()
     if part is not None:
         rank, size, ties = part.replica, part.replicas, part.aliases
+        elsewhere |= {MODEL + name for name in part.elsewhere}
     pieces: list[Piece] = []
     aliases: dict[str, str] = {}
     by_id: dict[int, Piece] = {}
@@ -67,19 +69,28 @@ def model_state(model: nn.Module, rank: int, size: int) -> ModelState:
                 aliases[key] = seen[id(buffer)]
             continue
         seen[id(buffer)] = key
-        pieces.append(Piece(key, buffer.shape, 0, buffer.detach(), rank, size, spread=False))
+        replica = (1, 2) if key in elsewhere else (rank, size)
+        elsewhere.add(key)  # another stage of this rank may have a copy
+        pieces.append(Piece(key, buffer.shape, 0, buffer.detach(), *replica, spread=False))
     if part is None:
         return ModelState(pieces, aliases, by_id, [(p.name, tuple(p.shape), str(p.tensor.dtype)) for p in pieces])
     tensors = [(MODEL + name, shape, dtype) for name, shape, dtype in part.tensors]
     return ModelState(pieces, {MODEL + a: MODEL + n for a, n in ties.items()}, by_id, tensors)
 
 
+def replica_of(model: nn.Module, rank: int) -> int:
+    """Which copy of the whole model this rank is in: ranks of a pipeline share one, any other rank is one."""
+    part = part_of(model)
+    return rank if part is None else part.replica
+
+
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and buffers that belong into a state dict; one that is shared comes under each of its names.
+    """Names and buffers that belong into a state dict; one that is shared comes under each of its names, and stages of
+    one rank may have copies under one name.
 
     Raises ValueError for modules with extra state of their own, which no tensor can hold.
     """
-    given = set()
+    given: set[tuple[str, int]] = set()
     for prefix, module in model.named_modules(remove_duplicate=False):
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise ValueError(
@@ -88,6 +99,7 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             )
         for key, buffer in module._buffers.items():
             name = f"{prefix}.{key}" if prefix else key
-            if buffer is not None and key not in module._non_persistent_buffers_set and name not in given:
-                given.add(name)
-                yield name, buffer
+            if buffer is None or key in module._non_persistent_buffers_set or (name, id(buffer)) in given:
+                continue
+            given.add((name, id(buffer)))
+            yield name, buffer

@@ -20,7 +20,7 @@ from torch import nn
 from distlib.checkpoint import folder, layout, random_state, writer
 from distlib.checkpoint.layout import Chunk, Piece
 from distlib.checkpoint.manifest import Manifest
-from distlib.checkpoint.model_state import MODEL, ModelState, model_state
+from distlib.checkpoint.model_state import MODEL, ModelState, model_state, replica_of
 from distlib.checkpoint.optimizer_state import STATE, OptimizerState, optimizer_state
 from distlib.checkpoint.ranks import Ranks, attempt
 from distlib.checkpoint.writer import Planned
@@ -125,7 +125,8 @@ def save(
             scaler=scaler is not None,
             rng=rng,
         )
-        return _job(ranks, target, state, state_of, objects, manifest, asynchronous)
+        replica = replica_of(model, ranks.rank)
+        return _job(ranks, target, replica, state, state_of, objects, manifest, asynchronous)
 
     job, error = attempt(prepare)  # where it fails, the other ranks are told in write()
     stall = time.perf_counter() - begun
@@ -195,6 +196,7 @@ def _objects(
 def _job(
     ranks: Ranks,
     target: Path,
+    replica: int,
     state: ModelState,
     of_optimizer: OptimizerState | None,
     objects: dict[tuple[str, ...], bytes],
@@ -222,6 +224,7 @@ def _job(
         "facts": hashlib.sha256(repr((whole, sorted(manifest.aliases.items()))).encode()).hexdigest(),
         "names": len(whole),
         "step": manifest.step,
+        "replica": replica,
         "parts": (manifest.optimizer and manifest.optimizer["class"], manifest.scaler, manifest.rng),
         "kinds": manifest.optimizer["kinds"] if manifest.optimizer else {},
         "extra": {key: hashlib.sha256(data).hexdigest() for key, data in own_extra.items()},

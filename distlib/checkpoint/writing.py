@@ -51,7 +51,7 @@ def write(ranks: Ranks, target: Path, job: Job | None, error: BaseException | No
     note = {key: value for key, value in job.note.items() if key != "extra bytes"} if job is not None else None
     start = ranks.agree(note, error, lambda notes: _begin(target, notes), what)
     assert job is not None
-    token, by_rank, kinds = start
+    token, by_rank, kinds, job.manifest.replicas = start
     if job.manifest.optimizer is not None:
         job.manifest.optimizer["kinds"] = kinds
     aside = folder.aside(target, folder.SAVING, token)
@@ -80,10 +80,11 @@ def write(ranks: Ranks, target: Path, job: Job | None, error: BaseException | No
     ranks.kept[_PLAN] = plan
 
 
-def _begin(target: Path, notes: list[dict[str, Any]]) -> tuple[str, list[str], dict[str, str]]:
+def _begin(target: Path, notes: list[dict[str, Any]]) -> tuple[str, list[str], dict[str, str], list[int]]:
     """On rank 0: that all ranks save the same; the folder.
 
-    Returns its token, the keys of `extra` that differ, and the kinds of optimizer state that any rank knows.
+    Returns its token, the keys of `extra` that differ, the kinds of optimizer state that any rank knows, and each
+    rank's replica.
     """
     words = {
         "path": "different paths",
@@ -108,7 +109,8 @@ def _begin(target: Path, notes: list[dict[str, Any]]) -> tuple[str, list[str], d
                 )
     token = secrets.token_hex(8)
     folder.begin(target, token)
-    return token, [key for key in notes[0]["extra"] if len({note["extra"][key] for note in notes}) > 1], kinds
+    differ = [key for key in notes[0]["extra"] if len({note["extra"][key] for note in notes}) > 1]
+    return token, differ, kinds, [note["replica"] for note in notes]
 
 
 def _extra_of(job: Job, by_rank: list[str], rank: int) -> list[tuple[Planned, bytes]]:

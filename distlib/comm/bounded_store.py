@@ -11,11 +11,16 @@ import torch.distributed as dist
 from distlib.comm.threads import Step, waiters
 
 
-class BoundedStore:
-    """Questions to a store. RuntimeError: whoever keeps it has gone, or has not answered within `seconds`."""
+class NoAnswer(RuntimeError):
+    """Whoever keeps the store may be there all the same; or another thread of this process has the store's client."""
 
-    def __init__(self, store: dist.Store, seconds: float = 2.0) -> None:
-        self._store, self._seconds = store, seconds
+
+class BoundedStore:
+    """Questions to a store. RuntimeError: whoever keeps it has gone; NoAnswer: none came within `seconds`."""
+
+    def __init__(self, store: dist.Store, seconds: float = 2.0, own: bool = False) -> None:
+        """own: over a connection of its own. A client asks one question at a time, and `wait` is a long one."""
+        self._store, self._seconds = store.clone() if own else store, seconds
         self._lock = threading.Lock()
         self._asked: Step | None = None
 
@@ -38,11 +43,12 @@ class BoundedStore:
     def _ask(self, question: Callable[[], Any]) -> Any:
         with self._lock:
             if self._asked is not None and not self._asked.done:
-                raise RuntimeError("the store does not answer")
-            self._asked = step = Step(question)
+                raise NoAnswer("the store does not answer")
+            step = Step(question)
             waiters.start(step)
+            self._asked = step
             if not step.wait(self._seconds):
-                raise RuntimeError(f"the store has not answered within {self._seconds:.0f} s")
+                raise NoAnswer(f"the store has not answered within {self._seconds:.0f} s")
         if step.code:
             raise RuntimeError(step.text) from step.cause
         return step.result

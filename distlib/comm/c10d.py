@@ -13,7 +13,7 @@ from torch._C import _distributed_c10d as c10d
 
 from distlib import native
 from distlib.comm.channel import BETWEEN_HOSTS, Collective, Traffic
-from distlib.comm.gloo import expected_sent
+from distlib.comm.gloo_bytes import expected_sent
 from distlib.comm.work import CollectiveError, Operation
 
 OPS = {

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from distlib.comm import hierarchical, spanning
 from distlib.comm.channel import BETWEEN_HOSTS, SAME_HOST, Collective, Traffic
-from distlib.comm.gloo import expected_sent
+from distlib.comm.gloo_bytes import expected_sent
 from distlib.comm.ledger import expected_bytes
 from distlib.comm.meeting import pretend_node
 from distlib.comm.work import CollectiveError, Operation

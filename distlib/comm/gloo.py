@@ -25,6 +25,7 @@ from distlib.comm import interfaces
 from distlib.comm.arithmetic import reduce_in_order
 from distlib.comm.bounded_store import BoundedStore
 from distlib.comm.channel import BETWEEN_HOSTS, SAME_HOST, Collective, Traffic
+from distlib.comm.gloo_bytes import Sent, broadcast_targets, expected_sent
 from distlib.comm.gloo_faults import PATIENCE, Account, Gone, Waiting, close, why_closed
 from distlib.comm.gloo_messages import GlooMessage, message_bytes
 from distlib.comm.threads import Runner, Step
@@ -34,7 +35,6 @@ from distlib.topology import Topology
 from distlib.words import ranks_text
 
 log = logging.getLogger("distlib")
-Sent = dict[int, int]  # bytes that this rank sends, by destination
 _LOOK_SECONDS = 2.0  # how long a failed rank looks for others that failed in the same operation
 
 
@@ -90,36 +90,6 @@ def process_group(
         ) from error
 
 
-def broadcast_targets(rank: int, root: int, size: int) -> list[int]:
-    """To whom `rank` passes a broadcast on: gloo's is a binomial tree."""
-    place = (rank - root) % size
-    targets, bit = [], 1
-    while bit < size:
-        if place & (2 * bit - 1) == 0 and place + bit < size:
-            targets.append((place + bit + root) % size)
-        bit *= 2
-    return targets
-
-
-def expected_sent(kind: str, n: int, me: int, root: int, sent: int, received: int) -> Sent:
-    """Bytes that rank `me` sends to each rank, by formula; `sent` and `received` are the bytes of its tensors."""
-    after = (me + 1) % n
-    if kind == "all_reduce":
-        share = -(-sent // n)
-        return {to: share + (share * (n - 1) if to == after else 0) for to in range(n)}
-    if kind in ("reduce_scatter", "all_to_all"):
-        return {to: sent // n for to in range(n)}
-    if kind == "all_gather":
-        return {after: sent * (n - 1)}
-    if kind in ("gather", "reduce", "send"):
-        return {root: sent}
-    if kind == "scatter":
-        return {to: received for to in range(n)} if me == root else {}
-    if kind == "broadcast":
-        return {to: sent for to in broadcast_targets(me, root, n)}
-    return {}
-
-
 @dataclass(frozen=True)
 class Seat:
     """What a rank knows of a group that it joins.
@@ -158,12 +128,13 @@ class GlooChannel:
         self._runner = Runner(f"gloo-{self.name}")
         self._account = Account(BoundedStore(seat.store), seat.rank)
         self._waiting: set[Waiting] = set()
+        self._ended = False  # by abort(), which does not wake who is in the middle of a transfer, either
         self._topology = seat.topology
         self._late: dict[str, tuple[list[float], int]] = {}
         self._broken: CollectiveError | None = None
         self._compare = settings.switch("DISTLIB_FINGERPRINT", True)
         # gloo's threads must not outlive the interpreter: what is still connected at exit is let go there.
-        weakref.finalize(self, _leave, self._account, self._connections)
+        weakref.finalize(self, _leave, self._account, self._connections, self._waiting)
         lookout.add(self)
 
     @property
@@ -173,9 +144,13 @@ class GlooChannel:
 
     @property
     def _gloo(self) -> Any:
-        if "all" not in self._connections:
-            raise CollectiveError(f"group '{self.name}' was closed on this rank")
-        return self._connections["all"]
+        return self._connected("all")
+
+    def _connected(self, name: str) -> Any:
+        """A connection that this rank has made. CollectiveError once it is closed."""
+        if (connection := self._connections.get(name)) is None:
+            raise self._broken or CollectiveError(f"group '{self.name}' was closed on this rank")
+        return connection
 
     # ------------------------------------------------------------ collectives
 
@@ -195,6 +170,8 @@ class GlooChannel:
             self._account.sequence = waiting.sequence = self._sequence + 1
             with waiting.inside(self._waiting):
                 result = self._guarded(collective, timeout, run)
+            if self._broken is not None:  # meanwhile, by another thread: some of it may not have been done
+                raise self._broken
             self._account.finished = waiting.sequence
             return result
 
@@ -400,51 +377,64 @@ class GlooChannel:
 
     def look(self) -> bool:
         """Called by the lookout: ends what waits for a rank that has gone."""
+        aborted: str | None = None
         for waiting in list(self._waiting):
             now = time.monotonic()
-            if now - waiting.begun <= PATIENCE:
+            if now - waiting.begun <= PATIENCE or not (self._ended or waiting.may_ask(now)):
                 continue
-            told = waiting.why = self._told(waiting)
+            if aborted is None:
+                aborted = self._aborted_by_any()
+            told = waiting.why = aborted or self._told(waiting)
             if told or waiting.judge(self._in_vain(waiting, now), now):
-                self._give_up(waiting, now - waiting.begun)
+                self._give_up(waiting, now - waiting.begun, aborted)
         return False
 
+    def _aborted_by_any(self) -> str:
+        """Why this rank or another ended the group; "" if none did, as far as can be seen."""
+        if self._ended:
+            return str(self._broken)
+        return self._account.aborted()
+
     def _told(self, waiting: Waiting) -> str:
-        """Why it has failed, as this rank or another knows and has said; "" if nobody has."""
-        if "all" not in self._connections:  # an abort does not wake who is in the middle of a transfer, either
-            return str(self._broken or f"group '{self.name}' was closed on this rank")
-        return self._account.aborted() or (self._account.failed(waiting.sequence) if waiting.call is not None else "")
+        """Why a collective has failed, as another rank has said; "" if none has."""
+        return "" if waiting.call is None else self._account.failed(waiting.sequence)
 
     def _in_vain(self, waiting: Waiting, now: float) -> str:
         """Whose end there is no reason to wait for any more; "" if there is, as far as can be seen."""
-        if not waiting.may_ask(now):
-            return waiting.why
         connection = self._connections.get("all")
-        if connection is None:  # since a moment ago
+        if connection is None:  # closed in good order: what is under way goes on
             return ""
-        if waiting.call is None:
+        if waiting.call is None and waiting.peer >= 0:
             return why_closed(connection, waiting.peer)
+        closed = {}
         for rank in set(range(self.size)) - {self.rank} - self._account.left:
-            why, pair = why_closed(connection, rank), self.size == 2
-            if why and not self._account.has_left(rank, waiting.sequence, now - waiting.begun, pair):
-                return f"rank {self._labels[rank]} has ended in the middle of it: {why}"
+            if why := why_closed(connection, rank):
+                closed[rank] = why
+                if waiting.call is not None and not self._account.has_left(rank, waiting.sequence, now - waiting.begun):
+                    return f"rank {self._labels[rank]} has ended in the middle of it: {why}"
+        if waiting.call is None and len(closed) == self.size - 1 - len(self._account.left):
+            return next(iter(closed.values()), "all other ranks have left")
         return ""
 
-    def _give_up(self, waiting: Waiting, seconds: float) -> None:
-        assert waiting.step is not None
-        self._waiting.discard(waiting)
-        if waiting.call is None:
-            assert isinstance(waiting.step, GlooMessage)
-            text = f"{waiting.step.what} failed after {seconds:.1f} s. gloo says: {waiting.why}"
-            waiting.step.fail(CollectiveError(text, "dead"))
+    def _give_up(self, waiting: Waiting, seconds: float, aborted: str) -> None:
+        """aborted: why a rank ended the group, if one did."""
+        step = waiting.step
+        if step is None or waiting not in self._waiting:  # it is over
             return
-        error = self._broken = self._explain(waiting.call, Gone(waiting.why), seconds)
+        self._waiting.discard(waiting)
+        if isinstance(step, GlooMessage):
+            text = f"{step.what} failed after {seconds:.1f} s: {waiting.why}"
+            step.fail(CollectiveError(aborted) if aborted else CollectiveError(text, "dead"))
+            return
+        assert waiting.call is not None
+        error = CollectiveError(aborted) if aborted else self._explain(waiting.call, Gone(waiting.why), seconds)
+        self._broken = error
         self._part()
-        waiting.step.fail(error)
+        step.fail(error)
         self._runner.abandon(error)
 
     def _part(self) -> None:
-        """Closes all connections of this rank at once, whoever is inside."""
+        """Closes all connections of this rank at once, whoever is inside. `_broken` says why."""
         with suppress(KeyError):  # another thread may do so, too
             while self._connections:
                 close(self._connections.popitem()[1])
@@ -479,6 +469,7 @@ class GlooChannel:
         self._broken = self._broken or CollectiveError(text)
         self._account.abort(text)
         self._part()
+        self._ended = True
 
     def aborted(self) -> str | None:
         return None if self._broken is None else str(self._broken)
@@ -488,11 +479,18 @@ class GlooChannel:
 
     def close(self) -> None:
         self._runner.close()
-        _leave(self._account, self._connections)
+        _leave(self._account, self._connections, set())
 
 
-def _leave(account: Account, connections: dict[str, Any]) -> None:
-    """Says good-bye, and lets go of the connections; once."""
+def _leave(account: Account, connections: dict[str, Any], waiting: set[Waiting]) -> None:
+    """Says good-bye, and lets go of the connections; once. At the end of the process those who still wait for a message
+    are woken: inside gloo they would take the process down."""
     if connections:
         account.leave()
+        if waiting:
+            for connection in connections.values():
+                close(connection)
         connections.clear()
+        until = time.monotonic() + PATIENCE
+        while waiting and time.monotonic() < until:
+            time.sleep(0.01)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing.util
 import os
 import time
 from collections.abc import Iterator
@@ -26,13 +27,13 @@ from typing import Any
 
 import torch
 
-from distlib.comm.bounded_store import BoundedStore
+from distlib.comm.bounded_store import BoundedStore, NoAnswer
 from distlib.comm.channel import Collective
 from distlib.comm.threads import Step
 
 PATIENCE = 1.0  # seconds inside gloo before anybody looks
 SUSPICION = 2.0  # seconds for which it must have been in vain: the last bytes may just have come
-WITHOUT_STORE = 10.0  # seconds until a rank that cannot say that it left in good order has not
+WITHOUT_STORE = 60.0  # seconds inside until a rank that cannot say that it left in good order has not
 _MOST_BETWEEN = 30.0  # seconds between two questions to the same connections
 _TAG = 2**31 - 2  # no user's message has it
 
@@ -44,7 +45,7 @@ class Gone(RuntimeError):
 @dataclass(eq=False)
 class Waiting:
     """A step that may be inside gloo. call: its collective, #`sequence` of the group; None: it is a message.
-    peer: the rank that a message goes to or comes from."""
+    peer: the rank that a message goes to or comes from; -1: from any."""
 
     call: Collective | None = None
     sequence: int = 0
@@ -93,23 +94,28 @@ class Account:
     left: set[int] = field(default_factory=set)  # others that are known to have left in good order
     _pid: int = field(default_factory=os.getpid)
 
+    def __post_init__(self) -> None:
+        if multiprocessing.parent_process() is not None:  # such a process ends without what is done at exit
+            multiprocessing.util.Finalize(self, Account.leave, args=(self,), exitpriority=0)
+
     def leave(self) -> None:
         """What the others have still to do for the last collective that ended well here does not need this rank."""
         if self._pid == os.getpid():  # not a forked child that ends
             with contextlib.suppress(RuntimeError):  # the store may have gone
                 self.store.set(f"left/{self.rank}", str(self.finished))
 
-    def has_left(self, rank: int, sequence: int, seconds: float, pair: bool) -> bool:
-        """Whether a rank whose connection is closed owes nothing to collective `sequence`, inside of which this rank
-        has been for so many seconds. Where there is no store any more nobody can tell: a slow end is waited for, and
-        the other rank of a pair owes something in any case."""
+    def has_left(self, rank: int, sequence: int, seconds: float) -> bool:
+        """Whether a rank whose connection is closed may owe nothing to collective `sequence`, inside of which this rank
+        has been for so many seconds. Where there is no store any more nobody can tell, and slow ends are waited for."""
         if rank in self.left:
             return True
         try:
             if int(self.store.get(f"left/{rank}") or -1) < sequence:
                 return False
+        except NoAnswer:
+            return True
         except RuntimeError:
-            return not pair and seconds < WITHOUT_STORE
+            return seconds < WITHOUT_STORE
         self.left.add(rank)
         return True
 

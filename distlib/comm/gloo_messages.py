@@ -29,17 +29,13 @@ class GlooMessage(Step):
         looked_after: set[Waiting],
         account: Account,
     ) -> None:
-        super().__init__(self._inside)
+        super().__init__(None)
         self.what, self.nbytes = what, nbytes
+        self.peer = -1 if peer is None else peer
         self._work, self._seconds = work, min(seconds, 1e8)
-        self._waiting = Waiting(peer=-1 if peer is None else peer, step=self)
         self._account = account
-        self._looked_after = looked_after if peer is not None else set()  # of any rank's others may still come
+        self._looked_after = looked_after
         self._entered = False
-
-    @property
-    def peer(self) -> int:
-        return self._waiting.peer
 
     def wait(self, seconds: float) -> bool:
         self._enter()
@@ -54,13 +50,15 @@ class GlooMessage(Step):
             if self._entered:
                 return
             self._entered = True
+            self.run = self._inside  # not before: who nobody waits for is no circle of references
         waiters.start(self)
 
     def _inside(self) -> dict[int, int]:
         """Returns the bytes that left this rank, by destination."""
-        with self._waiting.inside(self._looked_after):
+        work, self._work = self._work, None
+        with Waiting(peer=self.peer, step=self).inside(self._looked_after):
             try:
-                self._work.wait(timedelta(seconds=self._seconds))
+                work.wait(timedelta(seconds=self._seconds))
             except RuntimeError as error:
                 if told := self._account.aborted():
                     raise CollectiveError(told) from error
@@ -68,7 +66,7 @@ class GlooMessage(Step):
                 text = f"{self.what} failed within {self._seconds:.1f} s. gloo says: {error}"
                 raise CollectiveError(text, code) from error
         if self.what.startswith("recv"):
-            self.source = self._work._source_rank()
+            self.source = work._source_rank()
         return {self.peer: self.nbytes}
 
 

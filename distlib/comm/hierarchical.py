@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -141,14 +141,15 @@ def _drop(under_way: deque[_Transfer]) -> None:
 class Levels:
     """All-gather and reduce-scatter in levels between the ranks of a uniform topology (`why_flat` is empty).
 
-    rank: this one's. inside: the channel between its host's ranks. connections: its owner's; "rail" is gloo between the
-    ranks that have its place in their hosts, by host. Calls run on one thread, in the same order on all ranks.
+    rank: this one's. inside: the channel between its host's ranks. connected: its owner's connections, by name; "rail"
+    is gloo between the ranks that have its place in their hosts, by host. Calls run on one thread, in the same order on
+    all ranks.
     """
 
-    def __init__(self, topology: Topology, rank: int, inside: HostChannel, connections: dict[str, Any]) -> None:
+    def __init__(self, topology: Topology, rank: int, inside: HostChannel, connected: Callable[[str], Any]) -> None:
         self._topology = topology
         self._inside = inside
-        self._connections = connections  # not the rail itself: its owner lets it go
+        self._connected = connected  # not the rail itself: its owner lets it go
         self._hosts, self._local = len(topology.nodes), len(topology.nodes[0])
         self._host = topology.node_of(rank)
         self._place = topology.local_ranks(rank).index(rank)
@@ -267,7 +268,7 @@ class Levels:
     def _exchange(self, begin: int, give: list[torch.Tensor], land: list[torch.Tensor], moved: Moved) -> _Transfer:
         """Starts sending give[h] to host h of the rail and receiving land[h] from it. Messages, as gloo moves those
         from and to where they lie; its all-gather copies twice more."""
-        transfer, rail = _Transfer(begin, land), self._connections["rail"]
+        transfer, rail = _Transfer(begin, land), self._connected("rail")
         for host in reversed(self._others):
             transfer.works.append(rail.recv([as_bytes(land[host])], host, _TAG))
         for host in self._others:

@@ -23,7 +23,7 @@ from torch._C import _distributed_c10d as c10d
 from distlib import streams
 from distlib.comm.c10d import OPS, C10dChannel, method_of
 from distlib.comm.channel import BETWEEN_HOSTS, SAME_HOST, Channel, Collective, Message, Traffic
-from distlib.comm.gloo import expected_sent
+from distlib.comm.gloo_bytes import expected_sent
 from distlib.comm.hierarchical import expected_moved, why_flat
 from distlib.comm.nccl_levels import DeviceLevels
 from distlib.comm.nccl_notes import Note, Notes

@@ -101,6 +101,7 @@ class Slot:
         self.nbytes = -(-nbytes // _PAGE) * _PAGE
         self.block = Host.here().arena.allocate(self.nbytes, True)
         self.offset: int = self.block.offset
+        self.lendings = 0  # how often it was lent
         self.borrower: Any = None  # the arena of the rank that it is lent to: tells whether that rank lives
         self.used_in = 0  # the step that used it last
         self.rooms: tuple[Room, ...] = ()  # from when it is reserved until it is lent
@@ -117,10 +118,9 @@ class Slot:
         """Whether nobody has it, this process included."""
         return self.returned and (self._here is None or self._here() is None)
 
-    @property
-    def taken(self) -> bool:
-        """Whether the receiver has come for it."""
-        return self._state[0] != _LENT
+    def was_taken(self, lending: int) -> bool:
+        """Whether the receiver of that lending has come for it. It may since have been lent again, to another."""
+        return self.lendings != lending or self._state[0] != _LENT
 
     def reserve(self, specs: Sequence[Shaped]) -> None:
         """Makes a room for each tensor of a message."""
@@ -154,6 +154,7 @@ class Slot:
     def lend(self, borrower: Any) -> None:
         """The caller then tells the receiver, which orders all writes before its reads."""
         self.borrower = borrower
+        self.lendings += 1
         self._state[0] = _LENT
 
 

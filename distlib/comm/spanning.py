@@ -22,7 +22,8 @@ import torch
 from torch._C import _distributed_c10d as c10d
 
 from distlib.comm.channel import BETWEEN_HOSTS, SAME_HOST, Collective, Traffic
-from distlib.comm.gloo import GlooChannel, Seat, Sent, flat
+from distlib.comm.gloo import GlooChannel, Seat, flat
+from distlib.comm.gloo_bytes import Sent
 from distlib.comm.gloo_faults import Waiting
 from distlib.comm.hierarchical import (
     LAG,
@@ -135,13 +136,13 @@ class SpanningChannel(GlooChannel):
     @property
     def _rail(self) -> Any:
         """gloo between the ranks with this one's place in their hosts; None for ranks without a rail."""
-        return self._connections.get("rail")
+        return self._connected("rail") if self._local_rank < self._rails else None
 
     def use_inside(self, channel: HostChannel | None) -> None:
         """The channel between the ranks of this host; None where it has one rank of the group."""
         self._inside = channel
         if channel is not None and not why_flat(self._topology):
-            self._levels = Levels(self._topology, self.rank, channel, self._connections)
+            self._levels = Levels(self._topology, self.rank, channel, self._connected)
 
     def start(self, collective: Collective, timeout: float, sync: bool) -> Operation:
         if collective.kind == "all_reduce":
@@ -173,7 +174,7 @@ class SpanningChannel(GlooChannel):
     def _in_vain(self, waiting: Waiting, now: float) -> str:
         if waiting.call is not None:
             for rank in self.ended():
-                if not self._account.has_left(rank, waiting.sequence, now - waiting.begun, False):
+                if not self._account.has_left(rank, waiting.sequence, now - waiting.begun):
                     return f"rank {self._labels[rank]} has ended in the middle of it"
         return super()._in_vain(waiting, now)
 

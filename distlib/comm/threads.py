@@ -22,7 +22,7 @@ _PATIENCE = 5.0  # seconds
 class Step:
     """A function to run, and what became of it."""
 
-    run: Callable[[], object]
+    run: Callable[[], object] | None  # None once it is over: what it holds is let go
     result: object = None
     cause: BaseException | None = None
     code: int = 0
@@ -39,8 +39,11 @@ class Step:
     def execute(self) -> None:
         """Runs it; an error becomes the operation's."""
         result, code, text, cause = None, 0, "", None
+        run = self.run
+        if run is None:  # it was ended before it began
+            return
         try:
-            result = self.run()
+            result = run()
         except CollectiveError as error:
             code, text = native.CODES.index(error.code), str(error)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is raised where the work is waited for
@@ -56,6 +59,7 @@ class Step:
             if self.done:
                 return
             self.result, self.code, self.text, self.cause = result, code, text, cause
+            self.run = None
             self.done = True
             id = self._notify
         self._event.set()
@@ -79,43 +83,64 @@ class Runner:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._queue: queue.SimpleQueue[Step | None] = queue.SimpleQueue()
-        self._abandon = threading.Event()
+        self._lock = threading.Lock()
+        self._line = _Line()
         self._thread: threading.Thread | None = None
         self._at_exit: weakref.finalize[..., Runner] | None = None
         self._sequence = 0
 
     def start(self, run: Callable[[], object]) -> Step:
         step = Step(run)
-        self._sequence += 1
-        step.sequence = self._sequence
-        if self._thread is None:
-            arguments = (self._queue, self._abandon)
-            self._thread = threading.Thread(target=_work, args=arguments, name=f"distlib-{self._name}", daemon=True)
-            self._thread.start()
-            self._at_exit = weakref.finalize(self, _abandon, *arguments, self._thread)
-        self._queue.put(step)
+        with self._lock:
+            self._sequence += 1
+            step.sequence = self._sequence
+            if self._line.closing:
+                self._line, self._thread = _Line(), None
+            if self._thread is None:
+                name = f"distlib-{self._name}"
+                self._thread = threading.Thread(target=_work, args=(self._line,), name=name, daemon=True)
+                self._thread.start()
+                self._at_exit = weakref.finalize(self, _abandon, self._line, self._thread)
+            self._line.steps.put(step)
         return step
 
     def abandon(self, error: CollectiveError) -> None:
         """Gives up a thread that does not come back from the step it is in: nobody waits for it, what is queued fails
         with `error`, and what comes next gets a new thread."""
-        self._abandon.set()
-        if self._at_exit is not None:
-            self._at_exit.detach()
+        with self._lock:
+            line, self._line, self._thread = self._line, _Line(), None
+            if self._at_exit is not None:
+                self._at_exit.detach()
+        line.error = error
+        line.left.set()
         with contextlib.suppress(queue.Empty):
-            while (step := self._queue.get_nowait()) is not None:
+            while (step := line.steps.get_nowait()) is not None:
                 step.fail(error)
-        self._queue.put(None)
-        self._queue, self._abandon, self._thread = queue.SimpleQueue(), threading.Event(), None
+        line.steps.put(None)
+        line.ended.set()
 
     def close(self) -> None:
-        """Runs what is queued, then ends the thread."""
-        if self._thread is not None:
-            self._queue.put(None)
-            if self._thread is not threading.current_thread():
-                self._thread.join()
-            self._thread = None
+        """Runs what is queued, then ends the thread; or until the thread is given up."""
+        with self._lock:
+            line, thread = self._line, self._thread
+            line.closing = True
+        if thread is not None:
+            line.steps.put(None)
+            if thread is not threading.current_thread():
+                line.ended.wait()
+                if not line.left.is_set():
+                    thread.join()
+
+
+class _Line:
+    """Steps for one thread. closing: it takes no more. left: it is given up, with this error for what was not begun.
+    ended: nobody need wait for it any more."""
+
+    def __init__(self) -> None:
+        self.steps: queue.SimpleQueue[Step | None] = queue.SimpleQueue()
+        self.left, self.ended = threading.Event(), threading.Event()
+        self.closing = False
+        self.error = CollectiveError("the process ends")
 
 
 class Waiters:
@@ -151,16 +176,22 @@ class Waiters:
 waiters = Waiters()
 
 
-def _work(steps: queue.SimpleQueue[Step | None], abandon: threading.Event) -> None:
+def _work(line: _Line) -> None:
     torch.set_grad_enabled(False)  # of this thread: tensors may be in a graph, such as those that a Function reduces
-    while (step := steps.get()) is not None and not abandon.is_set():
-        step.execute()
-        del step  # what it holds is not this thread's to keep: neither memory, nor this thread's owner
+    try:
+        while (step := line.steps.get()) is not None:
+            if line.left.is_set():
+                step.fail(line.error)
+            else:
+                step.execute()
+            del step  # what it holds is not this thread's to keep: neither memory, nor this thread's owner
+    finally:
+        line.ended.set()
 
 
-def _abandon(steps: queue.SimpleQueue[Step | None], abandon: threading.Event, thread: threading.Thread) -> None:
+def _abandon(line: _Line, thread: threading.Thread) -> None:
     """Ends the thread after the step that it is in; waits for that a while."""
-    abandon.set()
-    steps.put(None)
+    line.left.set()
+    line.steps.put(None)
     if thread is not threading.current_thread():
         thread.join(_PATIENCE)

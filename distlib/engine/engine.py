@@ -220,8 +220,17 @@ class Engine:
     def load(
         self, path: str | os.PathLike[str], *, extra: dict[str, Any] | None = None, rng: bool = True
     ) -> LoadedState:
-        """Loads what `save` saved under any plan. Arguments, result and errors as of `distlib.load`."""
-        state = load(path, model=self.model, optimizer=self.optimizer, scaler=self.scaler, extra=extra, rng=rng)
+        """Loads what `save` saved under any plan; where that had no loss scale, this plan's own stays as it is.
+        Arguments, result and errors as of `distlib.load`."""
+        state = load(
+            path,
+            model=self.model,
+            optimizer=self.optimizer,
+            scaler=self.scaler,
+            extra=extra,
+            rng=rng,
+            scaler_required=False,
+        )
         self.steps = state.step or 0
         return state
 

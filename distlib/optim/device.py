@@ -68,7 +68,7 @@ class GroupSteps:
             # Scalars are reused: in one stream, queued steps read theirs before the next ones are written.
             old = before[number] if number < len(before) else None
             scalars = old.scalars if old is not None else Scalars(device)
-            counter = old.counter if old is not None else torch.zeros((), device=device)
+            counter = old.counter if old is not None else torch.zeros((), dtype=torch.float32, device=device)
             made = _Class(first, scalars, counter)
             for kind, rows in kinds.items():
                 rows = merged(kind, rows)

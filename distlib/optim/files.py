@@ -87,7 +87,7 @@ class FileState:
         self.params = list(params)
         self.ids = tuple(map(id, params))
         self.names = tuple(names)
-        self.steps = torch.zeros(len(params))
+        self.steps = torch.zeros(len(params), dtype=torch.float32)
         self.step_views = list(self.steps.unbind())
         self.has = [False] * len(params)
         self._used: set[int] = set()  # whose part of the file may hold something else than zeros

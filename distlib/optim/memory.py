@@ -70,7 +70,7 @@ class MemoryState:
         self.ids = tuple(map(id, params))
         self.layouts = [layout_of(p) for p in params]
         self.device = params[0].device if params else torch.device("cpu")
-        self.steps = torch.zeros(len(params), device=self.device)
+        self.steps = torch.zeros(len(params), dtype=torch.float32, device=self.device)
         self.asked = [0.0] * len(params)
         self.history = [0] * len(params)
         self._histories = 0

@@ -356,7 +356,21 @@ def mark_parameters(division: Division, parts: Mapping[int, nn.Module], group: G
                 mark(parameter, shard)
             shard.name, shard.pipeline, shard.world = name, group, world
             shard.counted = name not in division.tied or stage == min(division.tied[name])
-    return PartOfModel(division.aliases, division.tensors, replica, replicas)
+    elsewhere = frozenset(name for name, stage in _first_stages(division).items() if stage not in parts)
+    return PartOfModel(division.aliases, division.tensors, replica, replicas, elsewhere)
+
+
+def _first_stages(division: Division) -> dict[str, int]:
+    """The first of the stages that hold a buffer, by its first name in the model."""
+    found: dict[str, int] = {}
+    for place in places(division.ghost):
+        if isinstance(place.tensor, nn.Parameter):
+            continue
+        name = division.aliases.get(place.name, place.name)
+        for held in division.holdings:
+            if place.name in held.state or any(place.name.startswith(f"{leaf}.") for leaf in held.leaves):
+                found[name] = min(found.get(name, held.stage), held.stage)
+    return found
 
 
 def gathered(parts: Mapping[int, nn.Module], stages: int) -> Sequence[int]:

@@ -172,7 +172,8 @@ class SlotSender:
     pool: SlotPool
     _least: int = field(default_factory=least_in_rooms)
     _reserved: dict[int, Slot] = field(default_factory=dict)  # by micro-batch
-    _under_way: list[tuple[Work, int, Slot | None]] = field(default_factory=list)  # header, micro-batch, slot
+    # Header, micro-batch, slot, and the number of its lending.
+    _under_way: list[tuple[Work, int, Slot | None, int]] = field(default_factory=list)
 
     def open(self) -> Work:
         return self.edge.send(Header(HELLO), self.edge.tag)
@@ -189,17 +190,18 @@ class SlotSender:
             given = tensors if isinstance(tensors, list) else list(tensors)
             slot = self.pool.fill(given, self.edge.line.memory, self._reserved.pop(header.micro_batch, None))
             header = header.in_slot(slot.offset)
-        self._under_way.append((self.edge.send(header, self.edge.tag), header.micro_batch, slot))
+        lending = 0 if slot is None else slot.lendings
+        self._under_way.append((self.edge.send(header, self.edge.tag), header.micro_batch, slot, lending))
         self.edge.line.count("send", nbytes)
 
     def finish(self) -> None:
         under_way, self._under_way = self._under_way, []
-        for work, micro_batch, _ in under_way:
+        for work, micro_batch, _, _ in under_way:
             with self.edge.naming(micro_batch):
                 self.edge.line.wait(work)
 
         def left() -> list[int]:
-            return [k for _, k, slot in under_way if slot is not None and not slot.taken]
+            return [k for _, k, slot, lending in under_way if slot is not None and not slot.was_taken(lending)]
 
         # Asked again after the look at the rank: it may have come for its slots, and then ended.
         if left() and not self.edge.line.memory.alive and (lost := left()):

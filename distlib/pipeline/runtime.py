@@ -215,6 +215,8 @@ class Runtime:
                 share = loss.detach().to(torch.promote_types(loss.dtype, torch.float32)) * batch.share
                 running.loss = share if running.loss is None else running.loss + share
                 if running.train:
+                    if not loss.requires_grad:
+                        raise ValueError("the loss depends on nothing that is trained: is it detached, or all frozen?")
                     self._stages[stage].set_loss(k, loss * (batch.share * running.scale))
                 if action in running.step.last:
                     self._losses.tell(running.loss)

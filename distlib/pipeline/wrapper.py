@@ -193,7 +193,10 @@ class PipelineParallel(nn.Module):
         Raises:
             StageError: on the rank whose stage failed, naming stage, micro-batch and action; CollectiveError on the
                 others, with the same words, within the timeout. ValueError: a batch with fewer rows than micro-batches.
+                RuntimeError: under torch.no_grad().
         """
+        if not torch.is_grad_enabled():
+            raise RuntimeError("train_step under torch.no_grad() would train nothing: call eval_step for a loss alone")
         batch = batch_of(self, inputs, target, keywords, train=True)
         loss, _ = self._run(batch, train=True, scale=loss_scale)
         assert loss is not None

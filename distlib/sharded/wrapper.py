@@ -281,11 +281,11 @@ class ShardedDataParallel(Transparent):
         self._runtime.watch.settle()
         self._runtime.written = True
         with state.summon(self._units, self._grid, writeback):
-            self._runtime.summoned = True
+            before, self._runtime.summoned = self._runtime.summoned, True
             try:
                 yield
             finally:
-                self._runtime.summoned = False
+                self._runtime.summoned = before
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load whole parameters (as of the plain module), or this rank's pieces (as of `state_dict()`).
