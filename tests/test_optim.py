@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from typing import Any
 
@@ -382,3 +383,22 @@ def test_maximize_in_loaded_state_is_followed() -> None:
     train(ours, range(5))
     train(theirs, range(5))
     assert distance(mine, torchs) < 1e-6
+
+
+def test_steps_are_counted_in_fp32_whatever_the_default_dtype() -> None:
+    """bf16 counts to 256."""
+    weight = nn.Parameter(torch.ones(4))
+    expected = nn.Parameter(torch.ones(4))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        optimizer = distlib.optim.AdamW([weight], lr=1e-3)
+        plain = torch.optim.AdamW([expected], lr=1e-3)
+        for k in range(300):
+            weight.grad = torch.full((4,), math.cos(k), dtype=torch.float32)
+            expected.grad = weight.grad.clone()
+            optimizer.step()
+            plain.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
+    assert float(optimizer.state_dict()["state"][0]["step"]) == 300

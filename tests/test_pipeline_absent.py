@@ -171,3 +171,64 @@ def in_half(rank: int, n: int) -> tuple[float, torch.dtype]:
 
 def test_the_loss_is_one_number_on_all_ranks_in_half_precision() -> None:
     assert len(set(run_ranks(4, in_half))) == 1
+
+
+def trains_nothing(rank: int, n: int, how: str) -> str:
+    with distlib.init():
+        engine = distlib.parallelize(
+            nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(4))),
+            distlib.Plan(pipeline=2, microbatches=2, costs="estimated"),
+            optimizer=adamw,
+            loss_fn=lambda a, b: (a - b).square().mean().detach() if how == "detached" else (a - b).square().mean(),
+            example_inputs=torch.zeros(2, WIDTH),
+        )
+        x = torch.ones(ROWS, WIDTH)
+        with pytest.raises(RuntimeError) as caught, torch.set_grad_enabled(how == "detached"):
+            engine.train_step(x, x)
+        return str(caught.value)
+
+
+@pytest.mark.parametrize(("how", "words"), [("no_grad", "would train nothing"), ("detached", "is it detached")])
+def test_a_step_that_would_train_nothing_says_so(how: str, words: str) -> None:
+    assert all(words in text for text in run_ranks(2, trains_nothing, how))
+
+
+class AsksAutograd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            y = x.detach().requires_grad_()
+            (force,) = torch.autograd.grad(self.inner(y).square().sum(), y, create_graph=True)
+        return self.inner(x) + force
+
+
+def divided(rank: int, n: int) -> list[float]:
+    with distlib.init():
+        torch.manual_seed(0)
+        engine = distlib.parallelize(
+            nn.Sequential(*(AsksAutograd() for _ in range(4))),
+            distlib.Plan(pipeline=2, microbatches=2, costs="estimated"),
+            optimizer=adamw,
+            loss_fn=loss_of,
+            example_inputs=torch.zeros(2, WIDTH),
+        )
+        x = torch.linspace(0, 1, ROWS * WIDTH).view(ROWS, WIDTH)
+        return [float(engine.train_step(x, x)) for _ in range(2)]
+
+
+def test_blocks_that_call_autograd_are_divided_automatically() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(AsksAutograd() for _ in range(4)))
+    optimizer = adamw(model.parameters())
+    x = torch.linspace(0, 1, ROWS * WIDTH).view(ROWS, WIDTH)
+    expected = []
+    for _ in range(2):
+        loss = loss_of(model(x), x)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    assert run_ranks(2, divided)[0] == pytest.approx(expected, rel=1e-5)

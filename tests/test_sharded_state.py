@@ -253,3 +253,15 @@ def untrained(rank: int, n: int, stages: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_module_without_trained_parameters_runs(n: int, nodes: int) -> None:
     run_ranks(n, untrained, (1, 2, 3), env={"DISTLIB_NODES": str(min(n, nodes))})
+
+
+def hooked(rank: int, n: int) -> None:
+    with process_group(rank, n):
+        module = tiny()
+        module.head.weight.register_hook(lambda gradient: gradient * 2)
+        with pytest.warns(UserWarning, match="hooks on the parameters 'embed.weight' will not run"):
+            distlib.ShardedDataParallel(module)
+
+
+def test_hooks_on_parameters_are_warned_of() -> None:
+    run_ranks(1, hooked)

@@ -19,9 +19,10 @@ from torch import Tensor
 
 import distlib
 from distlib import native
+from distlib.comm import slots
 from distlib.comm.group import Group
 from distlib.comm.meeting import Host
-from distlib.comm.slots import layout
+from distlib.comm.slots import Slot, layout
 from distlib.pipeline.header import BYTES, DATA, Header
 from distlib.pipeline.program import Spec
 from distlib.pipeline.transport import Transport
@@ -420,3 +421,20 @@ def test_tensors_of_a_slot_lie_apart_each_on_a_cache_line(sizes: list[int]) -> N
     assert all(offset % 64 == 0 for offset in offsets)
     ends = [64, *(offset + size for offset, size in zip(offsets, sizes, strict=True))]
     assert all(begin >= before for begin, before in zip([*offsets, end], ends, strict=True))
+
+
+def lent_twice(rank: int, n: int) -> list[bool]:
+    slot = Slot(4096)
+    slot.lend(None)
+    first = slot.lendings
+    found = [slot.was_taken(first)]
+    slot._state[0] = slots._RETURNED
+    found.append(slot.was_taken(first))
+    slot.lend(None)  # to another rank, which has not come
+    return [*found, slot.was_taken(first), slot.was_taken(slot.lendings)]
+
+
+@pytest.mark.skipif(native.core() is None, reason="slots are of the core's memory")
+def test_a_slot_that_is_lent_again_was_taken_by_the_first() -> None:
+    """Else a rank that has taken all that was for it, and left, would be said to have ended before."""
+    assert run_ranks(1, lent_twice) == [[False, True, True, False]]

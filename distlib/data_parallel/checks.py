@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -148,3 +149,19 @@ class Places:
                     f"rank {rank}: parameter {name!r} changed from {kind[0]} on {kind[1]} after wrapping; "
                     "call .to() on the module before wrapping it"
                 )
+
+
+def warn_of_hooks(module: nn.Module) -> None:
+    """Warns of hooks on parameters, which in pieces never run: gradients reach pieces outside of autograd."""
+    hooked = [
+        name
+        for name, parameter in module.named_parameters()
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+    ]
+    if hooked:
+        shown = ", ".join(map(repr, hooked[:3])) + (f" and {len(hooked) - 3} more" if len(hooked) > 3 else "")
+        warnings.warn(
+            f"hooks on the parameters {shown} will not run: the gradients of pieces are sums over ranks, made outside "
+            "of autograd. Change gradients between backward and step, or on modules (register_full_backward_hook)",
+            stacklevel=4,
+        )

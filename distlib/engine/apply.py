@@ -134,6 +134,8 @@ def parallelize(
     scaler = None if scaling is None else GradScaler(**scaling)
     make = partial(optimizer_of, optimizer, list(model.parameters()))
     made = make() if plan.pipeline == 1 else all_or_none(dist.group.WORLD, make)
+    if isinstance(made, torch.optim.LBFGS):
+        raise ValueError("LBFGS evaluates the model again within its step, which no plan offers")
     if plan.stage > 0:
         check_optimizer(made)
     peaks = [None] * plan.pipeline if budget is None else predicted_peaks(reports, groups["pipeline"])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from distlib.activations import ActivationReport, apply
 from distlib.activations.blocks import find_blocks
+from distlib.activations.budget import Choice
 from distlib.activations.measure import call_with, default_loss
 from distlib.activations.measure_stage import StageMeasurement
 from distlib.activations.report import Prediction, Whole
@@ -196,7 +197,18 @@ def _measured(
             queue=lambda: WeightQueue(held.reports[stage]),
         )
         chain, order = measurement.stage(("keep", "selective", "full"), None)
-    return chain, [one.name for one in order]
+    walked = held.reports[stage].later if Kind.B in kinds else {}
+    choices = [
+        [_until_weights(c) for c in of_block] if any(p in walked for p in one.block.parameters()) else of_block
+        for one, of_block in zip(order, chain.choices, strict=True)
+    ]
+    return replace(chain, choices=choices), [one.name for one in order]
+
+
+def _until_weights(choice: Choice) -> Choice:
+    """Of a block with weights that a walk over its graph defers: that keeps the graph, and all that it holds, until the
+    weight pass. Where the block is recomputed nothing is deferred so."""
+    return replace(choice, deferred=choice.deferred + choice.kept) if choice.name == "keep" else choice
 
 
 def _made(spec: Spec, device: torch.device) -> Tensor:

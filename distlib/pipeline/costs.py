@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from distlib.pipeline.cut import crossing_bytes
 from distlib.pipeline.ghost import copy_with, faked, places
@@ -279,10 +279,10 @@ def _random(spec: Spec, device: torch.device) -> Tensor:
 
 def _estimated(alone: _Alone) -> _Times:
     def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
-        traffic, flops = _Traffic(), FlopCounterMode(display=False)
-        with traffic, flops:
+        work = _Work()
+        with work:
             result = run()
-        return flops.get_total_flops() / FLOPS + traffic.bytes / BANDWIDTH, result
+        return work.flops / FLOPS + work.bytes / BANDWIDTH, result
 
     with _saved({p.untyped_storage()._cdata for p in alone.weights}) as saved:
         forward, outputs = seconds(alone.forward)
@@ -295,15 +295,18 @@ def _estimated(alone: _Alone) -> _Times:
     return _Times(forward, backward, max(both - backward, 0.0), sum(saved.values()))
 
 
-class _Traffic(TorchDispatchMode):
-    """Counts the bytes that operators read and write; views and questions (prim) are free."""
+class _Work(TorchDispatchMode):
+    """Counts operators' FLOPs, by torch's formulas, and the bytes that they read and write; views and questions (prim)
+    are free. torch's own counter of FLOPs puts hooks on modules, which a forward that calls autograd does not bear."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = 0
+        self.bytes = self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if (formula := flop_registry.get(func.overloadpacket)) is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
         if func.namespace != "prim" and not func.is_view:
             tensors = [t for t in pytree.tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
             self.bytes += sum(t.numel() * t.element_size() for t in tensors)

@@ -122,6 +122,7 @@ class ShardedDataParallel(Transparent):
         self._options = chosen
         build.check_place(chosen, self._grid, self._device)
 
+        checks.warn_of_hooks(module)
         self._units = build.make_flats(module, divided, self._grid, chosen, self._device)
         build.settle(self._units, self._grid, stage, chosen.offload, self._device)
         build.load_values(module, divided, self._units, self._grid, init, self._device)
