@@ -28,6 +28,7 @@ from distlib.comm.channel import BETWEEN_HOSTS, SAME_HOST, Collective, Traffic
 from distlib.comm.gloo_bytes import Sent, broadcast_targets, expected_sent
 from distlib.comm.gloo_faults import PATIENCE, Account, Gone, Waiting, close, why_closed
 from distlib.comm.gloo_messages import GlooMessage, message_bytes
+from distlib.comm.tensors import bytes_of, flat
 from distlib.comm.threads import Runner, Step
 from distlib.comm.watch import lookout
 from distlib.comm.work import CollectiveError, Operation
@@ -35,17 +36,7 @@ from distlib.topology import Topology
 from distlib.words import ranks_text
 
 log = logging.getLogger("distlib")
-_LOOK_SECONDS = 2.0  # how long a failed rank looks for others that failed in the same operation
-
-
-def flat(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor in one dimension of stride 1 (one of 0 or 1 elements may have any stride)."""
-    return tensor.as_strided((tensor.numel(),), (1,))
-
-
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a contiguous tensor, as uint8."""
-    return flat(tensor).view(torch.uint8)
+_LOOK_SECONDS = 3.0  # how long a failed rank looks for others that failed in the same operation
 
 
 @contextmanager
@@ -250,8 +241,8 @@ class GlooChannel:
         """Every rank's `mine` into the rows of `out`. gloo passes them on along a ring."""
         options = c10d.AllgatherOptions()
         options.timeout = limit
-        rows = list(as_bytes(out).view(self.size, -1).unbind(0))
-        self._gloo.allgather([rows], [as_bytes(mine)], options).wait()
+        rows = list(bytes_of(out).view(self.size, -1).unbind(0))
+        self._gloo.allgather([rows], [bytes_of(mine)], options).wait()
         return {(self.rank + 1) % self.size: mine.nbytes * (self.size - 1)}
 
     def exchange(
@@ -281,12 +272,12 @@ class GlooChannel:
         return self._swap(c, limit)
 
     def _swap(self, c: Collective, limit: timedelta) -> Sent:
-        given = [as_bytes(t) for t in c.send]
+        given = [bytes_of(t) for t in c.send]
         sizes, out_sizes = [t.numel() for t in given], [t.numel() * t.element_size() for t in c.recv]
         out = torch.empty(sum(out_sizes), dtype=torch.uint8)
         self.exchange(out, out_sizes, torch.cat(given), sizes, limit).wait()
         for home, piece in zip(c.recv, out.split(out_sizes), strict=True):
-            as_bytes(home).copy_(piece)
+            bytes_of(home).copy_(piece)
         return dict(enumerate(sizes))
 
     def _reduce_scatter(self, c: Collective, limit: timedelta) -> Sent:
@@ -329,21 +320,21 @@ class GlooChannel:
     def _broadcast(self, c: Collective, limit: timedelta) -> Sent:
         options = c10d.BroadcastOptions()
         options.rootRank, options.timeout = c.root, limit
-        self._gloo.broadcast([as_bytes(c.send[0])], options).wait()
+        self._gloo.broadcast([bytes_of(c.send[0])], options).wait()
         return {to: c.send[0].nbytes for to in broadcast_targets(self.rank, c.root, self.size)}
 
     def _gather(self, c: Collective, limit: timedelta) -> Sent:
         options = c10d.GatherOptions()
         options.rootRank, options.timeout = c.root, limit
-        outputs = [[as_bytes(t) for t in c.recv]] if self.rank == c.root else []
-        self._gloo.gather(outputs, [as_bytes(c.send[0])], options).wait()
+        outputs = [[bytes_of(t) for t in c.recv]] if self.rank == c.root else []
+        self._gloo.gather(outputs, [bytes_of(c.send[0])], options).wait()
         return {c.root: c.send[0].nbytes}
 
     def _scatter(self, c: Collective, limit: timedelta) -> Sent:
         options = c10d.ScatterOptions()
         options.rootRank, options.timeout = c.root, limit
-        inputs = [[as_bytes(t) for t in c.send]] if self.rank == c.root else []
-        self._gloo.scatter([as_bytes(c.recv[0])], inputs, options).wait()
+        inputs = [[bytes_of(t) for t in c.send]] if self.rank == c.root else []
+        self._gloo.scatter([bytes_of(c.recv[0])], inputs, options).wait()
         return {to: t.nbytes for to, t in enumerate(c.send)}
 
     def _barrier(self, c: Collective, limit: timedelta) -> Sent:
@@ -380,12 +371,15 @@ class GlooChannel:
         aborted: str | None = None
         for waiting in list(self._waiting):
             now = time.monotonic()
-            if now - waiting.begun <= PATIENCE or not (self._ended or waiting.may_ask(now)):
+            if now - waiting.begun <= PATIENCE:
+                continue
+            ask = waiting.may_ask(now)  # each message seldom: there may be many
+            if not (ask or self._ended or waiting.call is not None):
                 continue
             if aborted is None:
                 aborted = self._aborted_by_any()
             told = waiting.why = aborted or self._told(waiting)
-            if told or waiting.judge(self._in_vain(waiting, now), now):
+            if told or (ask and waiting.judge(self._in_vain(waiting, now), now)):
                 self._give_up(waiting, now - waiting.begun, aborted)
         return False
 

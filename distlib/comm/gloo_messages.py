@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from distlib.comm.gloo_faults import Account, Waiting
+from distlib.comm.tensors import bytes_of
 from distlib.comm.threads import Step, waiters
 from distlib.comm.work import CollectiveError
 
@@ -72,6 +73,4 @@ class GlooMessage(Step):
 
 def message_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a contiguous tensor; gloo knows no message of none, so an empty tensor travels as one."""
-    if not tensor.numel():
-        return torch.zeros(1, dtype=torch.uint8)
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+    return bytes_of(tensor) if tensor.numel() else torch.zeros(1, dtype=torch.uint8)

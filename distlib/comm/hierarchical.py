@@ -26,9 +26,9 @@ import torch
 from distlib import native, settings
 from distlib.comm.arithmetic import reduce_in_order
 from distlib.comm.channel import Collective
-from distlib.comm.gloo import as_bytes, flat
 from distlib.comm.host import HostChannel, Span, span
 from distlib.comm.memory import arena_empty, is_registered
+from distlib.comm.tensors import bytes_of, flat
 from distlib.comm.work import CollectiveError
 from distlib.topology import Topology
 
@@ -168,7 +168,7 @@ class Levels:
             _drop(under_way)
 
     def _gather(self, c: Collective, limit: timedelta, under_way: deque[_Transfer]) -> Moved:
-        mine, homes = as_bytes(c.send[0]), [as_bytes(t) for t in c.recv]
+        mine, homes = bytes_of(c.send[0]), [bytes_of(t) for t in c.recv]
         between, inside = expected_moved("all_gather", c.dtype, mine.numel(), self._topology)
         moved = Moved(inside_expected=inside, between_expected=between)
         if not mine.numel():
@@ -270,9 +270,9 @@ class Levels:
         from and to where they lie; its all-gather copies twice more."""
         transfer, rail = _Transfer(begin, land), self._connected("rail")
         for host in reversed(self._others):
-            transfer.works.append(rail.recv([as_bytes(land[host])], host, _TAG))
+            transfer.works.append(rail.recv([bytes_of(land[host])], host, _TAG))
         for host in self._others:
-            transfer.works.append(rail.send([as_bytes(give[host])], host, _TAG))
+            transfer.works.append(rail.send([bytes_of(give[host])], host, _TAG))
             moved.between += give[host].nbytes
         return transfer
 

@@ -23,9 +23,8 @@ from distlib import settings, streams
 from distlib.comm.arithmetic import reduce_by_torch
 from distlib.comm.c10d import OPS, method_of
 from distlib.comm.channel import Collective
-from distlib.comm.gloo import flat
 from distlib.comm.hierarchical import wire_dtype
-from distlib.comm.tensors import as_bytes, as_one
+from distlib.comm.tensors import as_bytes, as_one, flat
 from distlib.cuda import blocks, library
 from distlib.topology import Topology
 

@@ -22,7 +22,7 @@ import torch
 from torch._C import _distributed_c10d as c10d
 
 from distlib.comm.channel import BETWEEN_HOSTS, SAME_HOST, Collective, Traffic
-from distlib.comm.gloo import GlooChannel, Seat, flat
+from distlib.comm.gloo import GlooChannel, Seat
 from distlib.comm.gloo_bytes import Sent
 from distlib.comm.gloo_faults import Waiting
 from distlib.comm.hierarchical import (
@@ -38,6 +38,7 @@ from distlib.comm.hierarchical import (
 )
 from distlib.comm.host import HostChannel, Span
 from distlib.comm.memory import arena_empty
+from distlib.comm.tensors import flat
 from distlib.comm.threads import Step
 from distlib.comm.work import CollectiveError, Operation
 from distlib.topology import Topology

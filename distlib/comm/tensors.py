@@ -96,3 +96,13 @@ def _check_list(what: str, name: str, tensors: Sequence[torch.Tensor], each: int
     for r, tensor in enumerate(tensors):
         if tensor.numel() != each:
             raise ValueError(f"{what}: {name}[{r}] has {tensor.numel()} elements, {each} are needed")
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor in one dimension of stride 1 (one of 0 or 1 elements may have any stride)."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a contiguous tensor, as uint8."""
+    return flat(tensor).view(torch.uint8)
