@@ -115,6 +115,18 @@ def make(name: str) -> nn.Module:
     return MODELS[name][0]()
 
 
+class Wide(nn.Module):
+    """A residual block with a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.down(self.up(x).tanh()))
+
+
 def step(model: nn.Module, inputs: Tensor, seed: int = 5, forwards: int = 1) -> Values:
     """Loss, gradients and buffers of one step of `forwards` forwards and one backward; then a random number, for the
     generator's state."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from activation_models import WIDTH, same, step
+from activation_models import WIDTH, Wide, same, step
 from ranks import process_group, run_ranks
 from torch import Tensor, nn
 
@@ -244,16 +244,6 @@ def test_a_forward_that_computes_more_than_its_recomputation(block: type[nn.Modu
             step(model, x[:8])
         products.append(count.calls[aten.mm.default])
     assert products[0] == products[1]  # by then both runs do the same, and none is computed twice
-
-
-class Wide(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
-        self.norm = nn.LayerNorm(WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.norm(self.down(self.up(x).tanh()))
 
 
 def test_results_are_given_back_where_autocast_remembers_its_casts() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from activation_models import WIDTH, Averages, Convolution, make, same, step
+from activation_models import WIDTH, Averages, Convolution, Wide, make, same, step
 from played import compare
 from ranks import process_group, run_ranks
 from torch import Tensor, nn
@@ -194,16 +194,6 @@ def test_data_that_is_back_by_backward_is_none_of_our_business(tmp_path: Path) -
     weight.data = before
     loss.backward()
     assert same([p.grad for p in treated.parameters()], expected[1:-1])
-
-
-class Wide(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
-        self.norm = nn.LayerNorm(WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.norm(self.down(self.up(x).tanh()))
 
 
 def sharded_steps(rank: int, n: int, policy: str, stage: int, half: bool) -> None:
