@@ -81,18 +81,25 @@ def _portable(error: BaseException) -> Exception:
 
 def from_first(ranks: dist.ProcessGroup | None, find: Callable[[], Any]) -> Any:
     """What the first rank of a group finds, on all of its ranks; where it fails, it fails on all. A collective."""
+    return from_rank(Group.of(ranks).ranks[0], ranks, find)
+
+
+def from_rank(root: int, ranks: dist.ProcessGroup | None, find: Callable[[], Any]) -> Any:
+    """The same of what the global rank `root` finds. Where it cannot be sent, that fails on all, too."""
     group = Group.of(ranks)
     found: list[Any] = [None]
     own: BaseException | None = None
-    if group.rank == 0:
+    if group.ranks[group.rank] == root:
         try:
             found = [find()]
+            if group.size > 1:
+                pickle.dumps(found)
         except BaseException as error:  # an interrupt, too: the others wait
             if group.size == 1:
                 raise
             own, found = error, [_portable(error)]
     if group.size > 1:
-        dist.broadcast_object_list(found, src=group.ranks[0], group=ranks)
+        dist.broadcast_object_list(found, src=root, group=ranks)
     if own is not None and not isinstance(own, Exception):
         raise own
     if isinstance(found[0], Exception):

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from distlib.data_parallel.naming import Transparent
 from distlib.pipeline.micro_batches import Batch, MicroBatch, Weigh, batch_of, divide, join, moved, rows_of
 from distlib.pipeline.random import Numbers, micro_batch_seeds
-from distlib.pipeline.runtime import LossFunction, own_loss, scalar
+from distlib.pipeline.runtime import LossFunction, own_loss, scalar, weighed
 
 
 class MicroSteps(Transparent):
@@ -50,6 +51,8 @@ class MicroSteps(Transparent):
 
     def train_step(self, inputs: Any, target: Any = None, *, loss_scale: float = 1.0, **keywords: Any) -> Tensor:
         """Forwards and backwards of one batch, as `PipelineParallel.train_step`. Returns the batch's loss, detached."""
+        if not torch.is_grad_enabled():
+            raise RuntimeError("train_step under torch.no_grad() would train nothing: call eval_step for a loss alone")
         batches = batch_of(self, inputs, target, keywords, train=True).micro_batches
         total: Tensor | None = None
         for k, (seed, part) in enumerate(zip(micro_batch_seeds(len(batches)), batches, strict=True)):
@@ -57,7 +60,7 @@ class MicroSteps(Transparent):
                 with self._numbers.of(seed):
                     loss = self._loss(part)
                 self._backward(loss * (part.share * loss_scale))
-            share = loss.detach() * part.share
+            share = weighed(loss.detach(), part.share)
             total = share if total is None else total + share
         assert total is not None
         return total
@@ -69,7 +72,7 @@ class MicroSteps(Transparent):
         total: Tensor | None = None
         for seed, part in zip(micro_batch_seeds(len(batches)), batches, strict=True):
             with self._numbers.of(seed):
-                share = self._loss(part) * part.share
+                share = weighed(self._loss(part), part.share)
             total = share if total is None else total + share
         assert total is not None
         return total
@@ -91,7 +94,9 @@ class MicroSteps(Transparent):
         return moved(divide(inputs, target, count, keywords, weigh), self._device)
 
     def _loss(self, batch: MicroBatch) -> Tensor:
-        return scalar(self._loss_fn(self.module(*batch.args, **batch.kwargs), batch.target))
+        output = self.module(*batch.args, **batch.kwargs)
+        loss = scalar(self._loss_fn(output, batch.target))
+        return loss if batch.share or not torch.is_grad_enabled() else _nothing_of(output, loss)
 
     def _backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -99,3 +104,10 @@ class MicroSteps(Transparent):
     def _no_sync(self) -> contextlib.AbstractContextManager[None]:
         wrapped = getattr(self.module, "no_sync", None)
         return wrapped() if callable(wrapped) else contextlib.nullcontext()
+
+
+def _nothing_of(output: Any, loss: Tensor) -> Tensor:
+    """A loss that gives every parameter the gradient 0: a mean over nothing may be 0 / 0. The backward runs all the
+    same, for the ranks meet in it."""
+    made = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad and t.dim()]
+    return sum((t.flatten()[:1] * 0).sum() for t in made) if made else loss

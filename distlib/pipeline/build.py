@@ -17,13 +17,14 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from distlib import reach
 from distlib.comm.group import Group
+from distlib.data_parallel.agreement import require_equal
 from distlib.initialise import Init, initialise, require_init, unset
 from distlib.pipeline.actions import Kind, Schedule, ScheduleError
 from distlib.pipeline.division import Division
 from distlib.pipeline.ghost import places
 from distlib.pipeline.micro_batches import MicroBatch, divide, moved, rows_of
 from distlib.pipeline.passes import fuse
-from distlib.pipeline.schedules import generate
+from distlib.pipeline.schedules import NAMES, generate
 from distlib.pipeline.simulate import Costs
 from distlib.pipeline.split_backward import Report, prepare
 from distlib.pipeline.stages import Part, StageModule, cut, edges
@@ -34,6 +35,36 @@ from distlib.world import before_shutdown
 _CPU = torch.device("cpu")
 
 # ---------------------------------------------------------------- arguments
+
+
+def check(module: Any, schedule: Any, microbatches: Any, loss_fn: Any, timeout: Any) -> None:
+    """What a Plan would say of them."""
+    if module is not None and not isinstance(module, nn.Module):
+        raise ValueError(
+            f"module is {type(module).__name__}: give the model, or module=None and the stages as split=[module, ...]"
+        )
+    if not isinstance(schedule, str | Schedule):
+        raise ValueError(f"schedule={schedule!r}: give one of {', '.join(NAMES)}, or a Schedule")
+    if not isinstance(microbatches, int) or isinstance(microbatches, bool) or microbatches < 1:
+        raise ValueError(f"microbatches={microbatches!r}: must be a whole number, 1 or more")
+    if loss_fn is not None and not callable(loss_fn):
+        raise ValueError(f"loss_fn={loss_fn!r}: must be a function (output, target) -> scalar, or None")
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    if timeout is not None and (isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0):
+        raise ValueError(f"timeout={timeout!r}: must be seconds above 0, a timedelta, or None for the group's")
+
+
+def require_alike(group: Group, **options: Any) -> None:
+    """Raises RuntimeError on all ranks, naming the options that differ between them. A collective."""
+
+    def told(value: Any) -> str:
+        if isinstance(value, Schedule):
+            return f"{value.name!r} (checksum of its actions {zlib.crc32(str(value).encode()):08x})"
+        if isinstance(value, list | tuple) and value and isinstance(value[0], str | nn.Module):
+            return repr([part if isinstance(part, str) else type(part).__name__ for part in value])
+        return repr(value) if value is None or isinstance(value, str | int | float | torch.dtype) else "given"
+
+    require_equal(group, "PipelineParallel: its options", [(k, told(v)) for k, v in options.items()], _CPU)
 
 
 def stages_of(schedule: str | Schedule, stages: int | None, ranks: int) -> int:

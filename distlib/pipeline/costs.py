@@ -160,6 +160,11 @@ class _Times:
 
 def _costs(program: Program, module: nn.Module, times: Callable[[Call], _Times]) -> list[LeafCost]:
     count = len(program.leaf_calls)
+    if not count:
+        raise ValueError(
+            f"pipeline: {type(module).__name__} calls no modules of its own, between which it could be divided: put "
+            "its parts into modules, or give module=None and the stages as split=[module, ...]"
+        )
     stage = Placing(program, range(count)).stage
     crossing = [*crossing_bytes(program), 0]
     sums = [[0.0, 0.0, 0.0, 0] for _ in range(count)]
@@ -288,11 +293,25 @@ def _estimated(alone: _Alone) -> _Times:
         forward, outputs = seconds(alone.forward)
     ends = outputs, [torch.ones_like(t) for t in outputs]
     try:
-        backward, _ = seconds(partial(alone.backward, ends, alone.inputs, again=True))
-        both, _ = seconds(partial(alone.backward, ends, [*alone.inputs, *alone.parameters], again=False))
+        backward, both = _backwards(alone, ends, forward, seconds)
     except (DataDependentOutputException, DynamicOutputShapeException):  # Python in it asks for the values of tensors
         backward, both = forward, 2 * forward  # as of products
     return _Times(forward, backward, max(both - backward, 0.0), sum(saved.values()))
+
+
+def _backwards(
+    alone: _Alone, ends: _Ends, forward: float, seconds: Callable[[Callable[[], Any]], tuple[float, Any]]
+) -> tuple[float, float]:
+    """Of the gradients of inputs, and of all."""
+    try:
+        backward, _ = seconds(partial(alone.backward, ends, alone.inputs, again=True))
+        both, _ = seconds(partial(alone.backward, ends, [*alone.inputs, *alone.parameters], again=False))
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        # A re-entrant checkpoint has gradients of all or of none: as of products, after another forward.
+        return 2 * forward, 3 * forward
+    return backward, both
 
 
 class _Work(TorchDispatchMode):
@@ -342,8 +361,7 @@ def _measured(alone: _Alone, repeat: int) -> _Times:
     for _ in range(1 + repeat):  # the first warms up
         forward, outputs = seconds(alone.forward)
         ends = outputs, [torch.ones_like(t) for t in outputs]
-        backward, _ = seconds(partial(alone.backward, ends, alone.inputs, again=True))
-        both, _ = seconds(partial(alone.backward, ends, [*alone.inputs, *alone.parameters], again=False))
+        backward, both = _backwards(alone, ends, forward, seconds)
         rows.append((forward, backward, both))
     forward, backward, both = (min(column) for column in zip(*rows[1:], strict=True))
     return _Times(forward, backward, max(both - backward, 0.0), 0)

@@ -71,6 +71,10 @@ class DirectTransport:
             elif self._group.rank == target:
                 self._group.recv(torch.empty_like(word), source, timeout=self._timeout)
 
+    def begin(self, step: int) -> None:
+        """As Transport's, for what goes through host memory."""
+        self._host.begin(step)
+
     def rooms(self, source: int, target: int, micro_batch: int, specs: Sequence[Spec]) -> tuple[Room, ...]:
         """As Transport's: what goes from device to device needs none."""
         return ()

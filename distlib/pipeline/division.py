@@ -66,6 +66,12 @@ class Division:
         return len(self.holdings)
 
     @cached_property
+    def homes(self) -> dict[str, int]:
+        """The stage of each leaf, also of those that the example inputs did not use."""
+        held = {leaf: part.stage for part in reversed(self.holdings) for leaf in part.leaves}
+        return {**held, **self.stage_of}
+
+    @cached_property
     def parameters(self) -> tuple[int, ...]:
         """Trained parameters (elements) of each stage; a tied weight counts on each of its stages."""
         hanging = places(self.ghost)
@@ -190,6 +196,10 @@ def divide(
         parts = cut(program, by_call, stages)
         held, crossing = holdings(parts, empty), edges(parts)
         sent = tuple(sum(port.nbytes for port in part.sends) for part in parts)
+    told = [] if example is None else [(f"call {k}", line) for k, line in enumerate(str(program).splitlines())]
+    told += [(f"leaf call {k}, {name}", f"stage {stage}") for k, (name, stage) in enumerate(calls)]
+    told += [(f"leaf {name}", f"stage {stage}") for name, stage in stage_of.items()]
+    require_equal(group, "PipelineParallel: what the model does, and its stages,", told, torch.device("cpu"))
     aliases, tensors = _names(empty)
     found = Division(
         recordings,
@@ -213,8 +223,8 @@ def _check(split: str | Sequence[str], stages: int, how: str) -> None:
         raise ValueError(f'costs={how!r}: give "measured" or "estimated"')
     if not isinstance(split, str) and len(split) != stages - 1:
         raise ValueError(
-            f"split has {len(split)} names for {stages} stages: name the {stages - 1} modules that begin the stages "
-            "after the first"
+            f"split has {len(split)} names for {stages} stages: name the {stages - 1} that begin the stages after the "
+            f"first, or give {stages} stage modules"
         )
 
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from distlib.words import words_of
+
 
 class Place(NamedTuple):
     """Where a parameter or buffer hangs: in `owner`, as `key`; name: the full one."""
@@ -68,6 +70,12 @@ def ghost(module: nn.Module) -> nn.Module:
 def copy_with(module: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
     """A deep copy with `make(tensor)` for each parameter and buffer; ties stay ties, plain attributes are shared."""
     memo: dict[int, Any] = {}
+    for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{name or 'the model'} is a {type(part).__name__} of torch.jit, whose modules cannot be recorded: "
+                "build the pipeline of the plain module"
+            )
     for place in places(module):
         tensor = place.tensor
         if isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
@@ -80,7 +88,27 @@ def copy_with(module: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
         for leaf in pytree.tree_leaves(dict(vars(part))):
             if isinstance(leaf, Tensor):
                 memo.setdefault(id(leaf), leaf)
-    return copy.deepcopy(module, memo)
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception as error:
+        raise ValueError(
+            f"{_not_copied(module, memo)} cannot be copied ({words_of(error)}), and a pipeline records the model with "
+            "a copy of it that has no data. Make that in its forward, or give it a __deepcopy__"
+        ) from error
+
+
+def _not_copied(module: nn.Module, memo: dict[int, Any]) -> str:
+    """What of a module copy.deepcopy fails at: the innermost module, and its attribute."""
+    for name, part in reversed(list(module.named_modules())):
+        where = f"{name} ({type(part).__name__})" if name else f"the model ({type(part).__name__})"
+        for key, value in vars(part).items():
+            if key == "_modules":
+                continue
+            try:
+                copy.deepcopy(value, dict(memo))
+            except Exception:  # noqa: BLE001 - whatever it is, that is the attribute
+                return f"attribute {key} of {where}"
+    return f"the model ({type(module).__name__})"
 
 
 def mirror(ghost: nn.Module, module: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """What goes before the tensors of a message: what they are, in a fixed number of bytes. Pure.
 
-    | kind | micro-batch | tensors | checksum | slot | text ...          |      int64 each, then UTF-8 padded with zeros
-    0      8             16        24         32     40               1024
+    | kind | step | micro-batch | tensors | checksum | slot | text ...   |      int64 each, then UTF-8 padded with zeros
+    0      8      16            24        32         40     48        1024
 
 Both ends make one, the sender of what it sends, the receiver of what it expects; they are compared.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from distlib.pipeline.program import Spec
 
 BYTES = 1024
-_NUMBERS = struct.Struct("=5q")
+_NUMBERS = struct.Struct("=6q")
 _TEXT = BYTES - _NUMBERS.size
 HELLO, DATA, ABORT = 1, 2, 3  # kinds; what never came is none of them
 _NO_SLOT = -1
@@ -29,11 +29,12 @@ _NO_SLOT = -1
 class Header(NamedTuple):
     """kind: HELLO opens a channel, DATA goes with tensors, ABORT with the words of a fault.
 
-    tensors: how many. checksum, text: of their shapes and dtypes. slot: its offset in the sender's arena, where the
-    tensors lie in one.
+    step: by the sender's count, or the receiver's. tensors: how many. checksum, text: of their shapes and dtypes. slot:
+    its offset in the sender's arena, where the tensors lie in one.
     """
 
     kind: int
+    step: int = 0
     micro_batch: int = -1
     tensors: int = 0
     checksum: int = 0
@@ -41,9 +42,10 @@ class Header(NamedTuple):
     text: str = ""
 
     @staticmethod
-    def of(micro_batch: int, specs: Iterable[Spec]) -> Header:
+    def of(micro_batch: int, specs: Iterable[Spec], step: int = 0) -> Header:
         """Of tensors with these specs; requires_grad does not count."""
-        return _of_tensors(tuple((tuple(s.shape), s.dtype) for s in specs))._replace(micro_batch=micro_batch)
+        found = _of_tensors(tuple((tuple(s.shape), s.dtype) for s in specs))
+        return found._replace(step=step, micro_batch=micro_batch)
 
     def in_slot(self, offset: int) -> Header:
         """The same, of tensors in a slot."""
@@ -52,7 +54,7 @@ class Header(NamedTuple):
     def pack(self) -> Tensor:
         """As uint8 [BYTES]."""
         buffer = bytearray(BYTES)
-        _NUMBERS.pack_into(buffer, 0, self.kind, self.micro_batch, self.tensors, self.checksum, self.slot)
+        _NUMBERS.pack_into(buffer, 0, *self[:6])
         text = self.text.encode()
         buffer[_NUMBERS.size : _NUMBERS.size + min(len(text), _TEXT)] = text[:_TEXT]
         return torch.frombuffer(buffer, dtype=torch.uint8)
@@ -62,12 +64,12 @@ class Header(NamedTuple):
         """From what `pack` made."""
         buffer = packed.numpy().tobytes()
         text = buffer[_NUMBERS.size :].rstrip(b"\0").decode(errors="ignore")
-        kind, micro_batch, tensors, checksum, slot = _NUMBERS.unpack_from(buffer)
-        return Header(kind, micro_batch, tensors, checksum, slot, text)
+        kind, step, micro_batch, tensors, checksum, slot = _NUMBERS.unpack_from(buffer)
+        return Header(kind, step, micro_batch, tensors, checksum, slot, text)
 
     def agrees(self, other: Header) -> bool:
         """Whether two ends mean the same message."""
-        return self[:4] == other[:4]
+        return self[:5] == other[:5]
 
 
 def empty() -> Tensor:
@@ -77,6 +79,11 @@ def empty() -> Tensor:
 
 def disagreement(sent: Header, expected: Header, sender: int, receiver: int) -> str:
     """Words for two headers that do not agree, the same on both ends; `sender`, `receiver` are global ranks."""
+    if sent.step != expected.step:
+        return (
+            f"rank {sender} is at its step {sent.step}, rank {receiver} at its step {expected.step}: one of them took "
+            "a step that the other did not, or was refused its batch. Every rank must take every step"
+        )
     if sent.micro_batch != expected.micro_batch:
         return (
             f"rank {sender} sent micro-batch {sent.micro_batch}, rank {receiver} expects micro-batch "

@@ -8,6 +8,7 @@ mean over the batch, however the batch is divided.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -60,7 +61,10 @@ class Prepares(Protocol):
 def batch_of(model: Prepares, inputs: Any, target: Any, keywords: dict[str, Any], train: bool) -> Batch:
     """What `model` makes of the arguments of a step; or the batch that it made before, given in place of inputs."""
     if not isinstance(inputs, Batch):
-        return model.prepare(inputs, target, keywords, train)
+        batch = model.prepare(inputs, target, keywords, train)
+        if not batch.weight:
+            raise ValueError("weigh= gives all micro-batches the weight 0: nothing in this batch counts")
+        return batch
     if target is not None or keywords:
         raise ValueError("a batch that was prepared has its target and keywords: give it alone")
     return inputs
@@ -80,11 +84,13 @@ def divide(
         default: its rows.
 
     Raises ValueError for a batch with no tensor or fewer rows than micro-batches, for a target of other rows, and for
-    weights that are negative or all zero.
+    weights that are negative or not finite. If all are zero, so are the shares.
     """
     args, kwargs = as_call(inputs)
     kwargs = {**kwargs, **(keywords or {})}
     rows = rows_of((args, kwargs))
+    if count < 1 or rows < 1:
+        raise ValueError(f"a batch of {rows} rows cannot be divided into {count} micro-batches")
     if rows < count:
         raise ValueError(
             f"a batch of {rows} rows cannot be divided into {count} micro-batches: give larger batches, or fewer "
@@ -99,10 +105,10 @@ def divide(
     parts = _parts((args, kwargs, target), rows, count)
     weights = [float(weigh(part[2])) if weigh is not None else float(size) for part, size in parts]
     total = sum(weights)
-    if not total > 0 or min(weights) < 0:
-        raise ValueError(f"the micro-batches' weights are {weights}: none may be negative, and one must be above 0")
+    if min(weights) < 0 or not math.isfinite(total):
+        raise ValueError(f"the micro-batches' weights are {weights}: they must be finite, and none may be negative")
     return [
-        MicroBatch(its_args, its_kwargs, its_target, size, weight / total, weight)
+        MicroBatch(its_args, its_kwargs, its_target, size, weight / total if total else 0.0, weight)
         for ((its_args, its_kwargs, its_target), size), weight in zip(parts, weights, strict=True)
     ]
 

@@ -7,6 +7,7 @@ block(x)      .        tensor              slot 0 is empty again: that was its l
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -214,11 +215,13 @@ def _putter(item: Template, last: Mapping[int, int], where: str) -> _Put:
 
         return put
     if isinstance(item, Const):
-        return lambda values, result: None
+        return _same(item.value, where)
     putters = [_putter(inner, last, where) for inner in item.items]
     keys = item.spec if type(item.spec) is tuple else None
     flat = item.spec is not list and item.spec is not tuple and keys is None
-    wanted = [k for k, inner in enumerate(item.items) if any(v in last for v in refs(inner))]
+    wanted = [
+        k for k, inner in enumerate(item.items) if isinstance(inner, Const) or any(v in last for v in refs(inner))
+    ]
 
     def put_each(values: _Table, result: Any) -> None:
         if keys is not None:
@@ -234,6 +237,23 @@ def _putter(item: Template, last: Mapping[int, int], where: str) -> _Put:
             putters[k](values, result[k])
 
     return put_each
+
+
+def _same(recorded: Any, where: str) -> _Put:
+    """Says once that a module returns another number than was recorded: what came of it was decided then."""
+    told = not isinstance(recorded, bool | int | float | str)
+
+    def compare(values: _Table, result: Any) -> None:
+        nonlocal told
+        if not told and type(result) is type(recorded) and result != recorded and result == result:
+            told = True
+            warnings.warn(
+                f"pipeline: {where} returned {recorded!r} when it was recorded, and now {result!r}: the model goes on "
+                "with the former. Return a tensor, if it computes with it",
+                stacklevel=2,
+            )
+
+    return compare
 
 
 def _used(call: Call) -> list[int]:

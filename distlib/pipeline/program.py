@@ -270,6 +270,13 @@ def _show(tree: Template) -> str:
     if isinstance(tree, Ref):
         return f"v{tree.value}"
     if isinstance(tree, Const):
-        known = isinstance(tree.value, (int, float, str, bool, type(None), torch.dtype, torch.device, tuple, list))
-        return repr(tree.value) if known else type(tree.value).__name__
+        return _say(tree.value)
     return f"[{', '.join(_show(item) for item in tree.items)}]"
+
+
+def _say(value: Any) -> str:
+    """A constant without addresses in memory."""
+    if isinstance(value, (list, tuple)):
+        return f"({', '.join(map(_say, value))})"
+    known = isinstance(value, (int, float, str, bool, type(None), torch.dtype, torch.device))
+    return repr(value) if known else type(value).__name__

@@ -14,21 +14,20 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from distlib.pipeline.flow import Edges, edges_of, flows
 from distlib.pipeline.ghost import faked, places
 from distlib.pipeline.leaves import Names
 from distlib.pipeline.program import Context, Program, Spec, Template, Value, template
-from distlib.pipeline.refusals import check_opaque, line, refusal
+from distlib.pipeline.refusals import DrawnByPython, check_opaque, line, no_log_of_fake_tensors, refusal
+from distlib.pipeline.seen import Draws, Glue, intercepted, whole_functions
 from distlib.pipeline.signature import device_of, signature
 from distlib.pipeline.state import LeafState, statistics
 from distlib.pipeline.tidy import Draft, tidy
@@ -46,6 +45,9 @@ _EFFECTS = frozenset(
         Tensor.data.__set__,
     }
 )
+
+
+_FUNCTION = "an autograd.Function"
 
 
 # ---------------------------------------------------------------- recording
@@ -82,6 +84,7 @@ def record(
         # Of what first runs under a mode, dynamo would make nothing ever after.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(no_log_of_fake_tensors())
         stack.enter_context(torch.set_grad_enabled(ambient.grad))
         names = stack.enter_context(faked(module, mode, device, dtype))
         stack.enter_context(mode)
@@ -95,15 +98,23 @@ def record(
                 given[k] = copies[id(leaf)]
         fake_args, fake_kwargs = pytree.tree_unflatten(given, spec)
         before = [(place, place.store[place.key]) for place in places(module) if place.owner in opened]
-        stack.enter_context(_intercepted(owners, recorder))
+        stack.enter_context(intercepted(owners, recorder))
+        stack.enter_context(recorder.drawn.as_before())
         try:
-            with _Draws(recorder), _whole_functions(recorder), _Glue(recorder):
+            with Draws(recorder), whole_functions(recorder), Glue(recorder):
                 result = module(*fake_args, **fake_kwargs)
+            recorder.drawn.require_none("the end of the model's forward")
+            if recorder.asked is not None:
+                raise recorder.asked
         except Exception as error:
-            refused = refusal(error, module)
-            if refused is None:
+            if (refused := refusal(error, module)) is None:
                 raise
             raise refused from error
+        if recorder.past is not None:
+            raise ValueError(
+                f"pipeline: {recorder.past} is called past torch functions, by code of torch.jit or of a C++ "
+                "extension: what it does for gradients cannot be seen. Call it inside of a module of one stage"
+            )
         for place, fake in before:
             if place.store.get(place.key) is not fake:
                 raise ValueError(
@@ -174,6 +185,9 @@ class _Recorder:
         self.ambient = ambient
         self.inside: str | None = None
         self.drew = False
+        self.past: str | None = None  # an operator that no torch function announced
+        self.asked: Exception | None = None  # for values that are not there, by glue that goes on all the same
+        self.drawn = DrawnByPython()
         self.thread = threading.get_ident()
         self.values: list[Value] = []
         self.specs: dict[tuple[int, int | None], Spec] = {}
@@ -191,6 +205,11 @@ class _Recorder:
         norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.training]
         self._statistics = {id(tensor) for norm in norms for tensor in norm._buffers.values()}
         self._hooks = _saving_hooks()
+
+    @property
+    def in_glue(self) -> bool:
+        """Whether what runs is the code of a module that is divided."""
+        return self.inside in (None, _FUNCTION)
 
     # ------------------------------------------------------------ values
 
@@ -252,11 +271,15 @@ class _Recorder:
         kwargs: Mapping[str, Any],
     ) -> Any:
         """Run a leaf or a torch function and write it down."""
-        outer, self.inside = self.inside, target if isinstance(target, str) else "an autograd.Function"
+        outer, self.inside = self.inside, target if isinstance(target, str) else _FUNCTION
+        if isinstance(target, str):
+            self.drawn.require_none(f"the call of {target}")
         try:
             return self._call(target, run, args, kwargs)
         finally:
             self.inside = outer
+            if isinstance(target, str):
+                self.drawn.note()
 
     def _call(
         self,
@@ -366,112 +389,3 @@ class _Recorder:
 
 def _saving_hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
-
-
-# ---------------------------------------------------------------- seeing the calls
-
-
-class _Glue(TorchFunctionMode):
-    """Hands torch functions of the glue to the recorder."""
-
-    def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if self._recorder.inside is not None:
-            return func(*args, **(kwargs or {}))
-        return self._recorder.call(func, func, args, kwargs or {})
-
-
-class _Draws(TorchDispatchMode):
-    """Notices operators that draw random numbers, wherever they are called."""
-
-    def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags and not _never_drops(func, args, kwargs or {}):
-            self._recorder.drew = True
-        return func(*args, **(kwargs or {}))
-
-
-def _never_drops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Attention has the tag whatever its dropout."""
-    for argument, value in zip(func._schema.arguments, args, strict=False):
-        if argument.name == "dropout_p":
-            return not value
-    declared = {argument.name: argument for argument in func._schema.arguments}
-    return "dropout_p" in declared and not kwargs.get("dropout_p", declared["dropout_p"].default_value)
-
-
-def _has_more_than_a_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return any(hooks) or kind.__call__ is not nn.Module.__call__
-
-
-@contextlib.contextmanager
-def _intercepted(leaves: Mapping[str, nn.Module], recorder: _Recorder) -> Iterator[None]:
-    """Calls of the leaves go to the recorder: each gets, for now, a subclass of its class."""
-
-    def subclass(name: str, kind: type[nn.Module]) -> type[nn.Module]:
-        def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            run = kind.__call__.__get__(self)
-            if recorder.inside is None:
-                return recorder.call(name, run, args, kwargs)
-            if recorder.inside in leaves:
-                return run(*args, **kwargs)
-            raise ValueError(
-                f"pipeline: {name} is called inside of {recorder.inside}, which runs in one stage. Activation "
-                "checkpointing belongs inside of the blocks: distlib.checkpoint_activations(module)"
-            )
-
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            run = super(made, self).forward
-            if recorder.inside is not None:
-                return run(*args, **kwargs)
-            if _has_more_than_a_forward(self, kind):
-                raise ValueError(
-                    f"pipeline: {name}.forward is called itself, past the hooks or the __call__ of the module; a stage "
-                    "calls the module. Call the module, or take its hooks off"
-                )
-            return recorder.call(name, run, args, kwargs)
-
-        own = {"__call__": call, "forward": forward, "__module__": kind.__module__}
-        made: Any = type(kind.__name__, (kind,), own)
-        return made
-
-    changed: list[tuple[nn.Module, type[nn.Module]]] = []
-    try:
-        for name, part in leaves.items():
-            kind = type(part)
-            part.__class__ = subclass(name, kind)
-            changed.append((part, kind))
-        yield
-    finally:
-        for part, kind in changed:
-            part.__class__ = kind
-
-
-@contextlib.contextmanager
-def _whole_functions(recorder: _Recorder) -> Iterator[None]:
-    """Custom autograd Functions in glue are one call each: torch function modes see only what they do inside."""
-    function = torch.autograd.Function
-    plain = function.__dict__["apply"]
-
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        run = plain.__get__(None, cls)
-        if recorder.inside is not None or threading.get_ident() != recorder.thread:
-            return run(*args, **kwargs)
-        return recorder.call(run, run, args, kwargs)
-
-    function.apply = classmethod(apply)
-    try:
-        yield
-    finally:
-        function.apply = plain

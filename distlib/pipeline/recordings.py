@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from distlib.pipeline.recent import Recent
 from distlib.pipeline.record import Program, record, signature
 
 
@@ -20,13 +21,11 @@ class Recordings:
 
     def __init__(self, ghost: nn.Module, leaves: Sequence[str]) -> None:
         self.ghost, self.leaves = ghost, tuple(leaves)
-        self._programs: dict[Hashable, Program] = {}
+        self._programs: Recent[Program] = Recent()
 
     def of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], dtype: torch.dtype | None = None) -> Program:
         """The model's run on these inputs under the caller's grad mode and autocast; see `record`, also for errors.
-        ValueError, too, for an input that is neither a tensor nor hashable. Equal programs are one object: do not
-        change it."""
+        ValueError, too, for an input that is neither a tensor nor hashable. Equal programs are one
+        object, as long as they are among those used last: do not change it."""
         key = signature(args, kwargs, self.ghost), dtype
-        if key not in self._programs:
-            self._programs[key] = record(self.ghost, args, kwargs, self.leaves, dtype)
-        return self._programs[key]
+        return self._programs.get(key, lambda: record(self.ghost, args, kwargs, self.leaves, dtype))

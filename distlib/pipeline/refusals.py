@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -12,7 +15,54 @@ from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 from torch.utils import _pytree as pytree
 
+from distlib.words import words_of
+
 _PRIMITIVE = (int, float, complex, str, bytes, bool, type(None), type(...), slice, torch.dtype, torch.device)
+
+
+ASKS_FOR_VALUES = (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException)
+
+
+class DrawnByPython:
+    """Whether code of modules that are divided draws from Python's or numpy's generator: its branches are taken while
+    recording, once for all steps, and on each rank otherwise."""
+
+    def __init__(self) -> None:
+        self.note()
+
+    def note(self) -> None:
+        """What is drawn from now on counts."""
+        self._state = self._now()
+
+    def require_none(self, before: str) -> None:
+        """Raises ValueError if anything was."""
+        for name, state in self._now().items():
+            if name in self._state and state != self._state[name]:
+                raise ValueError(
+                    f"pipeline: before {before}, the model draws from {name}{line()}: what follows from that would be "
+                    "the same in each step, and other on each rank. Draw with torch, and use torch.where; or pass the "
+                    "number as an input; or draw inside of a module that lies in one stage"
+                )
+
+    @contextlib.contextmanager
+    def as_before(self) -> Iterator[None]:
+        """What is drawn inside, is drawn again outside."""
+        numpy = sys.modules.get("numpy")
+        before = random.getstate(), None if numpy is None else numpy.random.get_state()
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            if numpy is not None and before[1] is not None:
+                numpy.random.set_state(before[1])
+
+    @staticmethod
+    def _now() -> dict[str, Any]:
+        found: dict[str, Any] = {"Python's random": random.getstate()}
+        if (numpy := sys.modules.get("numpy")) is not None:
+            kind, keys, *rest = numpy.random.get_state()
+            found["numpy.random"] = (kind, keys.tobytes(), *rest)
+        return found
 
 
 def check_opaque(leaf: Any, where: str) -> None:
@@ -49,10 +99,7 @@ def _is_foreign(filename: str) -> bool:
 
 def refusal(error: Exception, module: nn.Module) -> Exception | None:
     """What to say about an error that only fake tensors raise; None for the model's own."""
-    values = (
-        fake_tensor.DataDependentOutputException,
-        fake_tensor.DynamicOutputShapeException,
-    )
+    values = ASKS_FOR_VALUES
     is_numpy = isinstance(error, RuntimeError) and ".numpy() is not supported" in str(error)
     if isinstance(error, values) or is_numpy:
         what = "asks for the value of a tensor" if not isinstance(error, values[1]) else "makes a shape of values"
@@ -69,7 +116,23 @@ def refusal(error: Exception, module: nn.Module) -> Exception | None:
             f"pipeline: {_where(error, module)} calls an operator that says nothing of its result's shape: {error}. "
             "Register it with torch.library.register_fake"
         )
+    if type(error) in (RuntimeError, IndexError):  # torch's, as for shapes that do not go together
+        return RuntimeError(
+            f"pipeline: recording the model failed in {_where(error, module)}: {words_of(error)}. Have the inputs (or "
+            "example_inputs) the shapes and dtypes that it takes?"
+        )
     return None
+
+
+@contextlib.contextmanager
+def no_log_of_fake_tensors() -> Iterator[None]:
+    """What they fail at is raised here, with its place; torch would print a traceback besides, on every rank."""
+    log = logging.getLogger(fake_tensor.__name__)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _where(error: Exception, module: nn.Module) -> str:

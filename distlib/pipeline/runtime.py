@@ -140,17 +140,22 @@ class Runtime:
         train: bool,
         has_loss: bool,
         scale: float = 1.0,
+        number: int = 0,
     ) -> tuple[Tensor | None, list[Any]]:
         """One step; every rank of the pipeline calls it. Returns the loss (with `has_loss`), on every rank; in
         evaluation, where the last stage is, also the outputs of the micro-batches.
 
-        seeds: of the micro-batches' random numbers. scale: gradients are those of the loss times this.
+        seeds: of the micro-batches' random numbers. scale: gradients are those of the loss times this. number: of the
+        step, by this rank's count.
         """
         if self._ended is not None:
             raise CollectiveError(f"this pipeline ended in an earlier step, and cannot go on: {self._ended}")
         running = _Running(step, batches, seeds, train, has_loss, scale)
         at: Action | str = "the beginning of the step"
         try:
+            self._transport.begin(number)
+            for stage in self._stages.values():
+                stage.begin()
             if has_loss:
                 self._losses.begin()
             if train:
@@ -212,12 +217,13 @@ class Runtime:
             if running.has_loss:
                 with torch.set_grad_enabled(running.train):
                     loss = scalar(self._loss_fn(output, batch.target))
-                share = loss.detach().to(torch.promote_types(loss.dtype, torch.float32)) * batch.share
+                share = weighed(loss.detach().to(torch.promote_types(loss.dtype, torch.float32)), batch.share)
                 running.loss = share if running.loss is None else running.loss + share
                 if running.train:
                     if not loss.requires_grad:
                         raise ValueError("the loss depends on nothing that is trained: is it detached, or all frozen?")
-                    self._stages[stage].set_loss(k, loss * (batch.share * running.scale))
+                    if batch.share:
+                        self._stages[stage].set_loss(k, loss * (batch.share * running.scale))
                 if action in running.step.last:
                     self._losses.tell(running.loss)
             if not running.train:
@@ -349,18 +355,35 @@ def _place(action: Action) -> tuple[int, int]:
 def own_loss(output: Any, _: Any) -> Tensor:
     """The loss function of models that compute their loss: the output itself, or its `loss`, or its first element."""
     if isinstance(output, Mapping):
-        return output["loss"]
-    if hasattr(output, "loss"):
-        return output.loss
-    return output[0] if isinstance(output, (tuple, list)) else output
+        loss = output.get("loss")
+    elif hasattr(output, "loss"):
+        loss = output.loss
+    else:
+        loss = output[0] if isinstance(output, (tuple, list)) and output else output
+    if isinstance(loss, Tensor) and not loss.dim():
+        return loss
+    raise ValueError(
+        f"no loss_fn= was given, and the model returned {_what(loss)} where its loss would be: give "
+        "loss_fn=(output, target) -> scalar, or let the model return its loss"
+    )
 
 
 def scalar(loss: Any) -> Tensor:
     """The loss, if it is one. Raises ValueError otherwise."""
     if not isinstance(loss, Tensor) or loss.dim():
-        what = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"{type(loss).__name__}"
-        raise ValueError(f"loss_fn returned {what}; it must return a scalar tensor, the mean over the micro-batch")
+        raise ValueError(
+            f"loss_fn returned {_what(loss)}; it must return a scalar tensor, the mean over the micro-batch"
+        )
     return loss
+
+
+def _what(loss: Any) -> str:
+    return f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+
+
+def weighed(loss: Tensor, share: float) -> Tensor:
+    """What a micro-batch adds to the step's loss; nothing, where nothing in it counts, and its mean may be 0 / 0."""
+    return loss * share if share else torch.zeros_like(loss)
 
 
 def _describe(action: Action) -> str:

@@ -95,7 +95,7 @@ class Looks:
         about = zip(tree_map(tensor, self.parts), self.rows, weights, strict=True)
         total = sum(weights)
         return [
-            MicroBatch(args, kwargs, target, rows, weight / total, weight)
+            MicroBatch(args, kwargs, target, rows, weight / total if total else 0.0, weight)
             for (args, kwargs, target), rows, weight in about
         ]
 

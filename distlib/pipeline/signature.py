@@ -26,16 +26,18 @@ def signature(args: tuple[Any, ...], kwargs: Mapping[str, Any], module: nn.Modul
     """
     walk = _walks.get(module)
     if walk is None:
-        walk = _walks[module] = (list(module.modules()), list(module.parameters()))
+        # Without the module itself: a value that holds its key would never go.
+        walk = _walks[module] = (list(module.modules())[1:], list(module.parameters()))
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
     first: dict[int, int] = {}  # by id: a tensor that is given twice is one value of the program
     inputs = tuple(
         (leaf.shape, _strides(leaf), leaf.dtype, leaf.requires_grad, first.setdefault(id(leaf), k))
         if isinstance(leaf, Tensor)
-        else (type(leaf), leaf)
+        else (type(leaf), leaf, _inside(leaf))
         for k, leaf in enumerate(leaves)
     )
-    flags = bytes([part.training for part in walk[0]]), bytes([p.requires_grad for p in walk[1]])
+    modes = bytes([module.training, *[part.training for part in walk[0]]])
+    flags = modes, bytes([p.requires_grad for p in walk[1]])
     device = device_of(leaves).type
     found = (spec, inputs, *flags, Context.now(device), torch.get_default_dtype())
     try:
@@ -48,6 +50,13 @@ def signature(args: tuple[Any, ...], kwargs: Mapping[str, Any], module: nn.Modul
             "torch.utils._pytree"
         ) from None
     return found
+
+
+def _inside(leaf: Any) -> tuple[Any, ...]:
+    """The numbers and words in the attributes of an object that is hashed by identity: they may change."""
+    if type(leaf).__hash__ is not object.__hash__ or isinstance(leaf, type) or not hasattr(leaf, "__dict__"):
+        return ()
+    return tuple((k, type(v), v) for k, v in vars(leaf).items() if isinstance(v, int | float | complex | str | None))
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...] | None:

@@ -23,6 +23,7 @@ from distlib.comm.group import Group
 from distlib.comm.slots import Room
 from distlib.pipeline.split_backward import Report, WeightQueue
 from distlib.pipeline.stages import Part
+from distlib.pipeline.unchanged import Unchanged
 
 Tensors = tuple[Tensor, ...]
 Gradients = tuple[Tensor | None, ...]  # None: nothing that the loss depends on came of it
@@ -70,15 +71,21 @@ class _InFlight:
 @dataclass
 class Stage:
     """index: of the stage. module: its StageModule, maybe in a data-parallel wrapper. report: of its split backward;
-    None where the schedule has no W for it."""
+    None where the schedule has no W for it. relies_on: what must be as it was when the model was recorded."""
 
     index: int
     module: nn.Module
     replicas: Replicated | None
     report: Report | None
+    relies_on: Unchanged | None = None
     _flying: dict[int, _InFlight] = field(default_factory=dict)
 
     # ------------------------------------------------------------ forward
+
+    def begin(self) -> None:
+        """A step begins. Raises ValueError for what was changed since the model was recorded, and must not be."""
+        if self.relies_on is not None:
+            self.relies_on.require()
 
     def forward(
         self,

@@ -51,6 +51,10 @@ class StagedTransport:
         self._leaving: deque[_Leaving] = deque()
         self._on_host: dict[tuple[int, int, int], int] = {}
 
+    def begin(self, step: int) -> None:
+        """As Transport's."""
+        self._host.begin(step)
+
     def rooms(self, source: int, target: int, micro_batch: int, specs: Sequence[Spec]) -> tuple[Room, ...]:
         """As Transport's: what leaves is copied from the device."""
         return ()

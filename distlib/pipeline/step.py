@@ -26,11 +26,12 @@ class Step:
         self._numbers = tuple(numbers)
         # Micro-batches of equal signature share their parts: what is derived from parts is derived once.
         self._carried = {id(p): _carried(p) for p in self.parts}
-        self._random = {id(p): [any(part.random for part in p[stage:]) for stage in range(len(p))] for p in self.parts}
+        self._random = {id(p): any(part.random for part in p) for p in self.parts}
 
     def is_random(self, stage: int, micro_batch: int) -> bool:
-        """Whether this stage or one after it draws random numbers."""
-        return self._random[id(self.parts[micro_batch])][stage]
+        """Whether this stage or one after it may draw random numbers: the last one has the loss, which may."""
+        parts = self.parts[micro_batch]
+        return parts[stage].last or self._random[id(parts)]
 
     def numbers(self, message: Message) -> int:
         """How many of a message's tensors, the first ones, stay on the host. With activations: the generators' state,
@@ -38,7 +39,7 @@ class Step:
         source, target, k = message
         if target < source:
             return 1 if self._gradients(message) else 0
-        return len(self._numbers) if target == source + 1 and self.is_random(target, k) else 0
+        return len(self._numbers) if target == source + 1 and self._random[id(self.parts[k])] else 0
 
     def specs(self, message: Message) -> tuple[Spec, ...]:
         """What a message carries: activations, or (to an earlier stage) gradients. Empty: it is not sent."""

@@ -14,6 +14,7 @@ from distlib.pipeline.actions import Schedule
 from distlib.pipeline.division import Division
 from distlib.pipeline.micro_batches import MicroBatch
 from distlib.pipeline.passes import prepare
+from distlib.pipeline.recent import Recent
 from distlib.pipeline.record import Program, Spec, signature
 from distlib.pipeline.schedules import forwards
 from distlib.pipeline.stages import Part, cut, edges
@@ -42,9 +43,9 @@ class Steps:
         self._division, self._ghost = division, division.ghost
         self._schedule, self._numbers = schedule, tuple(numbers)
         self._sharded, self._whole, self._dtype, self._limit = tuple(sharded), whole, dtype, limit
-        self._parts: dict[Hashable, tuple[Part, ...]] = {}
-        self._steps: dict[Hashable, Step] = {}
-        self._tables: dict[Hashable, Schedule] = {}
+        self._parts: Recent[tuple[Part, ...]] = Recent()
+        self._steps: Recent[Step] = Recent()
+        self._tables: Recent[Schedule] = Recent()
 
     def program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
         """A recording of the model's run on these inputs."""
@@ -54,24 +55,26 @@ class Steps:
         """The step of these micro-batches. Equal on all ranks that are given inputs of equal shapes."""
         with torch.set_grad_enabled(train):
             keys = tuple(signature(batch.args, batch.kwargs, self._ghost) for batch in batches)
-            found = self._steps.get((keys, train))
-            if found is None:
+
+            def make() -> Step:
                 parts = [self._parts_of(key, batch) for key, batch in zip(keys, batches, strict=True)]
-                found = self._steps[keys, train] = Step(self._table(parts, train), parts, self._numbers)
-        return found
+                return Step(self._table(parts, train), parts, self._numbers)
+
+            return self._steps.get((keys, train), make)
 
     def _parts_of(self, key: Hashable, batch: MicroBatch) -> tuple[Part, ...]:
-        if key not in self._parts:
+        def make() -> tuple[Part, ...]:
             program = self.program(batch.args, batch.kwargs)
             known = [stage for _, stage in self._division.calls]
             alike = [call.name for call in program.leaf_calls] == [name for name, _ in self._division.calls]
-            self._parts[key] = cut(program, known if alike else self._division.stage_of, self._schedule.stages)
-        return self._parts[key]
+            return cut(program, known if alike else self._division.homes, self._schedule.stages)
+
+        return self._parts.get(key, make)
 
     def _table(self, parts: Sequence[tuple[Part, ...]], train: bool) -> Schedule:
         crossing = tuple(sorted({edge for one in {id(p): p for p in parts}.values() for edge in edges(one)}))
-        key = (crossing, train, len(parts))
-        if key not in self._tables:
+
+        def make() -> Schedule:
             schedule = self._schedule if train else forwards(self._schedule.placement, len(parts))
             table = prepare(
                 schedule.with_edges(crossing),
@@ -80,5 +83,6 @@ class Steps:
                 reduced="step" if train else None,
             )
             verify(table, training=train, limit=self._limit if train else None)
-            self._tables[key] = table
-        return self._tables[key]
+            return table
+
+        return self._tables.get((crossing, train, len(parts)), make)

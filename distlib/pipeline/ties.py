@@ -83,7 +83,8 @@ def _whole_gradient(parameter: nn.Parameter) -> Tensor:
     whole = torch.zeros(size + 1, dtype=parameter.dtype, device=parameter.device)
     if parameter.grad is not None:
         begin = 0 if shard is None else shard.offset
-        whole[begin : begin + parameter.numel()] = parameter.grad.reshape(-1)
+        gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+        whole[begin : begin + parameter.numel()] = gradient.reshape(-1)
         whole[-1] = 1
     return whole
 
@@ -92,7 +93,7 @@ def _take_back(parameter: nn.Parameter, total: Tensor) -> None:
     shard = shard_of(parameter)
     offset = 0 if shard is None else shard.offset
     mine = total[offset : offset + parameter.numel()].view(parameter.shape)
-    if parameter.grad is None:
+    if parameter.grad is None or parameter.grad.is_sparse:
         parameter.grad = mine.clone()
     else:
         parameter.grad.copy_(mine)

@@ -70,6 +70,7 @@ class Transport:
         self._timeout = seconds_of(timeout, group.timeout)
         self._ended: CollectiveError | None = None
         self._closed = False
+        self._step = 0
         self._pool = SlotPool()
         self._runner = Runner(f"pipeline-{group.name}")
         self._senders: dict[tuple[int, int], Sender] = {}
@@ -107,6 +108,10 @@ class Transport:
 
     # ------------------------------------------------------------ a step
 
+    def begin(self, step: int) -> None:
+        """A step begins, by this rank's count: messages are of equal steps at both ends."""
+        self._step = step
+
     def rooms(self, source: int, target: int, micro_batch: int, specs: Sequence[Spec]) -> tuple[Room, ...]:
         """Where the tensors of a message that is to be sent may be made, so that they need not be copied: one room for
         each, or none at all (between hosts, and for small messages).
@@ -127,13 +132,13 @@ class Transport:
         sender = self._end(self._senders, source, target, "sends")
         _require_on_host(tensors, sender.edge.words(micro_batch))
         with self._telling(), sender.edge.naming(micro_batch):
-            sender.send(Header.of(micro_batch, map(Spec.of, tensors)), tensors)
+            sender.send(Header.of(micro_batch, map(Spec.of, tensors), self._step), tensors)
 
     def post(self, source: int, target: int, micro_batch: int, specs: Sequence[Spec], on_host: int = 0) -> None:
         """Says that stage `target`, of this rank, will want a message. Returns at once. on_host: as for `send`."""
         receiver = self._end(self._receivers, source, target, "receives")
         with self._telling(), receiver.edge.naming(micro_batch):
-            receiver.post(Header.of(micro_batch, specs), specs)
+            receiver.post(Header.of(micro_batch, specs, self._step), specs)
 
     def take(self, source: int, target: int, micro_batch: int) -> Tensors:
         """Waits for a message that was posted.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -9,8 +11,10 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from distlib.comm.group import Group, Timeout, seconds_of
+from distlib.data_parallel.agreement import from_rank
 from distlib.data_parallel.naming import under_one_name
 from distlib.memory import KINDS, MemoryReport, replicated_report
 from distlib.optim.norm import clip_grad_norm_
@@ -26,6 +30,7 @@ from distlib.pipeline.simulate import Simulation, played
 from distlib.pipeline.stage import Stage
 from distlib.pipeline.steps import Steps
 from distlib.pipeline.ties import Ties
+from distlib.pipeline.unchanged import Unchanged
 
 
 class PipelineParallel(nn.Module):
@@ -63,7 +68,8 @@ class PipelineParallel(nn.Module):
         weigh: from a micro-batch's target, its weight in the step's loss; default: its rows.
         init: initialises a module whose parameters are on the meta device; default: its reset_parameters().
         whole: sharded stages that are whole at a time on a rank, if data_parallel shards parameters.
-        limit: for schedule="auto": most micro-batches whose activations a rank holds.
+        limit: most micro-batches whose activations a rank may hold: schedule="auto" keeps to it, and one that holds
+            more is refused.
         timeout: for messages between stages; default: the group's.
         shape_header: the rank of the first stage tells the others what its batch looks like. They need not be given
             it, and lengths may change as only that rank knows; see `train_step`.
@@ -101,8 +107,22 @@ class PipelineParallel(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        build.check(module, schedule, microbatches, loss_fn, timeout)
         group = Group.of(process_group)
         everyone = Group.of(world) if world is not None else group
+        build.require_alike(
+            everyone,
+            stages=stages,
+            schedule=schedule,
+            microbatches=microbatches,
+            split=split,
+            example_inputs=example_inputs,
+            costs=costs,
+            compute_dtype=compute_dtype,
+            whole=whole,
+            limit=limit,
+            shape_header=shape_header,
+        )
         whole_model, names = division.whole_model(module, split)
         count = build.stages_of(schedule, stages, group.size)
         self._device = where = build.device_for(whole_model, device)
@@ -121,6 +141,7 @@ class PipelineParallel(nn.Module):
         table = build.make_schedule(schedule, count, group.size, microbatches, found.stage_costs, limit)
         self._group, self._process_group, self._schedule = group, process_group, table
         self.division, self._weigh = found, weigh
+        self._prepared_batches = 0
 
         modules = build.stage_modules(
             whole_model, found, table.stages_of(group.rank), init, everything=data_parallel is None
@@ -132,6 +153,7 @@ class PipelineParallel(nn.Module):
         reports = build.split_backwards(modules, table)
         if keep_less is not None:
             keep_less(build.Held(group.rank, found, table, modules, reports, example, compute_dtype))
+        relies_on = {s: Unchanged(part, found.ghost, data_parallel is None) for s, part in modules.items()}
         parts = {stage: part if data_parallel is None else data_parallel(part) for stage, part in modules.items()}
         for stage, part in parts.items():
             self.add_module(f"stage_{stage}", part)
@@ -140,10 +162,16 @@ class PipelineParallel(nn.Module):
         ties = build.tie(found, parts, holders, group, process_group, groups)
         self._distlib_part = build.mark_parameters(found, parts, group, everyone)
 
+        if isinstance(loss_fn, nn.Module) and any(p.requires_grad for p in loss_fn.parameters()):
+            warnings.warn(
+                "loss_fn has parameters of its own, which are in no state dict of the pipeline and which its "
+                "optimizers are not given: let the model compute the loss, and leave loss_fn out",
+                stacklevel=2,
+            )
         numbers = Numbers(where)
         self._steps = Steps(found, table, numbers.specs, build.gathered(parts, count), whole, compute_dtype, limit)
         stages_here = {
-            stage: Stage(stage, part, part if data_parallel is not None else None, reports.get(stage))
+            stage: Stage(stage, part, part if data_parallel is not None else None, reports.get(stage), relies_on[stage])
             for stage, part in parts.items()
         }
         dtype = next((p.dtype for p in found.ghost.parameters() if p.is_floating_point()), torch.float32)
@@ -218,17 +246,18 @@ class PipelineParallel(nn.Module):
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """The model's output for a batch, on every rank, without gradients. Every rank must call it.
 
-        Tensors that have the micro-batches' rows are put together; scalars are averaged.
+        Tensors that have the micro-batches' rows are put together; floating scalars are averaged, and all else is the
+        first micro-batch's.
         """
         batch = self._prepared(lambda: self._divide(inputs, None, keywords), None)
         _, outputs = self._run(batch, train=False, has_loss=False)
         root = self._group.ranks[self._schedule.placement[-1]]
-        found = [micro_batches.join(outputs, [b.rows for b in batch.micro_batches]) if outputs else None]
-        if self._group.size > 1:
-            found = [micro_batches.on_device(found[0], torch.device("cpu"))]  # a device has another name on each rank
-            dist.broadcast_object_list(found, src=root, group=self._process_group)
-            found = [micro_batches.on_device(found[0], self._device)]
-        return found[0]
+        rows = [b.rows for b in batch.micro_batches]
+
+        def joined() -> Any:  # a device has another name on each rank
+            return micro_batches.on_device(micro_batches.join(outputs, rows), torch.device("cpu"))
+
+        return micro_batches.on_device(from_rank(root, self._process_group, joined), self._device)
 
     def prepare(self, inputs: Any, target: Any, keywords: dict[str, Any], train: bool) -> Batch:
         """A batch as `train_step` and `eval_step` take it instead of inputs, target and keywords: divided, where the
@@ -242,6 +271,7 @@ class PipelineParallel(nn.Module):
         return self._prepared(divide, target)
 
     def _prepared(self, divide: Callable[[], list[MicroBatch]], target: Any) -> Batch:
+        self._prepared_batches += 1  # also where the batch is refused
         if self._header is not None:
             return self._header.share(divide, target)
         return Batch(micro_batches.moved(divide(), self._device))
@@ -260,7 +290,9 @@ class PipelineParallel(nn.Module):
         if self._header is not None and isinstance(batch, Told):
             self._header.fill(batch, step)
         seeds = micro_batch_seeds(len(batches))
-        return self._runtime.run(step, batches, seeds, train=train, scale=scale, has_loss=has_loss)
+        return self._runtime.run(
+            step, batches, seeds, train=train, scale=scale, has_loss=has_loss, number=self._prepared_batches
+        )
 
     def timed_step(self, inputs: Any = None, target: Any = None, **keywords: Any) -> tuple[Tensor, Simulation]:
         """`train_step`, and what each rank computed when, measured: `print(draw(simulation))`, `simulation.bubble`.
@@ -298,6 +330,19 @@ class PipelineParallel(nn.Module):
         """This rank's stages share the empty name, so everything in them has the name it has in the whole model."""
         yield from under_one_name(self, self._parts.values(), memo, prefix, remove_duplicate)
 
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Of this rank's stages. A tied weight goes by the first of its names in the model on every rank that has it; a
+        second copy on this rank, by its own."""
+        given: set[str] = set()
+        start = f"{prefix}." if prefix else ""
+        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
+            first = start + self.division.aliases.get(own := name.removeprefix(start), own)
+            name = name if not remove_duplicate or first in given else first
+            given.add(name)
+            yield name, parameter
+
     def train(self, mode: bool = True) -> PipelineParallel:
         """Training mode, or not, of this rank's stages; call it on every rank."""
         super().train(mode)
@@ -312,36 +357,39 @@ class PipelineParallel(nn.Module):
         return found
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load what this rank holds from a state dict of the whole model, or from one of `state_dict()`.
+        """Load what this rank holds from a state dict of the whole model, or from one of `state_dict()`. Returns
+        missing and unexpected keys, as other modules do.
 
         Raises RuntimeError (strict) for names that the whole model does not have, and for own ones that are missing.
         """
-        known = {name for name, _, _ in self.division.tensors} | self.division.aliases.keys()
-        unknown = sorted(state_dict.keys() - known)
+        known = {name for name, _, _ in self.division.tensors} | self.division.aliases.keys() | self.state_dict().keys()
+        unknown = sorted(k for k in state_dict.keys() - known if not k.endswith("_extra_state"))
         if unknown and strict:
             raise RuntimeError(f"load_state_dict: the model has no {', '.join(unknown[:8])}")
-        results = []
+        missing: list[str] = []
         for part in self._parts.values():
             own = part.state_dict().keys()
-            results.append(part.load_state_dict({k: v for k, v in state_dict.items() if k in own}, strict, assign))
-        return results[0] if len(results) == 1 else results
+            found = part.load_state_dict({k: v for k, v in state_dict.items() if k in own}, strict, assign)
+            missing += found.missing_keys
+        return _IncompatibleKeys(missing, unknown)
 
-    def full_state_dict(self) -> dict[str, Tensor]:
+    def full_state_dict(self) -> dict[str, Any]:
         """The whole model's state dict, copies on the CPU, on every rank. Every rank must call it."""
-        own: dict[str, Tensor] = {}
+        own: dict[str, Any] = {}
         for part in self._parts.values():
             gather = getattr(part, "full_state_dict", None)
             whole = gather() if callable(gather) else part.state_dict()
-            own.update({name: tensor.detach().cpu().clone() for name, tensor in whole.items()})
+            own.update({name: _copy(value) for name, value in whole.items()})
         found = [own]
         if self._group.size > 1:
             found = [{} for _ in range(self._group.size)]
             dist.all_gather_object(found, own, group=self._process_group)
         merged = {name: tensor for theirs in found for name, tensor in theirs.items()}
         for alias, name in self.division.aliases.items():
-            merged.setdefault(alias, merged[name])
+            if name in merged:
+                merged.setdefault(alias, merged[name])
         order = [place.name for place in places(self.division.ghost) if place.persistent]
-        return {name: merged[name] for name in dict.fromkeys(order)}
+        return {name: merged[name] for name in dict.fromkeys((*order, *merged)) if name in merged}
 
     def before_writing(self) -> None:
         """Returns when parameters may be written by other means than an optimizer."""
@@ -374,3 +422,8 @@ class PipelineParallel(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError("PipelineParallel belongs to its process group and cannot be pickled; save full_state_dict()")
+
+
+def _copy(value: Any) -> Any:
+    """Of an entry of a state dict, on the CPU: a tensor, or a module's extra state."""
+    return value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
