@@ -202,9 +202,14 @@ std::string HostGroup::rank_name(int r) const {
   return "rank " + std::to_string(config_.labels[size_t(r)]) + " (pid " + std::to_string(pid) + ")";
 }
 
+Status HostGroup::check_left(int r) const {
+  if (r == me_ || !control_.line(r).exit.load(std::memory_order_acquire)) return {};
+  return {Code::DEAD, rank_name(r) + " left the group"};
+}
+
 Status HostGroup::check_alive(int r) const {
-  if (r == me_) return {};
-  if (control_.line(r).exit.load(std::memory_order_acquire)) return {Code::DEAD, rank_name(r) + " left the group"};
+  Status left = check_left(r);
+  if (!left.ok() || r == me_) return left;
   if (!config_.peers[size_t(r)]->alive()) return {Code::DEAD, rank_name(r) + " ended (it exited, or was killed)"};
   return {};
 }

@@ -136,6 +136,7 @@ class HostGroup {
   char* arena_of(int r) const { return r == me_ ? config_.arena->base() : config_.peers[size_t(r)]->base(); }
   bool foreign() const { return getpid() != owner_pid_; }  // in a child forked after the group was made
   Status check() const;                                    // forked, closed or aborted
+  Status check_left(int r) const;                          // that rank has not left: it said so, if it has
   Status check_alive(int r) const;                         // that rank lives and has not left
   std::string rank_name(int r) const;                      // "rank 3 (pid 77)"
   // Set around a call that may block the main thread: returns true when a signal handler wants it to end.

@@ -227,11 +227,15 @@ bool Mailbox::progress(bool last_look) {
     fail_open(s);
     return true;
   }
+  // Whether processes live is a question to the kernel, which takes longer than a message: asked as often as waits wake.
   int64_t now = now_ns();
+  const bool look = last_look || now - looked_ >= SLICE_NS;
+  if (look) looked_ = now;
   for (auto* open : {&sends_, &receives_})
     for (auto& m : *open) {
-      Status alive = m->peer >= 0 ? group_->check_alive(m->peer) : Status{};
-      if (m->peer < 0) {  // from any rank: hopeless only when all are gone
+      Status alive{};
+      if (m->peer >= 0) alive = look ? group_->check_alive(m->peer) : group_->check_left(m->peer);
+      if (m->peer < 0 && look) {  // from any rank: hopeless only when all are gone
         int living = 0;
         for (int r = 0; r < n_; ++r) living += r != me_ && group_->check_alive(r).ok();
         if (!living && n_ > 1) alive = {Code::DEAD, "every other rank ended or left"};

@@ -81,6 +81,7 @@ class Mailbox {
   std::vector<std::deque<Envelope>> arrived_;             // by sender, taken from the ring and not yet received
   std::multimap<size_t, size_t> pool_;                    // bytes -> offset of free blocks
   size_t pooled_ = 0, backlog_ = 0;
+  int64_t looked_ = 0;                                  // when it was last asked whether the others live
   int waiting_ = 0;                                     // threads in wait()
   bool stop_ = false, parked_ = false, hurry_ = false;  // parked: the thread sleeps until it is woken
   std::thread thread_;

@@ -18,9 +18,9 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -67,13 +67,9 @@ class Edge:
         """How errors name a message."""
         return words(self.source, self.target, micro_batch)
 
-    @contextlib.contextmanager
-    def naming(self, micro_batch: int) -> Iterator[None]:
-        """Errors inside are raised with these words before them."""
-        try:
-            yield
-        except CollectiveError as error:
-            raise CollectiveError(f"{self.words(micro_batch)}: {error}", error.code) from error
+    def naming(self, micro_batch: int) -> contextlib.AbstractContextManager[None]:
+        """Errors inside are raised with the message's words before them."""
+        return _Naming(self, micro_batch)
 
     @property
     def tag(self) -> int:
@@ -101,6 +97,22 @@ class Edge:
             mine, other = self.line.group.ranks[self.line.group.rank], self.line.group.ranks[self.line.peer]
             ends = (other, mine) if receiving else (mine, other)
             raise CollectiveError(disagreement(sent, expected, *ends), "mismatch")
+
+
+class _Naming:
+    """Of `Edge.naming`. No generator: each message enters two of them."""
+
+    __slots__ = ("_edge", "_micro_batch")
+
+    def __init__(self, edge: Edge, micro_batch: int) -> None:
+        self._edge, self._micro_batch = edge, micro_batch
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        if isinstance(error, CollectiveError):
+            raise CollectiveError(f"{self._edge.words(self._micro_batch)}: {error}", error.code) from error
 
 
 class Sender(Protocol):

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -201,14 +201,9 @@ class Transport:
         if self._ended is None:  # else it may be in a wait until the timeout
             self._runner.close()
 
-    @contextlib.contextmanager
-    def _telling(self) -> Iterator[None]:
-        """A message that fails here ends the transport on all ranks: the first to see a fault says so."""
-        try:
-            yield
-        except CollectiveError as error:
-            self.abort(str(error))
-            raise
+    def _telling(self) -> contextlib.AbstractContextManager[None]:
+        """A message that fails inside ends the transport on all ranks: the first to see a fault says so."""
+        return _Telling(self)
 
     def _check(self) -> None:
         if self._closed:
@@ -226,6 +221,22 @@ class Transport:
                 f"channels are: {known}"
             )
         return ends[source, target]
+
+
+class _Telling:
+    """Of `Transport._telling`. No generator: each message enters several of them."""
+
+    __slots__ = ("_transport",)
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        if isinstance(error, CollectiveError):
+            self._transport.abort(str(error))
 
 
 def _require_on_host(tensors: Sequence[Tensor], what: str) -> None:
