@@ -345,3 +345,17 @@ def test_nonsense_is_refused(text: object) -> None:
 def test_blocks_that_keep_less_are_called_too() -> None:
     lists = nn.ModuleList(nn.ModuleList([Leaf()]) for _ in range(3))
     assert list(find_blocks(nn.ModuleDict({"lists": lists}), "auto")) == ["lists.0.0", "lists.1.0", "lists.2.0"]
+
+
+def test_a_sequential_of_layers_is_one_block_and_a_stage_of_blocks_is_not() -> None:
+    def layers() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))
+
+    models = {
+        "layers": (nn.ModuleList(layers() for _ in range(2)), ["layers.0", "layers.1"]),
+        "stages": (nn.ModuleList(nn.Sequential(layers(), layers()) for _ in range(2)), ["0.0", "0.1", "1.0", "1.1"]),
+        "flat": (nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)), ["0", "2"]),
+    }
+    for name, (model, expected) in models.items():
+        names = [f"{name}.{inner.removeprefix('layers.')}" for inner in expected]
+        assert list(find_blocks(nn.ModuleDict({name: model}), "auto")) == names

@@ -14,7 +14,7 @@ def find_blocks(module: nn.Module, blocks: str | Sequence[type[nn.Module]]) -> d
     places counts once.
 
     "auto": children of a ModuleList or Sequential that has at least two of the same class with parameters; a list of
-    lists is divided down to what repeats last.
+    lists is divided down to the last that have modules of their own, or are no more than lists.
 
     Raises:
         ValueError: no block is found, or `blocks` is neither "auto" nor classes that the module has.
@@ -48,10 +48,15 @@ def _repeated(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]
 def _children(repeated: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     for key, block in repeated.named_children():
         inner = f"{name}.{key}" if name else key
-        if is_repeated(block) or not has_forward(block):
-            yield from _children(block, inner)  # stages of blocks; what is never called keeps nothing
+        if not has_forward(block) or _is_stage(block):
+            yield from _children(block, inner)  # what is never called keeps nothing
         elif has_parameters(block):
             yield inner, block
+
+
+def _is_stage(block: nn.Module) -> bool:
+    """Whether it is a list of blocks that have modules of their own; a Sequential of layers is a block itself."""
+    return is_repeated(block) and any(True for child in block.children() for _ in child.children())
 
 
 def _of_classes(module: nn.Module, classes: tuple[type[nn.Module], ...]) -> Iterator[tuple[str, nn.Module]]:
