@@ -138,8 +138,9 @@ def parallelize(
         raise ValueError("LBFGS evaluates the model again within its step, which no plan offers")
     if plan.stage > 0:
         check_optimizer(made)
-    peaks = [None] * plan.pipeline if budget is None else predicted_peaks(reports, groups["pipeline"])
-    return Engine(plan, mesh, model, groups["data_parallel"], made, scaler, reports, device, weigh, peaks)
+    pipeline, replicas = groups["pipeline"], groups["data_parallel"]
+    peaks = [None] * plan.pipeline if budget is None else predicted_peaks(reports, pipeline)
+    return Engine(plan, mesh, model, replicas, made, scaler, reports, device, weigh, peaks, pipeline)
 
 
 def require_same_plan(plan: Plan, device: torch.device) -> None:
@@ -155,14 +156,37 @@ def require_same_plan(plan: Plan, device: torch.device) -> None:
 
 
 def optimizer_of(make: MakeOptimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """An optimizer also of no parameters, as a stage may have: as a plain list torch's refuse these."""
+    """What the rule makes, also of no parameters. ValueError for what is no optimizer."""
     try:
-        return make(parameters)
-    except ValueError:
-        if parameters:
+        made = make(parameters)
+    except ValueError as error:
+        if parameters and _NONE not in str(error):
             raise
-        none: Any = [{"params": []}]
-        return make(none)
+        made = _without_parameters(make, error)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ValueError(
+            f"optimizer= made a {type(made).__name__}: it must return a torch.optim.Optimizer, as in "
+            "lambda p: distlib.optim.AdamW(p, lr=3e-4)"
+        )
+    return made
+
+
+_NONE = "empty parameter list"  # torch's words
+
+
+def _without_parameters(make: MakeOptimizer, error: ValueError) -> torch.optim.Optimizer:
+    """Where a rule chooses none of a rank's parameters, as in a stage that is frozen, torch's optimizers refuse to be
+    made: it is shown one to choose, a matrix or a vector, which the optimizer then loses. error: the refusal."""
+    for shape in ((1, 1), (1,)):
+        try:
+            made = make([nn.Parameter(torch.zeros(shape))])
+        except ValueError:
+            continue
+        for group in made.param_groups:
+            group["params"].clear()
+        made.state.clear()
+        return made
+    raise error
 
 
 def predicted_peaks(reports: Sequence[ActivationReport], pipeline: dist.ProcessGroup | None) -> list[int | None]:

@@ -19,7 +19,7 @@ from distlib.engine.as_in_training import autocast
 from distlib.memory import MemoryReport
 from distlib.optim import GradScaler
 from distlib.optim.flat import FlatOptimizer
-from distlib.optim.norm import clip_grad_norm_
+from distlib.optim.norm import Trained, clip_grad_norm_
 from distlib.pipeline.micro_batches import Batch, Weigh
 from distlib.pipeline.wrapper import PipelineParallel
 from distlib.plan import Activations, Plan
@@ -64,6 +64,7 @@ class Engine:
         device: torch.device | None = None,
         weigh: Weigh | None = None,
         activation_peaks: Sequence[int | None] = (),
+        pipeline: dist.ProcessGroup | None = None,
     ) -> None:
         self.plan, self.mesh, self.model, self.optimizer, self.scaler = plan, mesh, model, optimizer, scaler
         if device is None:
@@ -82,6 +83,15 @@ class Engine:
                     f"the plan clips at {plan.clip}, the optimizer at max_norm={optimizer.max_norm}: give one of them"
                 )
             optimizer.max_norm = plan.clip  # in the same pass as the step
+        self._trained = trained = Trained(
+            tuple(model.parameters()),
+            Group.of(pipeline) if plan.pipeline > 1 else None,
+            device if plan.offload is None else torch.device("cpu"),
+        )
+        if isinstance(optimizer, FlatOptimizer):
+            optimizer.trained = trained
+        if scaler is not None:
+            scaler.trained = trained
 
     # ------------------------------------------------------------ steps
 
@@ -102,10 +112,11 @@ class Engine:
             The mean loss over all ranks, a detached scalar.
 
         Raises:
-            What a stage raised, see `PipelineParallel.train_step`; ValueError for a batch with too few rows.
+            What a stage raised, see `PipelineParallel.train_step`; ValueError for a batch with too few rows, and on all
+            ranks where `weigh` gave 0 for all batches.
         """
         scale = 1.0 if self.scaler is None else float(self.scaler.scale(torch.ones(())))
-        batch = self.model.prepare(inputs, target, keywords, train=True)
+        batch = self._prepared(inputs, target, keywords, train=True)
         part = self._part(batch)
         try:
             with self._autocast():
@@ -127,7 +138,7 @@ class Engine:
         if self.plan.activations == Activations():
             raise RuntimeError("measured_step reports on activations: give Plan(activations=...)")
         if self.plan.stage == 0:  # gradients would count, where a step makes them; sharding has memory of its own
-            for p in self._trained():
+            for p in self._parameters():
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         with contextlib.ExitStack() as stack:
             for report in self.activation_reports:
@@ -139,7 +150,8 @@ class Engine:
         if clip is not None and not isinstance(optimizer, FlatOptimizer):
             if scaler is not None:
                 scaler.unscale_(optimizer)
-            self.grad_norm = clip_grad_norm_(self.model.parameters(), clip)
+            model = self._trained
+            self.grad_norm = clip_grad_norm_(model.parameters, clip, pipeline=model.pipeline, device=model.device)
         if scaler is None:
             optimizer.step()
         else:
@@ -147,16 +159,19 @@ class Engine:
             scaler.update()
         if clip is not None and isinstance(optimizer, FlatOptimizer):
             self.grad_norm = optimizer.grad_norm
-        optimizer.zero_grad()
+        self._forget_gradients()
 
     def _forget_gradients(self) -> None:
-        """What was summed before an error is of no step."""
+        """After a step, and after an error: what was summed is of no other step. Of all parameters: the optimizer may
+        have some of them only."""
         self.optimizer.zero_grad()
+        for p in self._trained.parameters:
+            p.grad = None
 
     @torch.no_grad()
     def eval_step(self, inputs: Any = None, target: Any = None, **keywords: Any) -> Tensor:
         """The mean loss of a batch over all ranks, without gradients; call `eval()` before and `train()` after."""
-        batch = self.model.prepare(inputs, target, keywords, train=False)
+        batch = self._prepared(inputs, target, keywords, train=False)
         part = self._part(batch)
         with self._autocast():
             return self._mean(self.model.eval_step(batch) * part)
@@ -176,12 +191,23 @@ class Engine:
         """Modules in evaluation mode."""
         return self.train(False)
 
+    def _prepared(self, inputs: Any, target: Any, keywords: dict[str, Any], train: bool) -> Batch:
+        """The batch, divided. Where there are keywords alone, inputs are no argument of the model."""
+        alone = inputs is None and bool(keywords)
+        return self.model.prepare({} if alone else inputs, target, keywords, train)
+
     def _part(self, batch: Batch) -> float:
         """What this rank's loss counts in the mean over ranks, by the weights of all micro-batches; 1 on average."""
-        if self._weigh is None or self.data_size == 1:
+        if self._weigh is None:
             return 1.0
         total = torch.tensor([batch.weight], dtype=torch.float64)
-        self._replicas.all_reduce(total)
+        if self.data_size > 1:
+            self._replicas.all_reduce(total)
+        if not float(total) > 0:
+            raise ValueError(
+                "weigh= gave 0 for the batches of all ranks together: nothing in them counts. Leave such a step out, "
+                "on all ranks"
+            )
         return batch.weight * self.data_size / float(total)
 
     def _mean(self, loss: Tensor) -> Tensor:
@@ -245,7 +271,7 @@ class Engine:
         ranks; nothing is communicated. It names the kind of device, where that is not the CPU."""
         stages = self.model.division if isinstance(self.model, PipelineParallel) else None
         if stages is None:
-            told, parameters = "", sum(shape.numel() for shape in map(_whole_shape, self._trained()))
+            told, parameters = "", sum(shape.numel() for shape in map(_whole_shape, self._parameters()))
             expected = self.plan.expected(parameters, self.mesh.topology, **self._sizes())
         else:
             told = f"\n\n{stages}"
@@ -262,7 +288,8 @@ class Engine:
             less = f"\n{_KEPT_LESS}"
         return f"{self.plan}\n\n{self.mesh}{where}{told}\n\n{expected.keeping(self._peaks)}{less}"
 
-    def _trained(self) -> list[nn.Parameter]:
+    def _parameters(self) -> list[nn.Parameter]:
+        """Those that are trained."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def _sizes(self) -> dict[str, Any]:

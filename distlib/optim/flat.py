@@ -45,6 +45,9 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
     _step_supports_amp_scaling = True
     _counts_steps = False
 
+    # The model whose gradients max_norm and a scaler look at; None: the optimizer's parameters are all of it.
+    trained: norm.Trained | None = None
+
     def __init__(self, params: Any, defaults: dict[str, Any], max_norm: float | None, offload: Path | None) -> None:
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm={max_norm}: must be above 0, or None for no clipping")
@@ -106,7 +109,7 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
             return loss
         scale = 1.0 if given is None else 1.0 / float(given)
         if self.max_norm is not None:
-            squares = norm.total_squares(self._all_params()) if measured is None else measured
+            squares = self._squares() if measured is None else measured
             self.grad_norm = squares.sqrt() * scale
             scale *= float(norm.coefficient(self.grad_norm, self.max_norm))
         self._step(scale)
@@ -167,6 +170,13 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
     def _all_params(self) -> list[torch.Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
+    def _squares(self) -> torch.Tensor:
+        """Of all gradients that max_norm is about, over all ranks."""
+        own, trained = self._all_params(), self.trained
+        if trained is None:
+            return norm.total_squares(own)
+        return norm.total_squares(trained.after(own), trained.pipeline, trained.device)
+
     def _queue(
         self,
         device: torch.device,
@@ -177,7 +187,7 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
         """One step of parameters on a device, by its kernels."""
         squares = None
         if self.max_norm is not None:
-            squares = norm.total_squares(self._all_params()) if measured is None else measured
+            squares = self._squares() if measured is None else measured
             self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
         normed = None if squares is None else self.grad_norm
         gate = Gate(squares, normed, _scalar(loss_scale, device), _scalar(found_inf, device))

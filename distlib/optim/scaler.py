@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ class GradScaler(torch.amp.GradScaler):
     max_norm), and the step multiplies by 1 / scale as it goes: on a GPU the host waits for none of it. Gradients are
     fp32, bf16 or fp16.
     """
+
+    # The model whose gradients are scaled; None: an optimizer's parameters are all of it.
+    trained: norm.Trained | None = None
 
     def __init__(
         self,
@@ -59,9 +63,10 @@ class GradScaler(torch.amp.GradScaler):
         allow_fp16: bool,
     ) -> dict[torch.device, torch.Tensor]:
         """Multiplies gradients by `inv_scale`, in place. Returns what all ranks found together."""
-        device = norm.device_of(p for group in optimizer.param_groups for p in group["params"])
+        params, device = self._scaled(optimizer)
+        scaled: Any = SimpleNamespace(param_groups=[{"params": params}])
         # Where the loss is on a GPU and the parameters are not, torch would copy the scale without waiting for it.
-        found = super()._unscale_grads_(optimizer, inv_scale.to(device), found_inf.to(device), True)
+        found = super()._unscale_grads_(scaled, inv_scale.to(device), found_inf.to(device), True)
         values = [value.to(device).view(()) for value in found.values()]
         return self._agreed(torch.stack(values).amax() if values else torch.zeros((), device=device), optimizer)
 
@@ -69,18 +74,26 @@ class GradScaler(torch.amp.GradScaler):
         """What torch calls before the step of an optimizer that unscales by itself: here a pass that only reads."""
         if not isinstance(optimizer, FlatOptimizer):
             return super()._check_inf_per_device(optimizer)
-        params = optimizer._all_params()
+        params, device = self._scaled(optimizer)
         # fp64 squares of fp32 and shorter gradients cannot overflow: their sum is finite exactly if all of them are.
         if optimizer.max_norm is None:
-            squares = norm.local_squares(params)
+            squares = norm.local_squares(params, device)
         else:
-            optimizer._measured = squares = norm.total_squares(params)
+            optimizer._measured = squares = optimizer._squares()
         infinite = ~squares.isfinite()
         if any(p.grad is not None and p.grad.dtype is torch.float64 for p in params):
             infinite = ~torch.stack([p.grad.isfinite().all() for p in params if p.grad is not None]).all()
         found = self._agreed(infinite.float(), optimizer)
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = found
         return found
+
+    def _scaled(self, optimizer: torch.optim.Optimizer) -> tuple[list[torch.Tensor], torch.device]:
+        """The parameters whose gradients are scaled, and where they are, on any rank."""
+        own, trained = [p for group in optimizer.param_groups for p in group["params"]], self.trained
+        if trained is None:
+            return own, norm.device_of(own)
+        params = trained.after(own)
+        return params, norm.device_of(params, trained.device)
 
     def _agreed(self, found: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict[torch.device, torch.Tensor]:
         """By device, as torch keeps it: 1 where any rank found an infinity, else 0."""

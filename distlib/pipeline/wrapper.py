@@ -320,7 +320,9 @@ class PipelineParallel(nn.Module):
 
         Returns the norm before scaling, a scalar, the same on all ranks; tied weights count once.
         """
-        return clip_grad_norm_(list(self.parameters()), max_norm, norm_type, error_if_nonfinite)
+        return clip_grad_norm_(
+            list(self.parameters()), max_norm, norm_type, error_if_nonfinite, pipeline=self._group, device=self._device
+        )
 
     # ------------------------------------------------------------ a model like any other
 
