@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from distlib.checkpoint import folder
+from distlib.checkpoint import folder, saving
 from distlib.checkpoint.model_state import MODEL
 from distlib.checkpoint.reader import Checkpoint
 
@@ -40,7 +40,8 @@ def export(path: str | os.PathLike[str], file: str | os.PathLike[str], dtype: to
     {"lm_head.weight": "wte.weight"}. The metadata say {"format": "pt"} too, as `transformers` wants, which ties
     such parameters itself.
 
-    Needs memory for one tensor at a time; checksums are checked. `file` is replaced in one move at the end. Needs
+    A save of this process into the folder, in the background, is waited for. Needs memory for one tensor at a time;
+    checksums are checked. `file` is replaced in one move at the end. Needs
     `pip install distlib-train[checkpoint]`.
 
     Args:
@@ -55,6 +56,7 @@ def export(path: str | os.PathLike[str], file: str | os.PathLike[str], dtype: to
     if dtype is not None and not (dtype.is_floating_point and dtype in _NAMES):
         raise ValueError(f"dtype={dtype}: choose a floating-point type, such as torch.bfloat16")
     source = folder.real(path)
+    saving.settle_at(source)
     folder.recover(source)
     checkpoint = Checkpoint(source)
     aliases = checkpoint.manifest.aliases

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from distlib.checkpoint import folder, random_state
+from distlib.checkpoint import folder, random_state, saving
 from distlib.checkpoint.layout import Piece
 from distlib.checkpoint.model_state import MODEL, ModelState, model_state, replica_of
 from distlib.checkpoint.optimizer_state import GROUPS, GROUPS_OF, STATE, groups_for, kind_of, ordered, restore
@@ -67,7 +67,8 @@ def load(
 ) -> LoadedState:
     """Load what `save` wrote into `model` and the rest, in whatever layout they are now. Every rank must call it.
 
-    The world size, the partition and the wrapper need not be those of the save. Each rank reads only the chunks that
+    A save of these ranks in the background is waited for. The world size, the partition and the wrapper need not be
+    those of the save. Each rank reads only the chunks that
     its pieces need. Everything is checked on all ranks before anything is changed: names, shapes, dtypes, and the
     checksums of all that will be read. Parameters are written in place.
 
@@ -94,6 +95,7 @@ def load(
             then as they were, unless the file system fails between the check and the reading.
     """
     ranks = Ranks.of(process_group)
+    saving.settle(ranks)
     target = folder.real(path)
     what = f"load from {target}"
 

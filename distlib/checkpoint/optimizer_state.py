@@ -57,16 +57,24 @@ def optimizer_state(optimizer: Optimizer, model: ModelState) -> OptimizerState:
 
     Scalars are equal on all ranks: the rank that holds a parameter's first element gives them; where there is none, the
     first of those that hold the parameter.
+
+    Raises ValueError, by name, for what a checkpoint has no place for: further keys of that dict, state of no
+    parameter, state under a key that is no name, and state of another shape than the parameter's.
     """
     pieces = ordered(optimizer, model)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     names = [piece.name.removeprefix(MODEL) for piece in pieces]
     saved = optimizer.state_dict()
+    _require_of_parameters(optimizer, saved, len(pieces))
     found = OptimizerState()
     for index, state in saved["state"].items():
         piece, name = pieces[index], names[index]
         first = piece.offset == 0 and piece.replica == 0 and (piece.numel > 0 or _is_first(parameters[index], piece))
         for key, value in state.items():
+            if not isinstance(key, str) or not key or "." in key:
+                raise ValueError(
+                    f"optimizer state {key!r} of '{name}': only state under a name without a dot can be saved"
+                )
             full = f"{STATE}{name}.{key}"
             if not isinstance(value, torch.Tensor):
                 if not isinstance(value, (int, float, bool, str, type(None))):
@@ -92,6 +100,22 @@ def optimizer_state(optimizer: Optimizer, model: ModelState) -> OptimizerState:
     for group in saved["param_groups"]:
         found.groups.append({**group, "params": [names[index] for index in group["params"]]})
     return found
+
+
+def _require_of_parameters(optimizer: Optimizer, saved: dict[str, Any], parameters: int) -> None:
+    """ValueError for what `optimizer.state_dict()` holds beside groups and the state of parameters."""
+    who = type(optimizer).__name__
+    more = sorted(map(str, saved.keys() - {"state", "param_groups"}))
+    if more:
+        raise ValueError(
+            f"{who}.state_dict() has {', '.join(map(repr, more))} beside 'state' and 'param_groups': keep it in the "
+            "groups, or save it in extra="
+        )
+    for key in saved["state"]:
+        if type(key) is not int or not 0 <= key < parameters:
+            raise ValueError(
+                f"optimizer state {key!r} of {who} belongs to no parameter: keep it in the groups, or save it in extra="
+            )
 
 
 _REFUSED = "only state of the parameter's own geometry, and scalars, can be saved for any other layout"

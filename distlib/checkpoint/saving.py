@@ -57,7 +57,7 @@ class SaveHandle:
             raise error
 
     def _settle(self) -> None:
-        """The same before the next save, for an error that nobody was told of."""
+        """The same before the next save or load, for an error that nobody was told of."""
         error = self._future.exception()
         if error is not None and not self._told:
             self._told = True
@@ -92,7 +92,7 @@ def save(
         extra: by name, values or objects with state_dict(), such as a data loader's position or a loss curve. Anything
             that pickle can write. Where ranks differ, each one's is kept.
         rng: also the states of Python's, numpy's and torch's random number generators, of every rank.
-        asynchronous: copy to host memory and return; a thread writes. A later save waits for this one. The memory
+        asynchronous: copy to host memory and return; a thread writes. A later save or load waits for it. The memory
             is kept for the next save. `distlib.shutdown()` waits for the last one, too.
         process_group: the ranks that hold the model; default: all.
 
@@ -101,15 +101,12 @@ def save(
 
     Raises:
         ValueError, RuntimeError: on all ranks, naming the rank, file or parameter; what was at `path` is untouched. If
-            asynchronous, `SaveHandle.wait` or the next save raises it.
+            asynchronous, `SaveHandle.wait`, or the next save or load, raises it.
     """
     begun = time.perf_counter()
     target = folder.real(path)
     ranks = Ranks.of(process_group)
-    latest = ranks.kept.get(_LATEST)
-    if latest is not None:
-        ranks.kept[_LATEST] = None
-        latest._settle()
+    settle(ranks)
 
     def prepare() -> Job:
         _check(step, extra)
@@ -140,6 +137,21 @@ def save(
     before_shutdown(_settle_all)
     log.info("saving %s in the background: the training stalled for %.3f s", target, stall)
     return handle
+
+
+def settle(ranks: Ranks) -> None:
+    """Waits for the save in the background, whose group the next call uses, too. Raises what nobody was told of."""
+    latest = ranks.kept.get(_LATEST)
+    if latest is not None:
+        ranks.kept[_LATEST] = None
+        latest._settle()
+
+
+def settle_at(path: Path) -> None:
+    """The same of any ranks, for a save of this process into the folder `path`."""
+    for handle in list(_under_way):
+        if handle.path == path:
+            handle._settle()
 
 
 _under_way: weakref.WeakSet[SaveHandle] = weakref.WeakSet()
