@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,7 +107,10 @@ def refused(folder: str) -> dict[str, str]:
     plan = distlib.Plan(stage=2, engine="deepspeed")
     adamw = {"optimizer": lambda p: distlib.optim.AdamW(p, lr=0.1)}
     engine = engine_of(plan)
+    divided = engine_of(plan.replace(stage=3))
     cases = {
+        "adagrad": lambda: engine_of(plan, optimizer=lambda p: torch.optim.Adagrad(p, lr=0.1)),
+        "pieces": lambda: distlib.save(f"{folder}/pieces", model=divided.model),
         "fp16": lambda: engine_of(plan.replace(precision="fp16")),
         "files": lambda: engine_of(plan.replace(offload=folder)),
         "cpu": lambda: engine_of(plan.replace(offload="cpu")),
@@ -234,6 +238,8 @@ def test_a_checkpoint_goes_on_to_the_bit(case: int, found: list[list[dict[str, A
         ("files", 'Take "cpu", or engine="distlib"'),
         ("cpu", "the ranks are on the CPU"),
         ("flat", "torch.optim.AdamW"),
+        ("adagrad", "stage=2 cannot use Adagrad: ZeRO makes another one in its place, which learning-rate schedules"),
+        ("pieces", "is divided over ranks by DeepSpeed's stage 3: save with Engine.save"),
         ("background", "leave asynchronous out"),
         ("nothing", "no checkpoint of DeepSpeed"),
     ],
@@ -243,3 +249,43 @@ def test_what_deepspeed_cannot_do_is_refused_with_the_way_out(
 ) -> None:
     for of_rank in found:
         assert says in of_rank[-1]["refused"][word]
+
+
+def exported(rank: int, n: int, folder: str) -> list[dict[str, Tensor]]:
+    """The whole weights after two steps: of our engine, of DeepSpeed's by stage; then what from_pretrained reads."""
+    from distlib.integrations import huggingface as hf
+
+    distlib.init()
+    found = []
+    for plan in (distlib.Plan(), *(distlib.Plan(stage=stage, engine="deepspeed") for stage in (0, 2, 3))):
+        engine = engine_of(plan, weigh=None)
+        for step in range(2):
+            tokens = batch(step, engine.data_rank)
+            engine.train_step(tokens, tokens.roll(-1, 1))
+        gather = getattr(engine.model, "full_state_dict", None)
+        found.append(gather() if gather is not None else engine.model.module.state_dict())
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = hf.causal_lm({"model_type": "llama", "vocab_size": 11, **sizes})
+    whole = {name: value.clone() for name, value in model.state_dict().items()}
+    engine = distlib.parallelize(
+        model,
+        distlib.Plan(stage=3, engine="deepspeed"),
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+        loss_fn=hf.causal_loss,
+    )
+    with pytest.raises(ValueError, match="DeepSpeed has divided the model over ranks: give the Engine"):
+        hf.export_pretrained(model, folder)
+    hf.export_pretrained(engine, folder)
+    read = type(model).from_pretrained(folder).state_dict()
+    assert read.keys() == whole.keys() and all(torch.equal(read[name], whole[name]) for name in whole)
+    return found
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
+def test_whole_weights_are_gathered_from_every_stage(tmp_path: Path) -> None:
+    for ours, *theirs in run_ranks(2, exported, str(tmp_path), timeout=110):
+        for state in theirs:
+            assert state.keys() == ours.keys()
+            for name, weight in ours.items():
+                torch.testing.assert_close(state[name], weight, rtol=1e-5, atol=1e-6)

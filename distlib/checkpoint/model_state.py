@@ -31,7 +31,8 @@ def model_state(model: nn.Module, rank: int, size: int) -> ModelState:
 
     Parameters without a Shard are whole and equal on all ranks, so all ranks may write them. Buffers may differ, as
     the statistics of a batch norm do: rank 0's count. Of a part of a model, all ranks are those that hold the part. A
-    tied weight or a buffer that another stage counts is read, never written.
+    tied weight or a buffer that another stage counts is read, never written. ValueError, by name, for parameters that
+    another library has divided.
     """
     part = part_of(model)
     ties: dict[str, str] = {}
@@ -49,6 +50,11 @@ def model_state(model: nn.Module, rank: int, size: int) -> ModelState:
                 aliases[key] = by_id[id(parameter)].name
             continue
         shard = shard_of(parameter)
+        if is_divided(parameter):
+            raise ValueError(
+                f"'{name}' is divided over ranks by DeepSpeed's stage 3: save with Engine.save, and convert the folder "
+                "with distlib.checkpoint.deepspeed.convert_deepspeed"
+            )
         if shard is None:
             piece = Piece(key, parameter.shape, 0, parameter.detach(), rank, size)
         else:
@@ -76,6 +82,11 @@ def model_state(model: nn.Module, rank: int, size: int) -> ModelState:
         return ModelState(pieces, aliases, by_id, [(p.name, tuple(p.shape), str(p.tensor.dtype)) for p in pieces])
     tensors = [(MODEL + name, shape, dtype) for name, shape, dtype in part.tensors]
     return ModelState(pieces, {MODEL + a: MODEL + n for a, n in ties.items()}, by_id, tensors)
+
+
+def is_divided(parameter: torch.Tensor) -> bool:
+    """Whether DeepSpeed's stage 3 has made a parameter its own: it is empty, but while it is gathered."""
+    return hasattr(parameter, "ds_id")
 
 
 def replica_of(model: nn.Module, rank: int) -> int:

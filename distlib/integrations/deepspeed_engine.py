@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from distlib.checkpoint import SaveHandle, random_state
 from distlib.checkpoint.loading import LoadedState
+from distlib.checkpoint.model_state import is_divided
 from distlib.checkpoint.saving import state_of_object
 from distlib.engine.apply import block_classes, keep_less, seed
 from distlib.engine.engine import Engine
@@ -65,11 +66,7 @@ def deepspeed_engine(
     seed(plan, mesh.place(world.rank))
     reports = keep_less(plan, module, module, block_classes(plan, module), None)
     made = optimizer([p for p in module.parameters() if p.requires_grad])
-    if isinstance(made, FlatOptimizer):
-        raise ValueError(
-            f"engine='deepspeed' cannot use distlib.optim.{type(made).__name__}: ZeRO gives the optimizer parameters "
-            f"of its own. Pass torch's, such as optimizer=lambda p: torch.optim.{type(made).__name__}(p, ...)"
-        )
+    _check_optimizer(made, plan.stage)
     _use_process_group(deepspeed)
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it knows few launchers, and none is none of them
     zero, *_ = deepspeed.initialize(
@@ -120,6 +117,21 @@ def _check(plan: Plan, module: nn.Module, world: World) -> None:
         wrong.append(f"parameter {on_meta[0]} is on the meta device. Build the module on the CPU")
     if wrong:
         raise SettingsError('Plan with engine="deepspeed"', wrong)
+
+
+def _check_optimizer(made: torch.optim.Optimizer, stage: int) -> None:
+    """ValueError for optimizers that ZeRO does not step as they are."""
+    if isinstance(made, FlatOptimizer):
+        raise ValueError(
+            f"engine='deepspeed' cannot use distlib.optim.{type(made).__name__}: ZeRO gives the optimizer parameters "
+            f"of its own. Pass torch's, such as optimizer=lambda p: torch.optim.{type(made).__name__}(p, ...)"
+        )
+    if isinstance(made, torch.optim.Adagrad) and stage > 0:
+        raise ValueError(
+            f"engine='deepspeed' with stage={stage} cannot use Adagrad: ZeRO makes another one in its place, which "
+            "learning-rate schedules and hyperparameters of groups do not reach. Take another optimizer, stage=0, or "
+            "engine='distlib'"
+        )
 
 
 def _use_process_group(deepspeed: Any) -> None:
@@ -183,6 +195,14 @@ class ZeroSteps(MicroSteps):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return self.module.module.state_dict(*args, **kwargs)
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """The whole model's state dict, copies on the CPU, on every rank, in the dtype that it computes in. Every rank
+        must call it."""
+        zero = require("deepspeed", "deepspeed").zero
+        divided = [p for p in self.module.module.parameters() if is_divided(p)]
+        with zero.GatheredParameters(divided) if divided else contextlib.nullcontext():
+            return {name: value.detach().cpu().clone() for name, value in self.state_dict().items()}
 
 
 class DeepSpeedEngine(Engine):

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from distlib.checkpoint.model_state import is_divided
 from distlib.engine.engine import Engine
 from distlib.integrations.require import require
 from distlib.pipeline.ghost import places
@@ -203,16 +204,20 @@ def export_pretrained(engine: Engine | nn.Module, folder: str | os.PathLike[str]
     """Writes what from_pretrained(folder) reads: the whole model's weights in safetensors, and its config.
 
     engine: or its model. Every rank must call it; each needs memory for the whole model on the CPU, rank 0 writes. When
-    it returns on any rank, the folder is complete.
+    it returns on any rank, the folder is complete. With engine="deepspeed" weights are those that the model computes
+    with: rounded, where the precision is not fp32.
 
-    Raises ValueError for a model that is not of Transformers.
+    Raises ValueError for a model that is not of Transformers, and for a module that DeepSpeed divided, without Engine.
     """
     model: Any = engine.model if isinstance(engine, Engine) else engine
     whole = model.division.ghost if isinstance(model, PipelineParallel) else model
     save = getattr(whole, "save_pretrained", None)
     if save is None:
         raise ValueError("export_pretrained: the model is not of Transformers: it has no save_pretrained()")
-    state = getattr(model, "full_state_dict", model.state_dict)()
+    gather = getattr(model, "full_state_dict", None)
+    if gather is None and any(is_divided(p) for p in model.parameters()):
+        raise ValueError("export_pretrained: DeepSpeed has divided the model over ranks: give the Engine, or its model")
+    state = gather() if gather is not None else model.state_dict()
     for name, source in whole.all_tied_weights_keys.items():
         if source in state:
             state[name] = state[source]  # one tensor, so that it is written once
