@@ -250,3 +250,58 @@ def test_what_needs_whole_parameters_is_refused_or_summoned(tmp_path: Path) -> N
         assert "scale is a piece" in said["second"] and "Go on with that Trainer" in said["second"]
         assert said["norm"] == pytest.approx(norm, rel=1e-5)
         torch.testing.assert_close(said["whole"], model(x[:2]).detach())
+
+
+def loading(rank: int, n: int, folder: str) -> dict[str, Any]:
+    """What checkpoints do, and what is said of what they cannot."""
+    from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+    from lightning.pytorch.trainer.states import TrainerFn
+
+    def loader() -> DataLoader[Any]:
+        return DataLoader(data(), batch_size=ROWS)
+
+    class Tested(type(lightning_module())):  # type: ignore[misc]
+        def test_step(self, batch: list[Tensor]) -> None:
+            self.log("tested", functional.cross_entropy(self(batch[0]), batch[1]), sync_dist=True)
+
+    found: dict[str, Any] = {"averages": [], "tested": [], "drawn": []}
+    for callback in (WeightAveraging(), EMAWeightAveraging()):
+        with pytest.raises(ValueError) as error:
+            trainer(distlib.Plan(), folder, 1, callbacks=[callback]).fit(lightning_module(), loader())
+        found["averages"].append(str(error.value))
+    for stage in (0, 3):
+        module, run = Tested(), trainer(distlib.Plan(stage=stage), folder, STEPS)
+        run.fit(module, loader())
+        for weights_only in (True, False):
+            run.save_checkpoint(f"{folder}/{stage} {weights_only}", weights_only=weights_only)
+        for path in (None, f"{folder}/{stage} True", f"{folder}/{stage} False"):
+            torch.manual_seed(5)
+            said = run.test(module, loader(), ckpt_path=path, verbose=False)
+            found["tested"].append(said[0]["tested"])
+            found["drawn"].append(float(torch.rand(())))
+        state = run.optimizers[0].state_dict()["state"]
+        assert all(one["momentum_buffer"].abs().sum() > 0 for one in state.values() if one["momentum_buffer"].numel())
+    strategy = run.strategy
+    assert run.state.fn == TrainerFn.TESTING
+    with pytest.raises(ValueError) as error:
+        strategy.load_checkpoint(f"{folder}/3 False", weights_only=True)
+    found["weights only"] = str(error.value)
+
+    class Loose(Tested):  # type: ignore[misc, valid-type]
+        strict_loading = False
+
+    with pytest.raises(ValueError) as error:
+        trainer(distlib.Plan(), folder, 1).test(Loose(), loader(), ckpt_path=f"{folder}/0 False", verbose=False)
+    found["loose"] = str(error.value)
+    return found
+
+
+def test_tests_load_weights_alone_and_what_cannot_be_loaded_so_is_refused(tmp_path: Path) -> None:
+    losses, _ = plain()
+    for found in run_ranks(2, loading, str(tmp_path), timeout=110):
+        for text in found["averages"]:
+            assert "WeightAveraging(...)]): it averages whole weights, and puts them into the Trainer's dict" in text
+        assert found["tested"] == pytest.approx([losses[-1]] * 6, rel=1e-5)
+        assert found["drawn"] == [found["drawn"][0]] * 6
+        assert "weights_only=True" in found["weights only"] and "distlib.export" in found["weights only"]
+        assert "strict_loading=False: a checkpoint and the module must have the same weights" in found["loose"]

@@ -37,6 +37,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.plugins.environments import ClusterEnvironment  # noqa: E402
 from lightning.pytorch.plugins.precision import Precision  # noqa: E402
 from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry  # noqa: E402
+from lightning.pytorch.trainer.states import TrainerFn  # noqa: E402
 
 _STATE = "lightning"  # the Trainer's part of a checkpoint
 
@@ -143,15 +144,24 @@ class DistlibStrategy(ParallelStrategy):
                 f"Trainer(precision={self.precision_plugin.precision!r}): the plan decides. "
                 'Leave it out, and give Plan(precision="bf16")'
             )
-        averages = [c for c in trainer.callbacks if isinstance(c, (StochasticWeightAveraging, WeightAveraging))]
-        if self.plan.stage > 0:
-            wrong += [
-                f"Trainer(callbacks=[{type(callback).__name__}(...)]): it averages whole weights, and with "
-                f"stage={self.plan.stage} ranks hold pieces of them. Leave it out, or take stage=0"
-                for callback in averages
-            ]
+        wrong += [
+            f"Trainer(callbacks=[{type(callback).__name__}(...)]): it averages whole weights, and {why}"
+            for callback in trainer.callbacks
+            if (why := self._why_not(callback))
+        ]
         if wrong:
             raise SettingsError("DistlibStrategy", wrong)
+
+    def _why_not(self, callback: Any) -> str:
+        """Why a callback that averages weights cannot do so; empty for any other."""
+        if isinstance(callback, WeightAveraging):
+            return (
+                "puts them into the Trainer's dict of a checkpoint, where distlib.save does not look. Leave it out, or "
+                "take StochasticWeightAveraging with stage=0"
+            )
+        if isinstance(callback, StochasticWeightAveraging) and self.plan.stage > 0:
+            return f"with stage={self.plan.stage} ranks hold pieces of them. Leave it out, or take stage=0"
+        return ""
 
     def model_to_device(self) -> None:
         assert self.lightning_module is not None
@@ -248,8 +258,25 @@ class DistlibStrategy(ParallelStrategy):
         )
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Loads weights and, while fitting, the optimizer's state into place. Returns the Trainer's part."""
-        state = distlib.load(checkpoint_path, model=self.model, optimizer=self._optimizer())
+        """Loads weights, and while fitting the optimizer's state and generators. Returns the Trainer's part.
+
+        Raises ValueError for weights_only=True, which Lightning 2.6 does not pass on, and for a module with
+        strict_loading=False: they cannot be honoured.
+        """
+        assert self.lightning_module is not None
+        if weights_only:
+            raise ValueError(
+                "DistlibStrategy: weights_only=True: the Trainer's part of a checkpoint is a pickle, which runs code. "
+                "Leave it out for a checkpoint that you trust; distlib.export reads weights without running code"
+            )
+        if not self.lightning_module.strict_loading:
+            raise ValueError(
+                "DistlibStrategy: strict_loading=False: a checkpoint and the module must have the same weights, by "
+                "name. Leave it at True"
+            )
+        fits = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        optimizer = self._optimizer() if fits else None
+        state = distlib.load(checkpoint_path, model=self.model, optimizer=optimizer, rng=fits)
         if _STATE in state.extra:
             return dict(state.extra[_STATE])
         by_rank = state.extra_by_rank.get(_STATE)
