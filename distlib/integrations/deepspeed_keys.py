@@ -30,6 +30,7 @@ from distlib.integrations.deepspeed_rules import (
     torch_autocast,
     train_batch_size,
     unneeded,
+    within,
     yours,
     zero_stage,
 )
@@ -128,8 +129,7 @@ ZERO: dict[str, Any] = {
     ),
 }
 
-FP16 = {
-    "enabled": precision("fp16"),
+_SCALING = {
     "auto_cast": unneeded("inputs are cast as the model computes"),
     "loss_scale": Rule(static_scale),
     "initial_scale_power": if_dynamic("init_scale", lambda power: 2.0**power if power < 1024 else math.inf),
@@ -139,21 +139,22 @@ FP16 = {
     "min_loss_scale": Rule(least_scale),
     "fp16_master_weights_and_grads": cannot("masters and sums of gradients are fp32", False),
 }
+FP16 = {"enabled": precision("fp16"), **within("fp16", _SCALING)}
 
 
 def _absent_of_fp16(draft: Draft) -> dict[str, Any]:
-    if not (draft.is_fp16 and draft.is_dynamic):
+    if not (draft.computes_in("fp16") and draft.is_dynamic):
         return {}
     return {"initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1}
 
 
-BF16 = {
-    "enabled": precision("bf16"),
+_BF16 = {
     "immediate_grad_update": unneeded("gradients are added as they are produced"),
     "check_grad_overflow": cannot("only fp16 skips steps; error_if_nonfinite of clip_grad_norm_ raises", False),
     "bf16_master_weights_and_grads": cannot("masters and sums of gradients are fp32", False),
     "bf16_optimizer_states": cannot("optimizer state is fp32", False),
 }
+BF16 = {"enabled": precision("bf16"), **within("bf16", _BF16)}
 
 PIPELINE = {
     "stages": Rule(
@@ -210,8 +211,8 @@ TORCH_AUTOCAST = {
 }
 
 KEYS: dict[str, Rule | Section] = {
-    "train_batch_size": Rule(train_batch_size, "microbatches"),
-    "train_micro_batch_size_per_gpu": Rule(micro_batch, "microbatches"),
+    "train_batch_size": Rule(train_batch_size, native=True),
+    "train_micro_batch_size_per_gpu": Rule(micro_batch, native=True),
     "gradient_accumulation_steps": Rule(accumulation, "microbatches", native=True),
     "managed_gradient_accumulation": cannot("train_step accumulates its micro-batches", True),
     "zero_optimization": Section(ZERO),
@@ -260,11 +261,11 @@ KEYS: dict[str, Rule | Section] = {
     "hybrid_engine": switched("there is no inference engine"),
     "data_efficiency": switched("data is the script's"),
     "datastates_ckpt": cannot("distlib.save writes in the background itself"),
-    "weight_quantization": switched("weights are not quantized"),
-    # What DeepSpeed itself rejects since its release 0.19
-    "amp": switched("DeepSpeed has removed it: choose a precision"),
-    "nebula": switched("DeepSpeed has removed it: distlib.save writes in the background"),
-    "elasticity": switched("DeepSpeed has removed it: a checkpoint goes on with any number of ranks"),
+    "weight_quantization": switched("weights are not quantized", unsaid=True),
+    # What DeepSpeed itself rejects since its release 0.19, whatever is in it
+    "amp": switched("DeepSpeed has removed it: choose a precision", unsaid=True),
+    "nebula": switched("DeepSpeed has removed it: distlib.save writes in the background", unsaid=True),
+    "elasticity": switched("DeepSpeed has removed it: a checkpoint goes on with any number of ranks", unsaid=True),
     "sparse_gradients": cannot("gradients are dense", False),
     **dict.fromkeys(
         (
@@ -276,7 +277,7 @@ KEYS: dict[str, Rule | Section] = {
             "quantize_training",
             "sparse_attention",
         ),
-        switched("DeepSpeed has removed it, and distlib has none"),
+        switched("DeepSpeed has removed it, and distlib has none", unsaid=True),
     ),
 }
 

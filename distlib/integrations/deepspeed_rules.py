@@ -22,6 +22,7 @@ from distlib.plan.plan import Plan, Precision
 
 Said = tuple[str, str]
 _SCALE = ("init_scale", "growth_interval")  # of fp16
+_SECTIONS = {"bf16": ("bf16", "bfloat16"), "fp16": ("fp16",)}  # by precision
 _DEVICES = ("none", "cpu", "nvme")
 _WORDS = {
     "honoured": "honoured as",
@@ -93,13 +94,12 @@ class Draft:
             raise self.wrong(found, "0, 1, 2 or 3", "zero_optimization.stage")
         return found
 
-    @property
-    def is_fp16(self) -> bool | None:
-        """Whether the loss is scaled; None: the configuration leaves it open."""
+    def computes_in(self, dtype: str) -> bool | None:
+        """Whether the plan's precision is "bf16" or "fp16"; None: the configuration leaves it open."""
         if "precision" in self.given:
-            return _mapping(self.given["precision"]).get("dtype") == "fp16"
-        on = self.section("fp16").get("enabled", False)
-        return None if on == "auto" else on
+            return _mapping(self.given["precision"]).get("dtype") == dtype
+        found = [self.section(name).get("enabled", False) for name in _SECTIONS[dtype]]
+        return None if "auto" in found else True in found
 
     @property
     def is_dynamic(self) -> bool:
@@ -250,6 +250,21 @@ def in_stage_3(rule: Rule) -> Rule:
     )
 
 
+def within(dtype: str, rules: Mapping[str, Rule]) -> dict[str, Rule]:
+    """Rules for keys that matter with a precision of that dtype only."""
+
+    def of(rule: Rule) -> Rule:
+        def says(value: Any, draft: Draft) -> Said:
+            on = draft.computes_in(dtype)
+            if on:
+                return rule.says(value, draft)
+            return "unneeded", f"whether {dtype} is on is not known" if on is None else f"{dtype} is off"
+
+        return Rule(says, rule.setting, rule.native)
+
+    return {key: of(rule) for key, rule in rules.items()}
+
+
 def yours(what: str, *off: Any) -> Rule:
     return Rule(lambda value, draft: off_or(value is None or _is_among(value, off), ("yours", what)))
 
@@ -259,14 +274,21 @@ def cannot(why: str, *off: Any, native: bool = False) -> Rule:
     return Rule(lambda value, draft: off_or(value is None or _is_among(value, off), ("cannot", why)), native=native)
 
 
-def switched(why: str, verdict: str = "cannot", switch: str = "enabled", off: tuple[Any, ...] = (False, None)) -> Rule:
-    """A section that is on where its switch is; `off` are the values of a switch that is not."""
+def switched(
+    why: str,
+    verdict: str = "cannot",
+    switch: str = "enabled",
+    off: tuple[Any, ...] = (False, None),
+    unsaid: Any = None,
+) -> Rule:
+    """A section that is on where its switch is. off: values of a switch that is not. unsaid: what it is taken for in a
+    section of other keys alone."""
 
     def says(value: Any, draft: Draft) -> Said:
         if isinstance(value, Mapping) and switch not in value:
             for key in difflib.get_close_matches(switch, map(str, value), n=1):
                 return "cannot", f"no such key is known: {key!r}; did you mean {switch!r}?"
-        on = value.get(switch) if isinstance(value, Mapping) else value
+        on = value.get(switch, unsaid if value else None) if isinstance(value, Mapping) else value
         return off_or(_is_among(on, off), (verdict, why))
 
     return Rule(says)
@@ -290,6 +312,8 @@ def is_off(name: str) -> Callable[[Mapping[str, Any], Draft], str | None]:
 
 
 def train_batch_size(value: Any, draft: Draft) -> Said:
+    if value == "auto":
+        return _rows_left_open(draft)
     if not _is_number(value):
         return "cannot", "it must be a number of rows"
     batch, micro, steps = _batches(draft)
@@ -317,9 +341,18 @@ def accumulation(value: Any, draft: Draft) -> Said:
 
 
 def micro_batch(value: Any, draft: Draft) -> Said:
+    if value == "auto":
+        return _rows_left_open(draft)
     if not _is_number(value):
         return "cannot", "it must be a number of rows"
     return "yours", f"feed each rank {_batches(draft)[1]} rows for every micro-batch of its train_step"
+
+
+def _rows_left_open(draft: Draft) -> Said:
+    """Rows are the caller's; how many micro-batches they make must be known."""
+    if "microbatches" not in draft.given and _batches(draft)[2] is not None:
+        return "unneeded", "train_step takes as many rows as it is fed"
+    return _left_open("microbatches", draft)
 
 
 def _batches(draft: Draft) -> tuple[Any, Any, Any]:
@@ -367,8 +400,6 @@ def if_dynamic(setting: str, convert: Callable[[Any], Any]) -> Rule:
     def says(value: Any, draft: Draft) -> Said:
         if isinstance(value, bool):
             raise draft.wrong(value, "a number")
-        if not draft.is_fp16:
-            return "unneeded", "whether fp16 is on is not known" if draft.is_fp16 is None else "fp16 is off"
         if not draft.is_dynamic:
             return "unneeded", "DeepSpeed reads it with a dynamic scale only"
         if not _is_number(value):
