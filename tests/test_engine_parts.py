@@ -272,3 +272,26 @@ def test_mistakes_are_named_and_keywords_alone_are_inputs() -> None:
         for by_keyword, by_place in said["keywords"]:
             assert by_keyword == by_place
         assert said["parts"] == [None, 2.0 * rank]
+
+
+class OwnSGD(torch.optim.SGD):
+    """A subclass counts as what it is of."""
+
+
+def described(rank: int, n: int) -> list[str]:
+    kinds: list[Make] = [
+        lambda p: OwnSGD(p, lr=0.1),
+        lambda p: distlib.optim.SGD(p, lr=0.1, momentum=0.9),
+        lambda p: distlib.optim.Lion(p),
+        lambda p: torch.optim.Adagrad(p),
+        lambda p: torch.optim.AdamW(p),
+    ]
+    with distlib.init():
+        engines = [distlib.parallelize(bare_end(), optimizer=kind, loss_fn=mse) for kind in kinds]
+        return [engine.describe() for engine in engines]
+
+
+def test_a_description_counts_the_state_of_its_optimizer() -> None:
+    (texts,) = run_ranks(1, described)
+    rows = [next(line for line in text.splitlines() if line.split()[:2] == ["0", "168"]).split() for text in texts]
+    assert [int(row[3]) for row in rows] == [0, 168, 168, 168, 336]  # 42 parameters

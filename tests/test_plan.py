@@ -208,6 +208,17 @@ def test_all_problems_are_told_at_once_and_unknown_keys_with_the_nearest(tmp_pat
         ("plan.json", "{stage: 3}", "line 1, column 2"),
         ("plan.toml", "stage = 3", "ends in .yaml, .yml, .json"),
         ("plan.yaml", "stage: 9\n", "stage=9: must be"),
+        (
+            "plan.yaml",
+            "clip: 1e-3\n",
+            "must be a number above 0, or None; it is text. With an exponent, YAML wants a point and a sign: 1.0e-3",
+        ),
+        ("plan.yaml", "precision: {dtype: fp16, init_scale: 1.5E4}\n", "YAML wants a point and a sign: 1.5e+4"),
+        (
+            "plan.yaml",
+            "precision: {dtype: fp16, init_scale: 1.0e+39}\n",
+            "init_scale=1e+39: must be a number above 0, at mo",
+        ),
         ("plan.yaml", "activations: {1: 2}\n", "activations.1=2: unknown key; known are policy"),
         ("plan.yaml", "precision: {dtype: bf16, true: 2}\n", "precision.True=2: unknown key"),
         ("plan.yaml", "? [a]\n: b\n", "['a'] is no name of a setting, for 'b'"),

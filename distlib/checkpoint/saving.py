@@ -112,7 +112,8 @@ def save(
         _check(step, extra)
         state = model_state(model, ranks.rank, ranks.size)
         state_of = optimizer_state(optimizer, state) if optimizer is not None else None
-        objects = _objects(ranks, part_of(model), state_of, scaler, extra, rng)
+        objects = _objects(ranks, part_of(model), state_of, scaler, rng)
+        own_extra = {key: _pickled(key, state_of_object(value)) for key, value in (extra or {}).items()}
         manifest = Manifest(
             save_id="",
             world_size=ranks.size,
@@ -123,7 +124,7 @@ def save(
             rng=rng,
         )
         replica = replica_of(model, ranks.rank)
-        return _job(ranks, target, replica, state, state_of, objects, manifest, asynchronous)
+        return _job(ranks, target, replica, state, state_of, objects, own_extra, manifest, asynchronous)
 
     job, error = attempt(prepare)  # where it fails, the other ranks are told in write()
     stall = time.perf_counter() - begun
@@ -175,15 +176,43 @@ def state_of_object(value: Any) -> Any:
     return value.state_dict() if callable(getattr(value, "state_dict", None)) else value
 
 
+def _pickled(key: str, value: Any) -> tuple[bytes, str]:
+    """What is saved of a value in `extra`, and a digest, which is the same on ranks that have equal values."""
+    try:
+        data = writer.to_bytes(value)
+        try:
+            alike = _in_order(value)
+        except RecursionError:  # it holds itself: it is compared as it is
+            alike = value
+        told = data if alike is value else writer.to_bytes(alike)
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        raise ValueError(f"extra[{key!r}] cannot be pickled: {error}") from error
+    return data, hashlib.sha256(told).hexdigest()
+
+
+def _in_order(value: Any) -> Any:
+    """A value with lists for the sets that it holds: processes go through equal sets of text in different orders. The
+    value itself where it holds none."""
+    kind = type(value)
+    if kind in (set, frozenset):
+        return [kind.__name__, *sorted(pickle.dumps(_in_order(one)) for one in value)]
+    if kind not in (dict, list, tuple):
+        return value
+    held = list(value.values()) if kind is dict else value
+    ordered = [_in_order(one) for one in held]
+    if all(a is b for a, b in zip(held, ordered, strict=True)):
+        return value
+    return dict(zip(value, ordered, strict=True)) if kind is dict else kind(ordered)
+
+
 def _objects(
     ranks: Ranks,
     part: PartOfModel | None,
     state: OptimizerState | None,
     scaler: Any,
-    extra: dict[str, Any] | None,
     rng: bool,
 ) -> dict[tuple[str, ...], bytes]:
-    """All that is no tensor, by its place in a nested state dict. Every rank has its own `extra` and `rng`."""
+    """All that is no tensor, but `extra`, by its place in a nested state dict. Every rank has its own `rng`."""
     found: dict[tuple[str, ...], bytes] = {}
     if state is not None:
         for name, value in state.objects.items():
@@ -195,11 +224,6 @@ def _objects(
         found[("optimizer", "param_groups_of", str(ranks.rank))] = writer.to_bytes(state.groups)
     if ranks.rank == 0 and scaler is not None:
         found[("scaler",)] = writer.to_bytes(scaler.state_dict())
-    for key, value in (extra or {}).items():
-        try:
-            found[("extra", key)] = writer.to_bytes(state_of_object(value))
-        except (pickle.PicklingError, TypeError, AttributeError) as error:
-            raise ValueError(f"extra[{key!r}] cannot be pickled: {error}") from error
     if rng:
         found[("rng", str(ranks.rank))] = writer.to_bytes(random_state.capture())
     return found
@@ -212,23 +236,22 @@ def _job(
     state: ModelState,
     of_optimizer: OptimizerState | None,
     objects: dict[tuple[str, ...], bytes],
+    extra: dict[str, tuple[bytes, str]],
     manifest: Manifest,
     stage: bool,
 ) -> Job:
-    """The plan of this rank's file and what goes into it."""
+    """The plan of this rank's file and what goes into it. extra: by key, the bytes and their digest."""
     pieces = state.pieces + (of_optimizer.pieces if of_optimizer is not None else [])
     cuts = list(layout.chunks(pieces))
     plan = [planned(pieces[chunk.piece], chunk) for chunk in cuts]
     tensors: Iterable[torch.Tensor] = _chunk_tensors(pieces, cuts)
     if stage:
         tensors = _staged(ranks, plan, tensors)
-    mine = {path: data for path, data in objects.items() if path[0] != "extra"}
-    own_extra = {path[1]: data for path, data in objects.items() if path[0] == "extra"}
-    plan += [Planned(".".join(path), path) for path in mine]
+    plan += [Planned(".".join(path), path) for path in objects]
 
     def contents() -> Iterator[torch.Tensor | bytes]:
         yield from tensors
-        yield from mine.values()
+        yield from objects.values()
 
     whole = state.tensors
     note = {
@@ -239,8 +262,8 @@ def _job(
         "replica": replica,
         "parts": (manifest.optimizer and manifest.optimizer["class"], manifest.scaler, manifest.rng),
         "kinds": manifest.optimizer["kinds"] if manifest.optimizer else {},
-        "extra": {key: hashlib.sha256(data).hexdigest() for key, data in own_extra.items()},
-        "extra bytes": own_extra,
+        "extra": {key: digest for key, (_, digest) in extra.items()},
+        "extra bytes": {key: data for key, (data, _) in extra.items()},
     }
     return Job(plan, contents(), note, manifest)
 

@@ -268,7 +268,8 @@ class Engine:
 
     def describe(self) -> str:
         """The plan, the mesh, the stages, and the bytes expected in memory and on the wire, as text. The same on all
-        ranks; nothing is communicated. It names the kind of device, where that is not the CPU."""
+        ranks; nothing is communicated. The optimizer's state is counted by its class: see `state_bytes`. It names the
+        kind of device, where that is not the CPU."""
         stages = self.model.division if isinstance(self.model, PipelineParallel) else None
         if stages is None:
             told, parameters = "", sum(shape.numel() for shape in map(_whole_shape, self._parameters()))
@@ -293,8 +294,18 @@ class Engine:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def _sizes(self) -> dict[str, Any]:
-        """What the formulas need to know of the machine."""
-        return {"shared": self.plan.stage > 0 and Ranks(self.mesh, self.device.type).share}
+        """What the formulas need to know of the machine and the optimizer."""
+        shared = self.plan.stage > 0 and Ranks(self.mesh, self.device.type).share
+        return {"shared": shared, "optimizer_bytes": state_bytes(self.optimizer)}
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """What an optimizer keeps of an fp32 parameter, by its class: nothing (SGD), one tensor (with momentum; Lion,
+    Adagrad), or two, as AdamW does and all others are taken to."""
+    names = {kind.__name__ for kind in type(optimizer).__mro__}
+    if "SGD" in names:
+        return 4 if any(group.get("momentum") for group in optimizer.param_groups) else 0
+    return 4 if names & {"Lion", "Adagrad"} else 8
 
 
 def _whole_shape(parameter: nn.Parameter) -> torch.Size:

@@ -27,7 +27,7 @@ from distlib.checkpoint.loading import LoadedState
 from distlib.checkpoint.model_state import is_divided
 from distlib.checkpoint.saving import state_of_object
 from distlib.engine.apply import block_classes, keep_less, seed
-from distlib.engine.engine import Engine
+from distlib.engine.engine import Engine, state_bytes
 from distlib.engine.micro_steps import MicroSteps
 from distlib.integrations.deepspeed_config import write_deepspeed
 from distlib.integrations.require import require
@@ -310,7 +310,7 @@ class DeepSpeedEngine(Engine):
         """The plan, the ranks, and the bytes expected in memory and on the wire by ZeRO's formulas."""
         trained = [p for p in self.zero.module.parameters() if p.requires_grad]
         count = sum(getattr(p, "ds_numel", p.numel()) for p in trained)
-        expected = self.plan.expected(count, self.mesh.topology)
+        expected = self.plan.expected(count, self.mesh.topology, optimizer_bytes=state_bytes(self.optimizer))
         return f"{self.plan}\n\n{self.mesh}\n\nDeepSpeed, ZeRO stage {self.plan.stage}\n\n{expected}"
 
 

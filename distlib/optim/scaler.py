@@ -42,15 +42,15 @@ class GradScaler(torch.amp.GradScaler):
         process_group: ProcessGroup | None = None,
     ) -> None:
         for name, value, good in (
-            ("init_scale", init_scale, init_scale > 0),
+            ("init_scale", init_scale, 0 < init_scale <= 2.0**127),  # it is kept in fp32
             ("growth_factor", growth_factor, growth_factor > 1),
             ("backoff_factor", backoff_factor, 0 < backoff_factor < 1),
             ("growth_interval", growth_interval, growth_interval >= 1),
         ):
             if not good:
                 raise ValueError(
-                    f"{name}={value}: init_scale is above 0, growth_factor above 1, backoff_factor between 0 and 1, "
-                    "growth_interval at least 1"
+                    f"{name}={value}: init_scale is above 0 and at most 2.0**127, growth_factor above 1, "
+                    "backoff_factor between 0 and 1, growth_interval at least 1"
                 )
         super().__init__("cpu", init_scale, growth_factor, backoff_factor, growth_interval, enabled)
         self._process_group = process_group

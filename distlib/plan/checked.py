@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 def setting(default: Any, right: str, meaning: str, **limits: Any) -> Any:
@@ -95,5 +98,15 @@ def _said(error: ValidationError, fields: Mapping[str, Any], values: Mapping[str
         elif isinstance(inner, ValueError):
             found[name] = [f"{name}={values[name]!r}: {inner}"]
         else:
-            found.setdefault(name, [f"{name}={values[name]!r}: must be {fields[name].json_schema_extra['right']}"])
+            right = fields[name].json_schema_extra["right"]
+            found.setdefault(name, [f"{name}={values[name]!r}: must be {right}{_as_number(values[name])}"])
     return [problem for problems in found.values() for problem in problems]
+
+
+def _as_number(value: Any) -> str:
+    """What to say of text that looks like a number to others than YAML."""
+    if not (isinstance(value, str) and _EXPONENT.fullmatch(value)):
+        return ""
+    digits, _, exponent = value.lower().partition("e")
+    point, sign = "" if "." in digits else ".0", "" if exponent[0] in "+-" else "+"
+    return f"; it is text. With an exponent, YAML wants a point and a sign: {digits}{point}e{sign}{exponent}"

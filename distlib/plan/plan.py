@@ -46,7 +46,7 @@ class Precision(Checked):
         None, _DTYPE + ", or None", "what the model's outputs are cast to; None: as they come"
     )
     init_scale: float = setting(
-        65536.0, "a number above 0", "fp16: the loss scale to begin with", gt=0, allow_inf_nan=False
+        65536.0, "a number above 0, at most 2.0**127", "fp16: the loss scale to begin with", gt=0, le=2.0**127
     )
     growth_interval: Count = setting(2000, "a number of steps", "fp16: steps without overflow until the scale doubles")
 
