@@ -16,6 +16,7 @@ import torch
 from devices import device_here, needs_fake_device
 from pipeline_models import CASES
 from ranks import run_ranks
+from test_engine_parts import CLIP, RULES, bare_end, batch, mse, plainly, steps_of
 from test_train_lm import SHORT, SMALL, assert_same_curve, text
 
 import distlib
@@ -99,6 +100,41 @@ def test_plans_train_as_on_the_cpu() -> None:
             assert norms == pytest.approx(expected_norms, rel=1e-5), plan
             assert "Each rank computes on fake." in words
     assert on_device[0] == on_device[1]
+
+
+BARE: list[dict[str, Any]] = [
+    {"clip": CLIP},
+    {"clip": CLIP, "stage": 1},
+    {"clip": CLIP, "stage": 1, "offload": "cpu"},  # the pieces are on the CPU, the stage without any computes elsewhere
+    {"clip": CLIP, "stage": 1, "precision": SCALED},
+    {"clip": CLIP, "stage": 1, "precision": SCALED, "offload": "cpu"},
+]
+
+
+def trained_bare(rank: int, n: int) -> list[list[float]]:
+    found = []
+    with init_on("fake"):
+        for plan in BARE:
+            for name in ("torch's", "ours"):
+                engine = distlib.parallelize(
+                    bare_end(),
+                    distlib.Plan(pipeline=2, microbatches=2, split=["1"], **plan),
+                    optimizer=RULES[name],
+                    loss_fn=mse,
+                    example_inputs=batch(0)[0],
+                )
+                found.append(steps_of(engine))
+    return found
+
+
+def test_a_stage_without_parameters_meets_the_others_on_their_device() -> None:
+    model = bare_end()
+    expected = plainly(model, torch.optim.SGD(model.parameters(), lr=5.0))
+    everyone = run_ranks(2, trained_bare, timeout=100, env=ALONE)
+    assert everyone[0] == everyone[1]
+    for k, values in enumerate(everyone[0]):
+        plan = BARE[k // 2]
+        assert values == pytest.approx(expected, rel=2e-2 if "precision" in plan else 1e-4), plan
 
 
 def measured(rank: int, n: int) -> None:

@@ -34,6 +34,7 @@ from distlib.sharded import ShardedDataParallel
 from distlib.world import init
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+_NONE = "empty parameter list"  # torch's words, where an optimizer would have no parameters
 
 
 def parallelize(
@@ -169,9 +170,6 @@ def optimizer_of(make: MakeOptimizer, parameters: list[nn.Parameter]) -> torch.o
             "lambda p: distlib.optim.AdamW(p, lr=3e-4)"
         )
     return made
-
-
-_NONE = "empty parameter list"  # torch's words
 
 
 def _without_parameters(make: MakeOptimizer, error: ValueError) -> torch.optim.Optimizer:
