@@ -62,6 +62,7 @@ class Flat:
         self._whole_pieces = whole
         self.full: list[nn.Parameter] = []
         self.pieces: list[nn.Parameter] = []
+        self._shown: Sequence[nn.Parameter] | None = None  # what the module holds now
         self._sent: streams.Event = None  # passes when the last copy from the host's memory has read it
 
     # ------------------------------------------------------------ memory
@@ -208,6 +209,9 @@ class Flat:
 
     def show(self, parameters: Sequence[nn.Parameter]) -> None:
         """The module's parameters are these, one per entry."""
+        if parameters is self._shown:  # each of the many small modules of a joined unit asks
+            return
+        self._shown = parameters
         for parameter, places in zip(parameters, self.places, strict=True):
             for place in places:
                 if place.intercepts:

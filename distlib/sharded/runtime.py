@@ -27,7 +27,10 @@ class _Flight:
 
 
 class Runtime:
-    """Drives units through forwards and backwards. modules: the modules of each unit; the root (the first) has none."""
+    """Drives units through forwards and backwards. modules: the modules of each unit; the root (the first) has none.
+
+    What hooks call is not for torch.compile's graphs: they end where a unit begins and where it ends.
+    """
 
     def __init__(
         self,
@@ -75,6 +78,7 @@ class Runtime:
 
     # ------------------------------------------------------------ forward
 
+    @torch._disable_dynamo
     def begin(self) -> None:
         """A forward of the whole model begins. Every rank must call."""
         self._depth = dict.fromkeys(self.units, 0)
@@ -97,6 +101,7 @@ class Runtime:
         self.source.begin(self.written or not sure)
         self.written = False
 
+    @torch._disable_dynamo
     def end(self, output: Any) -> None:
         """It ended, with this output."""
         self.rest()
@@ -111,14 +116,14 @@ class Runtime:
         else:
             self.source.end()
 
+    @torch._disable_dynamo
     def rest(self) -> None:
         """The module holds pieces, whatever a forward that raised has left."""
         self.inside = False
         for unit in self.units:
-            if unit.is_root or self._depth[unit]:
-                self._depth[unit] = 0
-                for flat in unit.flats:
-                    flat.show_pieces()
+            self._depth[unit] = 0
+            for flat in unit.flats:
+                flat.show_pieces()
         self.source.rest()
 
     def why_in_pieces(self, error: BaseException, module: nn.Module) -> str | None:
@@ -127,6 +132,7 @@ class Runtime:
             return None
         return uncalled.explain(error, module, list(zip(self.units, self._modules, strict=True))[1:])
 
+    @torch._disable_dynamo
     def enter(self, unit: UnitState, inputs: Any) -> None:
         """One of the unit's modules begins its forward."""
         if self.summoned:
@@ -150,6 +156,7 @@ class Runtime:
             if not (recomputing and flight.pending[unit]):
                 self._release_after_backward(flight, unit, inputs)
 
+    @torch._disable_dynamo
     def leave(self, unit: UnitState, output: Any, last: bool) -> None:
         """It ended, or raised. last: of the unit's modules."""
         if self.summoned:
@@ -157,8 +164,11 @@ class Runtime:
         self._depth[unit] = max(0, self._depth[unit] - 1)
         if self._depth[unit] or _in_backward():  # a recomputation: what follows of the backward may need it too
             return
-        for flat in unit.flats:
-            flat.show_pieces()
+        # The others of a joined unit follow, or rest() does: pieces in between would cost the square of their number.
+        # Where memory is freed they are shown all the same: what is read in between may be gone in the backward.
+        if last or self.source.frees or not self.inside:
+            for flat in unit.flats:
+                flat.show_pieces()
         if not self.source.frees:
             return
         recording = torch.is_grad_enabled()
