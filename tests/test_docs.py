@@ -48,6 +48,7 @@ PAGES: list[tuple[str, int, str, list[int]]] = [
     ("README.md", 4, JOINS, [2]),
     ("docs/data_parallel.md", 2, "", [0, 1, 2, 3]),
     ("docs/sharding.md", 2, JOINS + "loss = lambda out: out.square().mean()\nloader = [[inputs, inputs]] * 2\n", [0]),
+    ("docs/sharding.md", 2, JOINS, [1]),
     (
         "docs/optim.md",
         2,

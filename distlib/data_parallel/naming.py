@@ -27,6 +27,8 @@ class Transparent(nn.Module):
     That holds too where the wrapper is itself a part of a larger module.
     """
 
+    _instead_of_pickling = "pickle or copy its .module, or save its state_dict()"
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
@@ -68,8 +70,8 @@ class Transparent(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(
-            f"{type(self).__name__} belongs to its process group and cannot be pickled or copied; pickle or "
-            "copy its .module, or save its state_dict()"
+            f"{type(self).__name__} belongs to its process group and cannot be pickled or copied; "
+            f"{self._instead_of_pickling}"
         )
 
 

@@ -113,6 +113,11 @@ class Reduction:
         if self._idle:
             self._begin()
         assert gradient is not None
+        if gradient.is_sparse:
+            raise RuntimeError(
+                f"rank {self._grid.world.rank}: parameter {self._landings[index].flat.names[i]!r} received a sparse "
+                "gradient, which flat buffers cannot hold: call F.embedding, or F.embedding_bag, with sparse=False"
+            )
         if self.passes.input and not self._whole_gradients:
             self._set_aside(index, i, gradient)
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from distlib.memory import MemoryReport, PerParameter, formula, state_bytes
 from distlib.sharded import build, options, state
 from distlib.sharded.gather import Gathers, SharedMapping, Source
 from distlib.sharded.groups import make_grid, secondary_group
-from distlib.sharded.guards import before_steps, require_offload
+from distlib.sharded.guards import before_steps, refuse_clipping_by_parts, refuse_former, require_offload
 from distlib.sharded.options import MixedPrecision, Options
 from distlib.sharded.reduce import Reduction
 from distlib.sharded.runtime import Runtime, outside, trained_flats
@@ -74,6 +75,8 @@ class ShardedDataParallel(Transparent):
         RuntimeError: on all ranks, naming ranks and parameters, if modules or options differ between ranks.
     """
 
+    _instead_of_pickling = "call distlib.save(path, model=model) on all ranks, or save its full_state_dict()"
+
     def __init__(
         self,
         module: nn.Module,
@@ -99,7 +102,7 @@ class ShardedDataParallel(Transparent):
         folder, on_host = options.offloaded(offload, self._device)
         chosen = Options(
             stage,
-            mixed_precision or MixedPrecision(),
+            MixedPrecision() if mixed_precision is None else mixed_precision,
             reshard_after_forward,
             hierarchical,
             prefetch,
@@ -123,6 +126,7 @@ class ShardedDataParallel(Transparent):
         build.check_place(chosen, self._grid, self._device)
 
         checks.warn_of_hooks(module)
+        former = list(module.parameters())
         self._units = build.make_flats(module, divided, self._grid, chosen, self._device)
         build.settle(self._units, self._grid, stage, chosen.offload, self._device)
         build.load_values(module, divided, self._units, self._grid, init, self._device)
@@ -145,6 +149,8 @@ class ShardedDataParallel(Transparent):
             secondary = secondary_group(self._grid, reshard_after_forward)
             self._source = Gathers(self._units, self._grid, chosen, stage < 3, secondary)
         self._reduction = Reduction(list(trained_flats(self._units)), self._grid, chosen, self._device)
+        refuse_former(self, former)
+        refuse_clipping_by_parts()
         if chosen.offload is not None:
             require_offload(self, [piece for flat in flats for piece in flat.pieces])
         if on_host:
@@ -153,6 +159,7 @@ class ShardedDataParallel(Transparent):
         reshards = reshard_after_forward is not False
         self._runtime = Runtime(self._units, modules, self._source, self._reduction, reshards, prefetch)
         module.register_forward_pre_hook(outside(self._runtime), prepend=True)
+        self._told_of_pieces = False
 
     # ------------------------------------------------------------ training
 
@@ -262,6 +269,18 @@ class ShardedDataParallel(Transparent):
         return clip_grad_norm_(trained, max_norm, norm_type, error_if_nonfinite)
 
     # ------------------------------------------------------------ whole parameters
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """This rank's pieces, and its buffers, by the module's own names: for `load_state_dict` of the same rank in a
+        world of the same size. Warns once where they are not all of the model."""
+        if self._grid.partition_size > 1 and not self._told_of_pieces:
+            self._told_of_pieces = True
+            warnings.warn(
+                "state_dict() of a ShardedDataParallel is this rank's pieces: only the same rank of as many ranks can "
+                "load them. For whole parameters call full_state_dict() on all ranks; for a checkpoint, distlib.save",
+                stacklevel=2,
+            )
+        return super().state_dict(*args, **kwargs)
 
     def full_state_dict(self, rank0_only: bool = False) -> dict[str, torch.Tensor]:
         """The module's state dict with whole parameters (fp32 masters under mixed precision), copies, on the CPU.
