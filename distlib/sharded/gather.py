@@ -17,12 +17,15 @@ from typing import Protocol
 import torch
 
 from distlib.comm.group import Group
-from distlib.comm.work import Work
+from distlib.comm.work import CollectiveError, Work
 from distlib.sharded import quantize
 from distlib.sharded.flat import Flat
 from distlib.sharded.groups import Grid
 from distlib.sharded.options import Options
 
+_SAME_FORWARDS = (
+    "Every rank must run the same forwards of ShardedDataParallel; for one rank alone enter summon_full_params() on all"
+)
 _REMEMBERED = 4096  # gathers, for the check that ranks agree: an evaluation may go on without end
 
 
@@ -108,8 +111,12 @@ class SharedMapping:
         """Nothing is under way."""
 
     def _barrier(self) -> None:
-        if self._grid.gather is not None:
+        if self._grid.gather is None:
+            return
+        try:
             self._grid.gather.barrier()
+        except CollectiveError as error:
+            raise CollectiveError(f"{error}. {_SAME_FORWARDS}", error.code) from error
 
     def need(self, unit: UnitState) -> None:
         unit.whole = True

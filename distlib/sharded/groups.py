@@ -10,8 +10,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from distlib.comm.group import Group
+from distlib.comm.group import Group, named
 from distlib.topology import Topology
+from distlib.words import ranks_text
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,9 @@ def _build(world: Group, partitions: Sequence[tuple[int, ...]], backend: str) ->
         len(partitions),
         part,
         across.index(world.rank),
-        _subgroup(world, partitions[mine], backend),
-        _subgroup(world, partitions[mine], backend),
-        _subgroup(world, across, backend),
+        _subgroup("partition", world, partitions[mine], backend),
+        _subgroup("reduction", world, partitions[mine], backend),
+        _subgroup("replication", world, across, backend),
         backend,
     )
 
@@ -111,16 +112,19 @@ def _backend_of(pg: dist.ProcessGroup) -> str:
     return names.pop() if len(names) == 1 else config
 
 
-def _subgroup(world: Group, ranks: Sequence[int], backend: str) -> Group | None:
+def _subgroup(role: str, world: Group, ranks: Sequence[int], backend: str) -> Group | None:
     if len(ranks) == 1:
         return None
-    return _new_group([world.ranks[r] for r in ranks], backend, world.timeout)
+    return _new_group(role, [world.ranks[r] for r in ranks], backend, world.timeout)
 
 
-def _new_group(members: Sequence[int], backend: str, timeout: float) -> Group:
-    """A group of these global ranks. Only they call."""
+def _new_group(role: str, members: Sequence[int], backend: str, timeout: float) -> Group:
+    """A group of these global ranks, named by its role and them: "partition of ranks 0-3". Only they call."""
     limit = timedelta(seconds=timeout)  # the world's: torch would take its own default of half an hour
-    return Group.of(dist.new_group(list(members), limit, backend, use_local_synchronization=True))
+    name = f"{role} of {ranks_text(members)}"
+    with named(name):
+        made = dist.new_group(list(members), limit, backend, use_local_synchronization=True, group_desc=name)
+    return Group.of(made)
 
 
 def secondary_group(grid: Grid, size: bool | int) -> Group | None:
@@ -134,5 +138,5 @@ def secondary_group(grid: Grid, size: bool | int) -> Group | None:
         return made[size]
     first = grid.gather.rank // size * size
     members = [grid.gather.ranks[r] for r in range(first, first + size)]
-    made[size] = _new_group(members, grid.backend, grid.world.timeout)
+    made[size] = _new_group("secondary partition", members, grid.backend, grid.world.timeout)
     return made[size]
