@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 
 def has_forward(module: nn.Module) -> bool:
@@ -16,8 +17,11 @@ def has_parameters(module: nn.Module) -> bool:
 
 
 def is_repeated(module: nn.Module) -> bool:
-    """Whether it is a ModuleList or Sequential with at least two children of one class that have parameters."""
+    """Whether it is a ModuleList or Sequential with at least two children of one class that have parameters.
+
+    Each parametrized module gets a class of its own: what counts is the one it had.
+    """
     if not isinstance(module, (nn.ModuleList, nn.Sequential)):
         return False
-    kinds = [type(child) for child in module.children() if has_parameters(child)]
+    kinds = [type_before_parametrizations(child) for child in module.children() if has_parameters(child)]
     return any(kinds.count(kind) >= 2 for kind in kinds)

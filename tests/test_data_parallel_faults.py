@@ -270,7 +270,9 @@ def test_options_that_make_no_sense_are_refused() -> None:
     for options, message in [
         ({"bucket_mb": 0}, "bucket_mb"),
         ({"bucket_mb": float("nan")}, "bucket_mb"),
+        ({"bucket_mb": "25"}, "bucket_mb must be a positive number of MiB, got '25'"),
         ({"gradient_dtype": torch.float64}, "gradient_dtype"),
+        ({"gradient_dtype": "bf16"}, r"gradient_dtype must be torch\.float16 or torch\.bfloat16, got 'bf16'"),
         ({"gradient_dtype": torch.float16, "comm_hook": print}, "choose one"),
         ({"find_unused_parameters": True, "static_graph": True}, "choose one"),
         ({"comm_hook": 3}, "callable"),
@@ -285,6 +287,8 @@ def test_modules_that_cannot_be_wrapped_are_refused_by_name() -> None:
     complex_ = nn.Linear(2, 2, dtype=torch.complex64)
     for module, options, message in [
         (sparse, {}, r"'1.weight'.*sparse=False"),
+        (nn.Linear, {}, r"module=<class .*Linear'> must be a torch\.nn\.Module; make one: Linear\(\.\.\.\)"),
+        ([nn.Linear(2, 2)], {}, r"must be a torch\.nn\.Module; of several, make one: torch\.nn\.Sequential\(\.\.\.\)"),
         (nn.LazyLinear(3), {}, r"'weight'.*lazy"),
         (two_devices, {}, r"'1.weight'.*meta"),
         (complex_, {"gradient_dtype": torch.float16}, r"'weight' is complex"),

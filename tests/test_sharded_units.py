@@ -107,6 +107,15 @@ def test_repeated_blocks_are_units_and_small_ones_are_joined() -> None:
     assert names(nn.Sequential(nn.ReLU(), nn.Tanh(), Leaf())) == [""]
 
 
+def test_parametrized_blocks_are_repeated_ones() -> None:
+    def normed(count: int = 1) -> nn.Module:
+        return nn.utils.parametrizations.weight_norm(nn.Linear(count, count))
+
+    assert names(model(*(normed() for _ in range(3)))) == ["", "blocks.0"]
+    assert names(model(*(normed(600) for _ in range(2)))) == ["", "blocks.0", "blocks.1"]
+    assert names(model(normed(), nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 2, 1)))) == [""]
+
+
 def test_containers_that_are_never_called_are_looked_into() -> None:
     large = (1 << 20) // 4
     lists = [nn.ModuleList(Leaf(large) for _ in range(2)) for _ in range(2)]

@@ -20,10 +20,11 @@ _HALF = (torch.float16, torch.bfloat16)
 
 def options(chosen: Options) -> None:
     """Options that contradict each other or make no sense: ValueError."""
-    if not (math.isfinite(chosen.bucket_mb) and chosen.bucket_mb > 0):
-        raise ValueError(f"bucket_mb must be a positive number of MiB, got {chosen.bucket_mb}")
+    number = isinstance(chosen.bucket_mb, (int, float))
+    if not (number and math.isfinite(chosen.bucket_mb) and chosen.bucket_mb > 0):
+        raise ValueError(f"bucket_mb must be a positive number of MiB, got {chosen.bucket_mb!r}")
     if chosen.gradient_dtype is not None and chosen.gradient_dtype not in _HALF:
-        raise ValueError(f"gradient_dtype must be float16 or bfloat16, got {chosen.gradient_dtype}")
+        raise ValueError(f"gradient_dtype must be torch.float16 or torch.bfloat16, got {chosen.gradient_dtype!r}")
     if chosen.gradient_dtype is not None and chosen.comm_hook is not None:
         raise ValueError("gradient_dtype and comm_hook both say how gradients travel; choose one")
     if chosen.find_unused_parameters and chosen.static_graph:
@@ -36,7 +37,12 @@ def options(chosen: Options) -> None:
 
 
 def plain(wrapped: nn.Module) -> None:
-    """What no wrapper can take: lazy, wrapped already, sparse. ValueError, naming the parameter and the fix."""
+    """What no wrapper can take: no module, lazy, wrapped already, sparse. ValueError, naming the parameter and the
+    fix."""
+    if not isinstance(wrapped, nn.Module):
+        is_class = isinstance(wrapped, type) and issubclass(wrapped, nn.Module)
+        fix = f"make one: {wrapped.__name__}(...)" if is_class else "of several, make one: torch.nn.Sequential(...)"
+        raise ValueError(f"module={wrapped!r:.200} must be a torch.nn.Module; {fix}")
     for name, tensor in [*wrapped.named_parameters(), *wrapped.named_buffers()]:
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise ValueError(f"{name!r} has no shape yet: run one forward of the lazy module before wrapping")

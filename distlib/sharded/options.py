@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ def offloaded(offload: str | Path | None, device: torch.device) -> tuple[Path | 
     host's memory. ValueError where it cannot take effect."""
     if offload is None:
         return None, False
+    if not isinstance(offload, (str, PathLike)):
+        raise ValueError(f'offload={offload!r}: must be a folder (a Path), or "cpu" for a model on a GPU')
     on_host = device.type != "cpu"
     if offload == "cpu":
         if not on_host:
@@ -79,6 +82,11 @@ def check(o: Options) -> None:
     """Choices that are unknown, or that cannot take effect together: ValueError, saying what to change."""
     if o.stage not in (1, 2, 3):
         raise ValueError(f"stage={o.stage!r}: must be 1, 2 or 3")
+    if not isinstance(o.mixed_precision, MixedPrecision):
+        raise ValueError(
+            f"mixed_precision={o.mixed_precision!r}: must be a distlib.MixedPrecision, such as "
+            "MixedPrecision(param=torch.bfloat16)"
+        )
     if o.hierarchical not in (True, False, "auto"):
         raise ValueError(f'hierarchical={o.hierarchical!r}: must be True, False or "auto"')
     if isinstance(o.prefetch, bool) or not isinstance(o.prefetch, int) or o.prefetch < 0:

@@ -14,7 +14,7 @@ repeated lists themselves are divided further.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -74,8 +74,11 @@ def divide(module: nn.Module, how: str | Sequence[type[nn.Module]]) -> list[Unit
         if how != "auto":
             raise ValueError(f'units={how!r}: must be "auto" or a list of module classes')
         groups = list(_repeated(module, ""))
-    else:
+    elif isinstance(how, Collection):
         groups = [[pair] for pair in _of_classes(module, how)]
+    else:
+        such = how.__name__ if isinstance(how, type) else "Block"
+        raise ValueError(f'units={how!r}: must be "auto" or a list of module classes, such as units=[{such}]')
     owner: dict[nn.Module, Unit] = {}
     root = Unit("", [module])
     units = [root]
