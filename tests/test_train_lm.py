@@ -220,7 +220,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused(text: Path, tmp_path: Path) -
             "--batch 8 --accumulate 3",
             "--batch 8 does not divide over 2 ranks x 3 micro-batches: try --batch 12",
         ),
-        ("--out nowhere/at/all.json", "there is no folder"),
+        ("--out nowhere/at/all.json", "--out nowhere/at/all.json: there is no folder"),
+        ("--save /proc/run", "--save /proc/run: nothing can be written in /proc: "),
+        ("--out /proc/run.json", "--out /proc/run.json: nothing can be written in /proc: "),
+        (f"--save {__file__}", f"--save {__file__} is a file; a checkpoint is a folder"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(arguments: str, message: str) -> None:

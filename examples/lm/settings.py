@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import tempfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -113,9 +114,22 @@ def check(settings: Settings, ranks: int) -> None:
     if not settings.prompt:
         raise ValueError("--prompt must not be empty: the sample needs a byte to begin with")
     check_batch(settings.batch, ranks, plan_of(settings))
-    for file in (settings.out, settings.save):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise ValueError(f"{file}: there is no folder {file.absolute().parent} to write it in")
+    for name, path in (("--out", settings.out), ("--save", settings.save)):
+        if path is not None:
+            require_place(name, path)
+    if settings.save is not None and settings.save.is_file():
+        raise ValueError(f"--save {settings.save} is a file; a checkpoint is a folder")
+
+
+def require_place(name: str, path: Path) -> None:
+    """Raises ValueError where `path` cannot be written, which would else be noticed after many steps."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"{name} {path}: there is no folder {folder} to write it in")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{name} {path}: nothing can be written in {folder}: {error.strerror}") from error
 
 
 def check_batch(batch: int, ranks: int, plan: distlib.Plan) -> None:
