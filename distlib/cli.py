@@ -82,7 +82,13 @@ def collectives(
     ranks: Annotated[
         int | None, typer.Option(min=2, help="Ranks to start here; only outside a job. Default: 2.")
     ] = None,
-    ops: Annotated[str, typer.Option(help="Operations, with commas between.")] = "",
+    ops: Annotated[
+        str,
+        typer.Option(
+            help="Operations, with commas between: all_reduce, reduce_scatter, all_gather, broadcast, all_to_all, "
+            "send_recv. Default: all."
+        ),
+    ] = "",
     sizes: Annotated[str, typer.Option(help="Sizes of whole tensors, such as 4KiB,1MiB.")] = "",
     ordinary: Annotated[bool, typer.Option("--ordinary", help="Tensors outside the shared memory of distlib.")] = False,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds: without a job for all, else a collective.")] = 120,

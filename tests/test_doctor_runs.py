@@ -145,6 +145,11 @@ def test_bench_refuses(arguments: list[str], complaint: str) -> None:
     assert done.exit_code == 1 and complaint in done.stderr
 
 
+def test_bench_tells_its_operations() -> None:
+    told = " ".join(CliRunner().invoke(app, ["bench", "collectives", "--help"]).output.split())
+    assert f"commas between: {', '.join(bench.OPS)}. Default: all." in told
+
+
 def test_bench_refuses_ranks_of_its_own_in_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
