@@ -9,8 +9,7 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch.distributed as dist
 
 from distlib import native, writes
 from distlib.comm import hierarchical as levels
-from distlib.comm import interfaces, membership
+from distlib.comm import interfaces, membership, naming
 from distlib.comm.c10d import C10dChannel
 from distlib.comm.channel import Channel, Collective
 from distlib.comm.counting import CountingChannel
@@ -43,20 +42,6 @@ def seconds_of(timeout: Timeout, default: float) -> float:
         return default
     seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
     return seconds if seconds > 0 else default
-
-
-_chosen_name: ContextVar[str | None] = ContextVar("chosen_name", default=None)
-
-
-@contextlib.contextmanager
-def named(name: str) -> Iterator[None]:
-    """Groups made within are called `name` in errors and in the ledger, on all ranks alike. torch's own names are
-    numbers, or hashes of the ranks."""
-    before = _chosen_name.set(name)
-    try:
-        yield
-    finally:
-        _chosen_name.reset(before)
 
 
 class Group:
@@ -105,8 +90,7 @@ class Group:
     ) -> Group:
         """Brings the ranks of a new group together. Every one of them must call; `global_ranks` is empty for the
         world."""
-        limit = timeout.total_seconds()
-        name = _chosen_name.get() or name
+        limit, name = timeout.total_seconds(), naming.chosen_name() or name
         if native.core() is None and rank == 0 and not global_ranks:
             warnings.warn(
                 f"distlib's C++ core is not in use: {native.why_not()}. Collectives go over gloo: correct, but slower. "

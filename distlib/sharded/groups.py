@@ -10,7 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from distlib.comm.group import Group, named
+from distlib.comm.group import Group
+from distlib.comm.naming import named
 from distlib.topology import Topology
 from distlib.words import ranks_text
 
