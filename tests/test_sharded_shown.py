@@ -70,8 +70,9 @@ def counted(rank: int, n: int) -> None:
                 assert in_pieces(model)
 
 
-def test_a_forward_puts_each_parameter_of_a_joined_unit_in_its_place_twice() -> None:
-    run_ranks(2, counted)
+@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=NO_CORE)])
+def test_a_forward_puts_each_parameter_of_a_joined_unit_in_its_place_twice(nodes: int) -> None:
+    run_ranks(2, counted, env={"DISTLIB_NODES": str(nodes)})
 
 
 def each_way(rank: int, n: int) -> None:
@@ -159,9 +160,53 @@ def between(rank: int, n: int) -> None:
             (out.sum() + penalty).backward()
 
 
-@NO_CORE
-def test_what_is_read_between_two_modules_of_a_unit_is_a_piece_where_memory_is_freed() -> None:
-    run_ranks(2, between, env={"DISTLIB_NODES": "2"})
+@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=NO_CORE)])
+def test_what_is_read_between_two_modules_of_a_unit_is_a_piece(nodes: int) -> None:
+    """Whole it would be gone in the backward, where memory is freed."""
+    run_ranks(2, between, env={"DISTLIB_NODES": str(nodes)})
+
+
+class Chain(nn.Module):
+    """Calls the next of its kind, which is a module of the same unit, and then itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.next: list[nn.Module] = []  # no child
+
+    def forward(self, x: torch.Tensor, again: bool = True) -> torch.Tensor:
+        x = torch.tanh(self.linear(x))
+        for other in self.next:
+            x = other(x)
+        return self.linear(self(x, False) if again else x)
+
+
+def nested(rank: int, n: int) -> None:
+    with process_group(rank, n):
+        torch.manual_seed(0)
+        blocks = [Chain() for _ in range(3)]
+        blocks[0].next = [blocks[1]]
+        plain = nn.Sequential(*blocks, nn.Linear(4, 2))
+        x = torch.ones(2, 4)
+        expected = plain(x)
+        expected.sum().backward()
+        gradient = blocks[1].linear.weight.grad
+        model = SDP(nn.Sequential(plain), stage=3)
+        out = model(x)
+        torch.testing.assert_close(out, expected)
+        assert in_pieces(model)
+        out.sum().backward()
+        assert in_pieces(model)
+        found = dict(model.named_parameters())["0.1.linear.weight"]
+        shard = shard_of(found)
+        assert shard is not None and gradient is not None
+        own = gradient.view(-1)[shard.offset : shard.offset + shard.numel]
+        torch.testing.assert_close(found.grad if shard.numel else own, own)
+
+
+@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=NO_CORE)])
+def test_modules_of_a_unit_may_call_each_other_and_themselves(nodes: int) -> None:
+    run_ranks(2, nested, env={"DISTLIB_NODES": str(nodes)})
 
 
 class Scaled(nn.Module):

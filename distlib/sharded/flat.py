@@ -48,6 +48,8 @@ class Flat:
         self.told = True  # somebody said that pieces were written
         self.names = [places[0].name for places in hangs]
         self.places = [list(places) for places in hangs]
+        everywhere = [(i, place) for i, places in enumerate(self.places) for place in places]
+        self._places_in: dict[nn.Module | None, list[tuple[int, Place]]] = {None: everywhere}  # with the entry's number
         self.trained = first.requires_grad
         self.grid = grid
         chosen = options.mixed_precision.param
@@ -62,7 +64,6 @@ class Flat:
         self._whole_pieces = whole
         self.full: list[nn.Parameter] = []
         self.pieces: list[nn.Parameter] = []
-        self._shown: Sequence[nn.Parameter] | None = None  # what the module holds now
         self._sent: streams.Event = None  # passes when the last copy from the host's memory has read it
 
     # ------------------------------------------------------------ memory
@@ -207,14 +208,13 @@ class Flat:
         for parameter in self.full:
             parameter._distlib_comes_and_goes = yes
 
-    def show(self, parameters: Sequence[nn.Parameter]) -> None:
-        """The module's parameters are these, one per entry."""
-        if parameters is self._shown:  # each of the many small modules of a joined unit asks
-            return
-        self._shown = parameters
-        for parameter, places in zip(parameters, self.places, strict=True):
-            for place in places:
-                if place.intercepts:
-                    setattr(place.owner, place.key, parameter)
-                else:
-                    place.owner._parameters[place.key] = parameter
+    def show(self, parameters: Sequence[nn.Parameter], part: nn.Module | None = None) -> None:
+        """The module's parameters are these, one per entry. part: only those inside of it."""
+        if part is not None and part not in self._places_in:
+            inside = set(part.modules())
+            self._places_in[part] = [(i, place) for i, place in self._places_in[None] if place.owner in inside]
+        for i, place in self._places_in[part]:
+            if place.intercepts:
+                setattr(place.owner, place.key, parameters[i])
+            else:
+                place.owner._parameters[place.key] = parameters[i]

@@ -49,6 +49,7 @@ class Runtime:
         self.order = Order([unit for unit in units if not unit.is_root], prefetch)
         self._reshard = reshard_after_forward
         self._depth = dict.fromkeys(self.units, 0)
+        self._entered: dict[UnitState, set[nn.Module]] = {}  # modules of units, which hold whole parameters
         self._flight = _Flight()  # of the last forward
         self._returning: dict[_Flight, None] = {}  # those that the running backward goes through, the current one last
         self._in_backward: dict[UnitState, set[_Flight]] = {}  # units whose backward is under way, and of which flights
@@ -121,9 +122,10 @@ class Runtime:
         """The module holds pieces, whatever a forward that raised has left."""
         self.inside = False
         for unit in self.units:
-            self._depth[unit] = 0
-            for flat in unit.flats:
-                flat.show_pieces()
+            if unit.is_root or self._depth[unit]:
+                self._depth[unit] = 0
+                for flat in unit.flats:
+                    flat.show_pieces()
         self.source.rest()
 
     def why_in_pieces(self, error: BaseException, module: nn.Module) -> str | None:
@@ -133,19 +135,20 @@ class Runtime:
         return uncalled.explain(error, module, list(zip(self.units, self._modules, strict=True))[1:])
 
     @torch._disable_dynamo
-    def enter(self, unit: UnitState, inputs: Any) -> None:
-        """One of the unit's modules begins its forward."""
+    def enter(self, unit: UnitState, part: nn.Module, inputs: Any) -> None:
+        """One of the unit's modules begins its forward. It is shown its own parameters only: with all of the unit's, a
+        unit of many small modules would take time with the square of their number."""
         if self.summoned:
             return
         self._depth[unit] += 1
         if self._depth[unit] > 1:
+            self._show_full(unit, part)
             return
         recomputing = _in_backward()
         self.source.need(unit)
         if not recomputing:
             self.source.ahead(self.order.visit(unit))
-        for flat in unit.flats:
-            flat.show_full()
+        self._show_full(unit, part)
         if self.source.frees and torch.is_grad_enabled():
             flight = self._current() if recomputing else self._flight
             if recomputing:
@@ -156,6 +159,12 @@ class Runtime:
             if not (recomputing and flight.pending[unit]):
                 self._release_after_backward(flight, unit, inputs)
 
+    def _show_full(self, unit: UnitState, part: nn.Module) -> None:
+        """Until the unit is left."""
+        self._entered.setdefault(unit, set()).add(part)
+        for flat in unit.flats:
+            flat.show(flat.full, part)
+
     @torch._disable_dynamo
     def leave(self, unit: UnitState, output: Any, last: bool) -> None:
         """It ended, or raised. last: of the unit's modules."""
@@ -164,11 +173,9 @@ class Runtime:
         self._depth[unit] = max(0, self._depth[unit] - 1)
         if self._depth[unit] or _in_backward():  # a recomputation: what follows of the backward may need it too
             return
-        # The others of a joined unit follow, or rest() does: pieces in between would cost the square of their number.
-        # Where memory is freed they are shown all the same: what is read in between may be gone in the backward.
-        if last or self.source.frees or not self.inside:
+        for part in self._entered.pop(unit, ()):
             for flat in unit.flats:
-                flat.show_pieces()
+                flat.show(flat.pieces, part)
         if not self.source.frees:
             return
         recording = torch.is_grad_enabled()
@@ -357,8 +364,8 @@ def outside(runtime: Runtime) -> Callable[..., None]:
 
 
 def _entering(reference: weakref.ref[Runtime], unit: UnitState) -> Callable[..., None]:
-    def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-        _alive(reference).enter(unit, (args, kwargs))
+    def hook(part: nn.Module, args: Any, kwargs: Any) -> None:
+        _alive(reference).enter(unit, part, (args, kwargs))
 
     return hook
 
