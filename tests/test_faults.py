@@ -226,6 +226,49 @@ def test_a_message_to_a_rank_that_has_ended_raises_whenever_that_is_known(env: d
     assert outcome.ok and len(outcome.value) == 3 and all("rank 1" in text for text in outcome.value), outcome
 
 
+def receives_early(rank: int, n: int) -> list[float]:
+    """Rank 1 has begun to receive long before it waits, and before there is anything to receive."""
+    group, shared = join(rank, n, timeout=1), store()
+    x = torch.full((4,), 1.0 - rank)
+    if rank == 1:
+        work = group.recv(x, 0, async_op=True)
+        time.sleep(2)
+        shared.set("late", "")
+        assert work is not None and work.wait()
+    else:
+        shared.wait(["late"])
+        group.send(x, 1)
+    group.barrier()
+    return x.tolist()
+
+
+@EVERY_WAY
+def test_the_timeout_of_a_message_counts_from_when_somebody_waits_for_it(env: dict[str, str]) -> None:
+    assert run_ranks(2, receives_early, env=env) == [[1.0] * 4] * 2
+
+
+def asks_for_a_future(rank: int, n: int) -> tuple[str, float]:
+    """A future waits, too."""
+    group, shared = join(rank, n, timeout=1), store()
+    text, begin = "", time.monotonic()
+    if rank == 1:
+        work = group.recv(torch.ones(4), 0, async_op=True)
+        assert work is not None
+        with pytest.raises(RuntimeError) as caught:
+            work.get_future().wait()
+        text = str(caught.value)
+        shared.set("told", "")
+    shared.wait(["told"])
+    return text, time.monotonic() - begin
+
+
+@NO_CORE
+def test_a_message_that_only_a_future_waits_for_has_its_timeout() -> None:
+    text, seconds = run_ranks(2, asks_for_a_future)[1]
+    assert "recv from rank 0 (tag 0, 16 bytes)" in text and "ran into the timeout of 1000 ms" in text, text
+    assert 1 <= seconds < 6
+
+
 # ---------------------------------------------------------------- memory, forks, crowds
 
 

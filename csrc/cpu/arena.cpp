@@ -53,20 +53,27 @@ size_t available_bytes() {
   return size_t(available);
 }
 
-unsigned long long start_time(int pid, char& state) {
+// What the kernel tells of a process. asked: false where it could not be asked (no file descriptor is left, for one).
+struct Process {
+  bool asked = true;
+  char state = 'X';
+  unsigned long long started = 0;  // 0: there is no such process, as far as can be seen
+};
+
+Process process(int pid) {
   char path[64], text[1024];
   snprintf(path, sizeof path, "/proc/%d/stat", pid);
+  Process found;
   FILE* f = fopen(path, "re");
-  if (!f) return 0;
-  size_t n = fread(text, 1, sizeof text - 1, f);
-  fclose(f);
+  const size_t n = f ? fread(text, 1, sizeof text - 1, f) : 0;
+  found.asked = n || errno == ENOENT || errno == ESRCH;
+  if (f) fclose(f);
   text[n] = 0;
   const char* p = strrchr(text, ')');  // the name may hold anything, even a ')'
-  unsigned long long started = 0;
-  if (!p || sscanf(p + 1, " %c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d %*d %llu", &state,
-                   &started) != 2)
-    return 0;
-  return started;
+  if (p)
+    sscanf(p + 1, " %c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d %*d %llu", &found.state,
+           &found.started);
+  return found;
 }
 
 }  // namespace
@@ -85,10 +92,10 @@ Status Arena::create(size_t bytes, std::shared_ptr<Arena>& out) {
     out.reset(new Arena(fd, static_cast<char*>(p), bytes));
     return {};
   }
-  std::string why = strerror(errno);
+  const int why = errno;
   close(fd);
-  return {Code::MEMORY,
-          "cannot map 64 MiB of shared memory: " + why + " (is an address-space limit set? see ulimit -v)"};
+  const char* limit = why == EFBIG ? "is the size of files limited? see ulimit -f" : "is memory limited? see ulimit -v";
+  return {Code::MEMORY, std::string("cannot map 64 MiB of shared memory: ") + strerror(why) + " (" + limit + ")"};
 }
 
 Arena::~Arena() {
@@ -161,10 +168,10 @@ Status Peer::map(int fd, size_t bytes, int socket, int pid, std::shared_ptr<Peer
     return {Code::INVALID, "the memory handed over by pid " + std::to_string(pid) + " is smaller than it said"};
   void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
   if (p == MAP_FAILED)
-    return {Code::MEMORY, "cannot map the arena of pid " + std::to_string(pid) + ": " + strerror(errno)};
+    return {Code::MEMORY, "cannot map the arena of pid " + std::to_string(pid) + ", " + mib(bytes) + " of addresses: " +
+                              strerror(errno) + " (see ulimit -v; DISTLIB_ARENA_MB on all ranks makes arenas smaller)"};
   close(fd);
-  char state = '?';
-  out.reset(new Peer(static_cast<char*>(p), bytes, socket, pid, pid > 0 ? start_time(pid, state) : 0));
+  out.reset(new Peer(static_cast<char*>(p), bytes, socket, pid, pid > 0 ? process(pid).started : 0));
   return {};
 }
 
@@ -183,9 +190,8 @@ bool Peer::alive() const {
   ssize_t n = recv(socket_, &byte, 1, MSG_PEEK | MSG_DONTWAIT);
   if (n == 0 || (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)) return false;
   if (!started_) return true;  // its pid is not visible from here: the socket alone tells
-  char state = '?';
-  unsigned long long started = start_time(pid_, state);
-  return started == started_ && state != 'Z' && state != 'X';
+  const Process now = process(pid_);
+  return !now.asked || (now.started == started_ && now.state != 'Z' && now.state != 'X');
 }
 
 }  // namespace distlib

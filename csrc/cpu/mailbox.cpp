@@ -44,7 +44,6 @@ void Mailbox::start(const std::shared_ptr<Message>& m) {
     m->done = true;
     return;
   }
-  m->deadline = now_ns() + m->timeout_ns;
   std::lock_guard<std::mutex> lock(mutex_);
   if (stop_) return finish(*m, closed());
   (m->sending ? sends_ : receives_).push_back(m);
@@ -54,15 +53,20 @@ void Mailbox::start(const std::shared_ptr<Message>& m) {
   wake();
 }
 
+void Mailbox::await(Message& m) {
+  if (m.deadline == NEVER) m.deadline = now_ns() + m.timeout_ns;
+}
+
 bool Mailbox::wait(const std::shared_ptr<Message>& m, int64_t timeout_ns) {
   const int64_t until = timeout_ns < 0 ? INT64_MAX : now_ns() + timeout_ns;
   Signal& bell = control_.bell(me_);
   const int64_t spin_until = now_ns() + group_->config().spin_ns;
   struct Waiting {
     Mailbox& box;
-    explicit Waiting(Mailbox& b) : box(b) {
+    Waiting(Mailbox& b, Message& message) : box(b) {
       std::lock_guard<std::mutex> lock(box.mutex_);
       ++box.waiting_;
+      box.await(message);
     }
     ~Waiting() {
       std::lock_guard<std::mutex> lock(box.mutex_);
@@ -71,7 +75,7 @@ bool Mailbox::wait(const std::shared_ptr<Message>& m, int64_t timeout_ns) {
     }
   };
   if (m->done) return true;
-  Waiting waiting(*this);
+  Waiting waiting(*this, *m);
   while (!m->done) {
     uint32_t seen = bell.value.load(std::memory_order_acquire);
     {
@@ -99,6 +103,7 @@ bool Mailbox::notify(const std::shared_ptr<Message>& m, uint64_t id) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (m->done) return false;
   m->notify = id;
+  await(*m);
   hurry_ = parked_ = true;
   wake();
   return true;

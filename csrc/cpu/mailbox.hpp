@@ -5,10 +5,13 @@
 // memory is copied to a pooled block first, and the send is done at once (up to a backlog), so two ranks that both send
 // before they receive do not block each other.
 //
+// A message that is started early may be long in coming: its timeout counts from when somebody first waits for it.
+//
 // Whoever waits drives `progress`; a thread does so while requests are open and nobody waits: what was started comes to
 // its end whatever this rank does meanwhile.
 #pragma once
 #include <condition_variable>
+#include <cstdint>
 #include <deque>
 #include <list>
 #include <map>
@@ -21,12 +24,14 @@
 
 namespace distlib {
 
+constexpr int64_t NEVER = INT64_MAX;
+
 struct Message {
   bool sending = false;
   int peer = 0;  // -1: receive from any rank; afterwards the rank it came from
   int tag = 0;
   Span span;
-  int64_t timeout_ns = 0, deadline = 0;
+  int64_t timeout_ns = 0, deadline = NEVER;  // the timeout counts from when somebody first waits
   // The result; `done` is set last.
   Outcome outcome;
   std::atomic<bool> done{false};
@@ -69,7 +74,8 @@ class Mailbox {
   void give_block(Block b);
   std::string describe(const Message& m) const;
   bool wanted() const { return !waiting_ && (!sends_.empty() || !receives_.empty()); }
-  void wake();  // under mutex_
+  void await(Message& m);  // under mutex_: somebody waits for it
+  void wake();             // under mutex_
   void run();
 
   const std::shared_ptr<HostGroup> group_;

@@ -341,7 +341,8 @@ class Group:
     def send(
         self, tensor: torch.Tensor, dst: int, tag: int = 0, async_op: bool = False, timeout: Timeout = None
     ) -> Work | None:
-        """Sends `tensor` to rank `dst`, which must `recv` as many bytes with the same tag. Order is kept per tag."""
+        """Sends `tensor` to rank `dst`, which must `recv` as many bytes with the same tag. Order is kept per tag. The
+        timeout counts from when somebody waits, so it may be started early; so may a `recv`."""
         self._check_rank("send", "dst", dst)
         given = readable([tensor])[0]
         call = Collective("send", [given], root=dst)

@@ -9,6 +9,7 @@ death is seen.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -27,6 +28,8 @@ from distlib import native, settings
 log = logging.getLogger("distlib")
 _NONCE = 32
 _HANDSHAKE_SECONDS = 20.0
+_PAUSE = 0.1  # seconds until a process without descriptors looks again whether it can open the door
+_FULL = "Too many open files: no descriptor is left for the memory of other ranks; raise the limit, see ulimit -n"
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,11 @@ def check_user(sock: socket.socket, who: str) -> int:
     return pid
 
 
+def _is_full(error: BaseException) -> bool:
+    """Whether a call failed because this process, or the system, may open no more files."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+
+
 class Host:
     """This process's place on its host: its arena, its door, and the peers that came through it."""
 
@@ -105,6 +113,7 @@ class Host:
         self.peers: dict[str, Any] = {}  # door -> native Peer
         self.door = ""
         self._refused: dict[str, str] = {}  # door -> why its memory and ours could not be exchanged
+        self._full = False  # no descriptor was left to let somebody in
         self._changed = threading.Condition()
         if self.core is None:
             return
@@ -160,55 +169,73 @@ class Host:
         return {me, *likely}
 
     def _came(self, door: str, until: float) -> bool:
+        """Whether the rank of a door came, or was turned away, in time."""
+        known = lambda: door in self.peers or door in self._refused  # noqa: E731
         with self._changed:
-            known = lambda: door in self.peers or door in self._refused  # noqa: E731
-            return self._changed.wait_for(known, max(0.0, until - time.monotonic()))
+            self._changed.wait_for(lambda: known() or self._full, max(0.0, until - time.monotonic()))
+            if self._full and not known():
+                raise RuntimeError(f"pid {self.pid}: {_FULL}")
+            return known()
 
     def _knock(self, rank: int, card: Card) -> None:
         who = f"rank {rank} (pid {card.pid})"
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        sock.settimeout(_HANDSHAKE_SECONDS)
         try:
-            sock.connect("\0" + card.door)
-            pid = check_user(sock, who)
-            block = self._nonce()
-            self._send(sock, {"door": self.door, "size": self.arena.size, "at": block.offset}, self.arena.fd)
-            hello, fd = self._receive(sock, who)
-            self._expect(hello["nonce"] == bytes(memoryview(block)[:_NONCE]).hex(), who)
-            peer = self._map(sock, fd, hello["size"], pid)
-            self._send(sock, {"nonce": peer.peek(hello["at"], _NONCE).hex()})
-            done, _ = self._receive(sock, who, wants_fd=False)
-            self._expect(bool(done.get("welcome")), who)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+                sock.settimeout(_HANDSHAKE_SECONDS)
+                sock.connect("\0" + card.door)
+                pid = check_user(sock, who)
+                block = self._nonce()
+                self._send(sock, {"door": self.door, "size": self.arena.size, "at": block.offset}, self.arena.fd)
+                hello, fd = self._receive(sock, who)
+                self._expect(hello["nonce"] == bytes(memoryview(block)[:_NONCE]).hex(), who)
+                peer = self._map(sock, fd, hello["size"], pid)
+                self._send(sock, {"nonce": peer.peek(hello["at"], _NONCE).hex()})
+                done, _ = self._receive(sock, who, wants_fd=False)
+                self._expect(bool(done.get("welcome")), who)
         except OSError as error:
+            if _is_full(error):
+                raise RuntimeError(f"pid {self.pid}: {_FULL}") from error
             raise RuntimeError(
                 f"{who} is on this host, but its shared memory cannot be reached: {error}. "
                 "Did it end while starting? Look at its output"
             ) from error
-        finally:
-            sock.close()
         self._admit(card.door, peer)
 
     def _map(self, sock: socket.socket, fd: int, size: int, pid: int) -> Any:
-        """The peer's arena, mapped; if that fails, the peer is told why before this rank raises."""
+        """The peer's arena, mapped; if that fails, the peer is told why before this rank raises. fd: -1 where the
+        kernel dropped it, as this process may open no more files."""
         try:
+            if fd < 0:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             return self.core.Peer(fd, size, os.dup(sock.fileno()), pid)
-        except (MemoryError, RuntimeError) as error:
-            self._send(sock, {"error": f"pid {self.pid}: {error}"})
-            raise RuntimeError(str(error)) from error
+        except (MemoryError, RuntimeError, OSError) as error:
+            why = _FULL if _is_full(error) else str(error)
+            self._send(sock, {"error": f"pid {self.pid}: {why}"})
+            raise RuntimeError(f"pid {self.pid}: {why}") from error
 
     def _welcome(self) -> None:
         """Answers the door, for as long as the process lives."""
         while True:
             try:
                 sock, _ = self._listener.accept()
-            except OSError:
-                return  # closed: the process is forked or ending
+            except OSError as error:
+                if not _is_full(error):
+                    return  # closed: the process is forked or ending
+                self._set_full(True)
+                time.sleep(_PAUSE)  # whoever knocked still stands there
+                self._set_full(False)
+                continue
             with sock:
                 sock.settimeout(_HANDSHAKE_SECONDS)
                 try:
                     self._answer(sock)
                 except (OSError, RuntimeError, KeyError, ValueError) as error:
                     log.warning("a process that came to the door of pid %d was turned away: %s", self.pid, error)
+
+    def _set_full(self, full: bool) -> None:
+        with self._changed:
+            self._full = full
+            self._changed.notify_all()
 
     def _answer(self, sock: socket.socket) -> None:
         pid = check_user(sock, "the process at the door")
@@ -249,10 +276,11 @@ class Host:
 
     @staticmethod
     def _receive(sock: socket.socket, who: str, wants_fd: bool = True) -> tuple[dict[str, Any], int]:
-        data, fds, _, _ = socket.recv_fds(sock, 4096, 1, socket.MSG_CMSG_CLOEXEC)
+        """What the other end says, and the descriptor it sends along; -1: none, or this process may have no more."""
+        data, fds, flags, _ = socket.recv_fds(sock, 4096, 1, socket.MSG_CMSG_CLOEXEC)
         message = json.loads(data) if data else {}
         if "error" in message:
             raise RuntimeError(f"{who} cannot share memory: {message['error']}")
-        if not data or (wants_fd and not fds):
+        if not data or (wants_fd and not fds and not flags & socket.MSG_CTRUNC):
             raise OSError(f"{who} hung up during the handshake")
         return message, fds[0] if fds else -1
