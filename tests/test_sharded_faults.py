@@ -6,11 +6,12 @@ import os
 import re
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import process_group, run_ranks, run_ranks_raw
+from ranks import process_group, run_ranks, run_ranks_raw, store
 from test_sharded_features import NO_CORE, Block, Net, assert_equal, by_rank_units, penalty, square
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -301,6 +302,46 @@ def test_all_ranks_hear_of_a_rank_that_fails(how: str, nodes: int) -> None:
     wanted = "signal" if "killed" in how else "exception"
     assert outcomes[1].kind == wanted, outcomes[1]
     assert all(outcome.seconds < 20 for outcome in outcomes)
+
+
+def fails_at_the_end(rank: int, n: int, stage: int, how: str, path: str) -> list[list[float]]:
+    """The last collectives of a backward fail. The module holds pieces again, and an emergency checkpoint is saved."""
+    with process_group(rank, n):
+        model, shared = net(stage=stage), store()
+        square(model, 0, rank).backward()
+        pieces = [(id(p), p.shape) for p in model.module.parameters()]
+
+        def fail(*_: Any) -> None:
+            shared.set(f"end/{rank}", "")
+            shared.wait([f"end/{r}" for r in range(n)])  # whoever fails first tells the others
+            raise KeyboardInterrupt if how == "interrupt" else CollectiveError("on purpose")
+
+        model._runtime.reduction._synchronise = fail
+        with pytest.raises(KeyboardInterrupt if how == "interrupt" else CollectiveError):
+            square(model, 1, rank).backward()
+        assert [(id(p), p.shape) for p in model.module.parameters()] == pieces
+        distlib.save(path, model=model, step=2)
+        return values(model)
+
+
+def values(model: Any) -> list[list[float]]:
+    return [p.flatten().tolist() for p in model.parameters()]
+
+
+def loads(rank: int, n: int, stage: int, path: str) -> list[list[float]]:
+    with process_group(rank, n):
+        torch.manual_seed(1)
+        model = net(stage=stage)
+        assert distlib.load(path, model=model).step == 2
+        return values(model)
+
+
+@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=NO_CORE)])
+@pytest.mark.parametrize("how", ["error", "interrupt"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_backward_whose_end_fails_leaves_pieces(stage: int, how: str, nodes: int, tmp_path: Path) -> None:
+    env, path = {"DISTLIB_NODES": str(nodes)}, str(tmp_path / "emergency")
+    assert run_ranks(2, fails_at_the_end, stage, how, path, env=env) == run_ranks(2, loads, stage, path, env=env)
 
 
 def another_way(rank: int, n: int) -> None:

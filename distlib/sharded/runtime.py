@@ -266,7 +266,11 @@ class Runtime:
 
     def _ended(self) -> None:
         if self.reduction.begun or self.reduction.passes.weight or self._joins():
-            self._finish()
+            try:
+                self._finish()
+            except BaseException:  # a collective failed, or Ctrl-C: autograd calls this a backward that ended
+                self._died()
+                raise
         if not self.reduction.passes.weight:  # it used no parameters: what is whole is so for a forward
             self._release_all()
 
