@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import zlib
@@ -18,6 +20,7 @@ from torch import nn
 
 import distlib
 from distlib.checkpoint import folder
+from distlib.checkpoint.writer import write_rank_file
 
 PHASES = ["begun", "writing", "written", "indexed", "manifest", "synced", "placed", "cleaned"]
 
@@ -145,6 +148,38 @@ def _full(rank: int, n: int, path: Path, victim: int, asynchronous: bool) -> Non
 def test_a_full_disk_on_one_rank_raises_on_all(victim: int, asynchronous: bool, tmp_path: Path) -> None:
     run_ranks(3, _full, tmp_path / "c", victim, asynchronous)
     assert [other.name for other in tmp_path.iterdir()] == ["c"]
+
+
+def _limited(rank: int, n: int, path: Path) -> str:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    with pytest.raises(OSError) as caught:
+        write_rank_file(path, [torch.ones(3), torch.ones(100_000)])
+    return str(caught.value)
+
+
+def test_a_file_that_takes_a_part_of_a_record_says_why(tmp_path: Path) -> None:
+    """Torch's own words for it are "enforce fail at inline_container.cc"."""
+    assert run_ranks(1, _limited, tmp_path / "f") == ["[Errno 27] File too large"]
+
+
+def test_what_cannot_be_removed_fails_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def busy(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+
+    path = tmp_path / "c"
+    save(0, 1, path, 1)
+    monkeypatch.setattr(folder.shutil, "rmtree", busy)
+    for step, left in ((2, 1), (3, 2)):
+        save(0, 1, path, step)
+        assert check(0, 1, path, (step,)) == step and len(list(tmp_path.iterdir())) == 1 + left
+        assert "cannot be removed: [Errno 16] Device or resource busy. The next save to this path" in caplog.text
+    monkeypatch.undo()
+    save(0, 1, path, 4)
+    assert check(0, 1, path, (4,)) == 4
+    assert [other.name for other in tmp_path.iterdir()] == ["c"], "the next save removes what was left"
 
 
 def _differ(rank: int, n: int, path: Path) -> None:

@@ -13,11 +13,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import logging
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+log = logging.getLogger("distlib.checkpoint")
 SAVING, REPLACED = "saving", "replaced"
 MANIFEST = "manifest.json"
 METADATA = ".metadata"
@@ -69,7 +71,7 @@ def begin(path: Path, token: str) -> None:
             raise ValueError(f"{path} holds files but no checkpoint of distlib: it is not replaced. Save elsewhere")
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in neighbours(path, SAVING) + neighbours(path, REPLACED):
-        shutil.rmtree(left)
+        _remove(left)
     aside(path, SAVING, token).mkdir()
     on_phase("begun")
 
@@ -93,13 +95,24 @@ def commit(path: Path, token: str) -> None:
         new.rename(path)
     on_phase("placed")
     _sync_folder(path.parent)
-    shutil.rmtree(old)
+    _remove(old)
     on_phase("cleaned")
 
 
 def discard(path: Path, token: str) -> None:
-    """Removes the folder of a save that failed, as far as that is possible; the next save tries again."""
-    shutil.rmtree(aside(path, SAVING, token), ignore_errors=True)
+    """Removes the folder of a save that failed."""
+    if (new := aside(path, SAVING, token)).exists():
+        _remove(new)
+
+
+def _remove(left: Path) -> None:
+    """Removes a folder that is of no use any more, as far as that is possible; the next save tries again (`begin`). It
+    is no reason for a save to fail: the checkpoint is complete without it."""
+    try:
+        shutil.rmtree(left)
+    except OSError as error:
+        shutil.rmtree(left, ignore_errors=True)
+        log.warning("%s, which a save left, cannot be removed: %s. The next save to this path tries again", left, error)
 
 
 def exchange(a: Path, b: Path) -> bool:

@@ -76,13 +76,27 @@ class _Summed:
 
     def __init__(self, file: Any) -> None:
         self._file, self.bytes, self.crc = file, 0, 0
+        self._error: OSError | None = None  # the first
 
     def write(self, data: Any) -> int:
         view = memoryview(data)
         self.crc = zlib.crc32(view, self.crc)
         self.bytes += view.nbytes
-        self._file.write(view)
+        try:
+            self._file.write(view)
+        except OSError as error:
+            self._error = self._error or error
+            raise
         return view.nbytes
+
+    def write_tensor(self, tensor: torch.Tensor) -> None:
+        """As `torch.save` writes it. What the file raises is raised: torch says "enforce fail" of a disk that is full."""
+        try:
+            torch.save(tensor, self)
+        except RuntimeError as error:
+            if self._error is not None:
+                raise self._error from error
+            raise
 
     def flush(self) -> None:
         self._file.flush()
@@ -103,7 +117,7 @@ def write_rank_file(path: Path, contents: Iterable[torch.Tensor | bytes]) -> lis
             else:
                 if content.untyped_storage().nbytes() != content.nbytes:
                     content = content.clone()  # torch.save writes whole storages
-                torch.save(content, summed)
+                summed.write_tensor(content)
             records.append((summed.bytes, summed.crc))
             if number == 0:
                 file.flush()
