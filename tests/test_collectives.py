@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -288,6 +289,35 @@ def wrong_arguments(rank: int, n: int) -> None:
 
 def test_wrong_arguments_raise_before_anything_starts() -> None:
     run_ranks(2, wrong_arguments)
+
+
+def other_dtypes(rank: int, n: int) -> None:
+    """Tensors of two dtypes in one call, by the group's calls and by torch's."""
+    with process_group(rank, n):
+        group, one, all = Group.of(), torch.ones(4), torch.ones(4 * n)
+        two, many = torch.zeros(4, dtype=torch.float64), torch.zeros(4 * n, dtype=torch.float64)
+        lists = [torch.zeros(4, dtype=torch.float64) for _ in range(n)]
+        whole = group.registered_empty(1 << 18)
+        calls: list[tuple[str, Callable[[], object]]] = [
+            ("all_gather", lambda: dist.all_gather_into_tensor(many, one)),
+            ("all_gather", lambda: group.all_gather(lists, one)),
+            ("all_gather", lambda: group.all_gather(torch.zeros(n << 18, dtype=torch.float64), whole)),
+            ("reduce_scatter", lambda: dist.reduce_scatter_tensor(two, all)),
+            ("all_to_all", lambda: group.all_to_all(list(many.chunk(n)), list(all.chunk(n)))),
+        ]
+        if rank == 0:
+            calls.append(("gather", lambda: group.gather(lists, one, 0)))
+            calls.append(("scatter", lambda: group.scatter(two, all, 0)))
+        for kind, call in calls:
+            with pytest.raises(ValueError, match=f"{kind}: tensors of float32 and float64 were given to one call"):
+                call()
+        dist.all_reduce(one)
+        assert one.tolist() == [n] * 4, "nothing was started"
+
+
+@pytest.mark.parametrize("env", [{}, {"DISTLIB_NODES": "2"}, {"DISTLIB_CORE": "0"}])
+def test_tensors_of_two_dtypes_are_refused_before_anything_starts(env: dict[str, str]) -> None:
+    run_ranks(2, other_dtypes, env=env)
 
 
 def beyond_two_gib(rank: int, n: int) -> None:

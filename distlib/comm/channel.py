@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Protocol
 
 import torch
 
 from distlib.comm.work import Operation
+
+Timeout = timedelta | float | None
+
+
+def seconds_of(timeout: Timeout, default: float) -> float:
+    """A timeout in seconds; None, zero and torch's "unset" (negative) mean the group's own."""
+    if timeout is None:
+        return default
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+    return seconds if seconds > 0 else default
 
 
 @dataclass

@@ -18,30 +18,19 @@ import torch.distributed as dist
 
 from distlib import native, writes
 from distlib.comm import hierarchical as levels
-from distlib.comm import interfaces, membership, naming
+from distlib.comm import membership, naming
 from distlib.comm.c10d import C10dChannel
-from distlib.comm.channel import Channel, Collective
+from distlib.comm.channel import Channel, Collective, Timeout, seconds_of
 from distlib.comm.counting import CountingChannel
 from distlib.comm.device import DeviceChannel, connect, may_connect
-from distlib.comm.gloo import GlooChannel, Seat
-from distlib.comm.host import host_channel
 from distlib.comm.ledger import ledger
+from distlib.comm.making import make_channel
 from distlib.comm.memory import arena_empty
-from distlib.comm.spanning import SpanningChannel
 from distlib.comm.stream_work import StreamWork
-from distlib.comm.tensors import device_of, inputs, outputs, readable, writable
+from distlib.comm.tensors import check_dtype, device_of, inputs, outputs, readable, writable
+from distlib.comm.ties import tied_to
 from distlib.comm.work import CollectiveError, Operation, Work
 from distlib.topology import Topology
-
-Timeout = timedelta | float | None
-
-
-def seconds_of(timeout: Timeout, default: float) -> float:
-    """A timeout in seconds; None, zero and torch's "unset" (negative) mean the group's own."""
-    if timeout is None:
-        return default
-    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
-    return seconds if seconds > 0 else default
 
 
 class Group:
@@ -99,22 +88,8 @@ class Group:
             )
         ranks = tuple(global_ranks) or tuple(range(size))
         members = membership.gather(store, rank, size, ranks, not global_ranks, limit)
-        topology = members.topology
-        inside = None
-        local = topology.local_ranks(rank)
-        if all(members.cards[r].door for r in local) and (len(local) > 1 or size == 1):
-            inside = host_channel(store, name, rank, local, members, limit)
-        channel: Channel
-        if len(topology.nodes) == 1 and inside is not None:
-            channel = inside
-        else:
-            one_network = len({(card.boot, card.network) for card in members.cards}) == 1
-            master = "127.0.0.1" if one_network else interfaces.meeting_point(store)
-            way = SpanningChannel if any(card.door for card in members.cards) else GlooChannel
-            channel = way(Seat(store, name, rank, list(ranks), limit, master, topology))
-            if isinstance(channel, SpanningChannel):
-                channel.use_inside(inside)
-        group = Group(name, rank, ranks, topology, channel, limit)
+        channel = make_channel(store, name, rank, members, limit)
+        group = Group(name, rank, ranks, members.topology, channel, limit)
         group.store = store
         return group
 
@@ -358,7 +333,11 @@ class Group:
         async_op: bool = False,
         timeout: Timeout = None,
     ) -> Work | None:
-        """Receives into `tensor` from rank `src`, or (None) whichever rank sent one: `Work.source_rank()` tells."""
+        """Receives into `tensor` from rank `src`, or (None) whichever rank sent one: `Work.source_rank()` tells.
+
+        A message of another size raises on one host. Between hosts sizes are not compared: after a shorter one the rest
+        of `tensor` is as it was, and a longer one ends this process, as gloo aborts it.
+        """
         if src is not None:
             self._check_rank("recv", "src", src)
         inner, finish = writable([tensor])
@@ -384,7 +363,18 @@ class Group:
         return arena_empty(size, dtype)
 
     def abort(self, message: str) -> None:
-        """Ends the group: pending and later calls of all ranks raise CollectiveError with `message`."""
+        """Ends the group, and those that it is tied to (ties.py): pending and later calls of all ranks raise
+        CollectiveError with `message`."""
+        for group in (self, *tied_to(self)):
+            group._end(message)
+
+    def failed(self, error: CollectiveError) -> None:
+        """A collective failed on this rank: what the group is tied to ends. But for who left, or is a forked child."""
+        if not self.closed and error.code not in ("forked", "invalid"):
+            for group in tied_to(self):
+                group._end(str(error))
+
+    def _end(self, message: str) -> None:
         for channel in [self._channel, *self._on_devices.values()]:
             channel.abort(message)
 
@@ -429,6 +419,7 @@ class Group:
     ) -> Work | None:
         if self.closed:
             raise CollectiveError(f"group '{self.name}' was closed on this rank")
+        check_dtype(call.kind, call.send + call.recv)
         begin = time.perf_counter_ns()
         writes.tell(result)
         channel = self._channel_for(call)
@@ -452,10 +443,10 @@ class Group:
         account = lambda done: self._account(channel, kind, root, sent, received, done)  # noqa: E731
         work: Work
         if channel.by_streams:  # the operation keeps what it needs; what is kept here for the accounts has no tensors
-            work = StreamWork(operation, result, abort=self.abort, what=kind)
-            tracked: Work = StreamWork(operation, [], account=account)
+            work = StreamWork(operation, result, owner=self, what=kind)
+            tracked: Work = StreamWork(operation, [], account=account, owner=self)
         else:
-            work = tracked = Work(operation, result, call, finish, account, self.abort, kind)
+            work = tracked = Work(operation, result, call, finish, account, self, kind)
         if async_op:
             self.sweep()
             self._in_flight.append(tracked)
@@ -473,9 +464,7 @@ class Group:
             self._in_flight.append(tracked)
         return None
 
-    def _account(
-        self, channel: Channel, kind: str, root: int, sent: int, received: int, operation: Operation
-    ) -> None:
+    def _account(self, channel: Channel, kind: str, root: int, sent: int, received: int, operation: Operation) -> None:
         """Writes a finished operation into the ledger."""
         for row in channel.traffic(kind, root, sent, received, operation):
             ledger().add(kind, self.name, row.link, row.bytes, row.expected)

@@ -80,7 +80,7 @@ class Line:
             for row in self._channel.traffic(kind, self._at, sent, received, done):
                 ledger().add(name, self.group.name, row.link, row.bytes, row.expected)
 
-        return Work(operation, [], keep=tensor, account=account, abort=self.group.abort, what=what)
+        return Work(operation, [], keep=tensor, account=account, owner=self.group, what=what)
 
 
 def _inside(group: Group) -> HostChannel | None:

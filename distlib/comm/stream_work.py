@@ -121,8 +121,8 @@ class StreamWork(Work):
         """Makes the current stream wait. With a `timeout` the host waits too, and one that runs out ends the group."""
         if timeout and not self._wait_here(timeout.total_seconds()):
             text = f"{self._what} was not done within {timeout.total_seconds():.1f} s of wait()"
-            if self._abort is not None:
-                self._abort(text)
+            if self._owner is not None:
+                self._owner.abort(text)
             raise CollectiveError(text, "timeout")
         if self._error is None:
             self.operation.follow()  # also where it is done: not every stream knows that

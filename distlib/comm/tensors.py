@@ -36,6 +36,14 @@ def device_of(what: str, tensors: Iterable[torch.Tensor]) -> torch.device | None
     return devices.pop() if devices else None
 
 
+def check_dtype(what: str, tensors: Iterable[torch.Tensor]) -> None:
+    """ValueError where they have several dtypes: it is bytes that travel."""
+    dtypes = {t.dtype for t in tensors}
+    if len(dtypes) > 1:
+        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise ValueError(f"{what}: tensors of {names} were given to one call, which converts none: convert them first")
+
+
 def _strided(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.layout is not torch.strided:
         raise ValueError(f"a tensor of layout {tensor.layout} was given; only strided tensors can be communicated")

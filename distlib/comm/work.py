@@ -53,6 +53,18 @@ class Operation(Protocol):
     def notify(self, id: int) -> bool: ...
 
 
+class Owner(Protocol):
+    """Whose collectives works are: a Group."""
+
+    def abort(self, message: str) -> None:
+        """Ends it for all ranks."""
+        ...
+
+    def failed(self, error: CollectiveError) -> None:
+        """One of its collectives failed on this rank."""
+        ...
+
+
 class _Queue:
     """The core's queue of completions, where there is no core."""
 
@@ -143,7 +155,7 @@ class Work(dist.Work):
     """A started collective. `wait()` blocks, then raises CollectiveError if it failed on any rank.
 
     result: the tensors it fills. finish: copies results home (non-contiguous outputs); run once, on success.
-    account: told the operation once it is done, for the ledger.
+    account: told the operation once it is done, for the ledger. owner: the group, which hears of failures.
     """
 
     def __init__(
@@ -153,7 +165,7 @@ class Work(dist.Work):
         keep: object = None,
         finish: Callable[[], None] | None = None,
         account: Callable[[Operation], None] | None = None,
-        abort: Callable[[str], None] | None = None,
+        owner: Owner | None = None,
         what: str = "operation",
     ) -> None:
         super().__init__()
@@ -162,7 +174,7 @@ class Work(dist.Work):
         self._keep = keep  # memory that the operation reads or writes
         self._finish = finish
         self._account = account
-        self._abort = abort
+        self._owner = owner
         self._what = what
         self._error: BaseException | None = None
         self._completed = False
@@ -177,9 +189,11 @@ class Work(dist.Work):
                 return
             code = self.operation.code
             if code:
-                self._error = CollectiveError(self.operation.text, native.CODES[code])
-                self._error.__cause__ = getattr(self.operation, "cause", None)
+                self._error = error = CollectiveError(self.operation.text, native.CODES[code])
+                error.__cause__ = getattr(self.operation, "cause", None)
                 _quarantine.append(self._keep)
+                if self._owner is not None:
+                    self._owner.failed(error)
             else:
                 if self._finish is not None:
                     self._finish()
@@ -203,8 +217,8 @@ class Work(dist.Work):
             seconds = timeout.total_seconds() if timeout else 0.0
             if not self.operation.wait(seconds or _FOREVER):
                 text = f"{self._what} was not done within {seconds:.1f} s of wait()"
-                if self._abort is not None:
-                    self._abort(text)
+                if self._owner is not None:
+                    self._owner.abort(text)
                 raise CollectiveError(text, "timeout")
             self.complete()
         if self._error is not None:

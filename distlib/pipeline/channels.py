@@ -291,7 +291,7 @@ class MessageSender:
 
         # What is on its way is in `works` alone, and leaves it message by message.
         step = self.runner.start(lambda: self._see_off(header, packed, works))
-        self._under_way.append((Work(step, [], abort=edge.line.group.abort, what="send"), header.micro_batch))
+        self._under_way.append((Work(step, [], owner=edge.line.group, what="send"), header.micro_batch))
         self._under_way = [(work, k) for work, k in self._under_way if not work.is_success()]
 
     def _see_off(self, sent: Header, packed: Tensor, works: list[Work]) -> None:

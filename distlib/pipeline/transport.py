@@ -23,7 +23,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from distlib.comm.group import Group, Timeout, seconds_of
+from distlib.comm.channel import Timeout, seconds_of
+from distlib.comm.group import Group
 from distlib.comm.line import Line
 from distlib.comm.slots import Room, SlotPool
 from distlib.comm.threads import Runner

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from distlib.comm.group import Group, Timeout, seconds_of
+from distlib.comm.channel import Timeout, seconds_of
+from distlib.comm.group import Group
 from distlib.data_parallel.agreement import from_rank
 from distlib.data_parallel.naming import under_one_name
 from distlib.memory import KINDS, MemoryReport, replicated_report

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from distlib.comm.group import Group
 from distlib.comm.naming import named
+from distlib.comm.ties import tie
 from distlib.topology import Topology
 from distlib.words import ranks_text
 
@@ -93,15 +94,18 @@ def _build(world: Group, partitions: Sequence[tuple[int, ...]], backend: str) ->
     mine = next(i for i, ranks in enumerate(partitions) if world.rank in ranks)
     part = partitions[mine].index(world.rank)
     across = sorted(ranks[part] for ranks in partitions)
+    gather, reduce = (_subgroup(role, world, partitions[mine], backend) for role in ("partition", "reduction"))
+    replication = _subgroup("replication", world, across, backend)
+    tie(group for group in (gather, reduce, replication) if group is not None)
     return Grid(
         world,
         len(partitions[0]),
         len(partitions),
         part,
         across.index(world.rank),
-        _subgroup("partition", world, partitions[mine], backend),
-        _subgroup("reduction", world, partitions[mine], backend),
-        _subgroup("replication", world, across, backend),
+        gather,
+        reduce,
+        replication,
         backend,
     )
 
@@ -140,4 +144,5 @@ def secondary_group(grid: Grid, size: bool | int) -> Group | None:
     first = grid.gather.rank // size * size
     members = [grid.gather.ranks[r] for r in range(first, first + size)]
     made[size] = _new_group("secondary partition", members, grid.backend, grid.world.timeout)
+    tie([grid.gather, made[size]])
     return made[size]
