@@ -17,6 +17,7 @@ from distlib.roll_call import Patience, leave_together
 from distlib.topology import Topology
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
+LONGEST_TIMEOUT = timedelta(days=3650)
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,8 @@ def _check_arguments(backend: str, timeout: timedelta, nodes: int | None) -> Non
         raise ValueError(f"backend={backend!r} must name a backend, such as 'auto', 'distlib' or 'gloo'")
     if not isinstance(timeout, timedelta) or timeout <= timedelta(0):
         raise ValueError(f"timeout={timeout!r} must be a positive timedelta, such as timedelta(minutes=10)")
+    if timeout > LONGEST_TIMEOUT:
+        raise ValueError(f"timeout={timeout!r} must be at most {LONGEST_TIMEOUT.days} days: no clock goes much further")
     if nodes is not None and (not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 1):
         raise ValueError(f"nodes={nodes!r} must be a whole number from 1 to the number of ranks, or None")
 

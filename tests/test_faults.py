@@ -334,6 +334,7 @@ def dies_while_its_child_lives(rank: int, n: int) -> str:
     group.barrier()
     if rank == 1:
         if os.fork() == 0:
+            os.setsid()  # else it would be killed with its parent's group
             time.sleep(4)  # holds what it inherited, as a data loader's worker would
             os._exit(0)
         os.kill(os.getpid(), signal.SIGKILL)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -128,6 +130,71 @@ def interrupted(rank: int, n: int) -> float:
 
 def test_whoever_waits_for_a_message_can_be_interrupted() -> None:
     assert run_ranks(2, interrupted, env=hosts(2))[1] < 10
+
+
+def waits_in_vain(rank: int, n: int, how: str) -> str:
+    """Rank 1 is late for a message of rank 0, or ends."""
+    dist.init_process_group("distlib", store=store(), rank=rank, world_size=n)
+    group, shared = Group.of(), store()
+    group.barrier()
+    if rank == 1:
+        if how == "ends":
+            time.sleep(0.5)
+            end()
+        shared.wait(["told"])
+        return ""
+    text = fails(lambda: group.recv(torch.zeros(3), 1, timeout=1.5 if how == "late" else TIMEOUT))[1]
+    shared.set("told", "")
+    return text
+
+
+@pytest.mark.parametrize(("how", "seconds"), [("late", r"1\.[5-9]"), ("ends", r"0\.\d")])
+def test_a_message_that_fails_says_how_long_it_was_waited_for(how: str, seconds: str) -> None:
+    outcome = run_ranks_raw(2, waits_in_vain, how, env=hosts(2))[0]
+    assert outcome.ok, str(outcome)
+    assert re.match(rf"recv from rank 1 \(tag 0\) failed after {seconds} s\. gloo says: ", outcome.value), outcome.value
+
+
+def ends_before_its_child(rank: int, n: int) -> tuple[str, str]:
+    """A child that rank 1 had forked holds what it inherited, as a data loader's worker would."""
+    dist.init_process_group("distlib", store=store(), rank=rank, world_size=n)
+    group = Group.of()
+    group.barrier()
+    if rank == 1:
+        if os.fork() == 0:
+            os.setsid()  # else it would be killed with its parent's group
+            time.sleep(20)
+            os._exit(0)
+        end()
+    return fails(lambda: group.all_reduce(torch.zeros(3), timeout=TIMEOUT))
+
+
+@pytest.mark.parametrize("env", [{"DISTLIB_NODES": "2"}, {"DISTLIB_CORE": "0"}])
+def test_a_rank_is_seen_to_end_though_a_child_of_it_lives(env: dict[str, str]) -> None:
+    outcome = run_ranks_raw(2, ends_before_its_child, env=env)[0]
+    assert outcome.ok, str(outcome)
+    assert outcome.value[0] == "dead" and "rank 1" in outcome.value[1] and outcome.seconds < 12, str(outcome)
+
+
+def forks_and_goes_on(rank: int, n: int) -> str:
+    """Only sockets of gloo are not for children, and the parent keeps all."""
+    kept, other = socket.socketpair()
+    with process_group(rank, n):
+        dist.destroy_process_group(dist.new_group(range(n)))  # its descriptors are free again
+        late, answer = socket.socketpair()
+        if (child := os.fork()) == 0:
+            kept.send(b"a")
+            late.send(b"b")
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        x = torch.ones(3)
+        dist.all_reduce(x)
+        assert x.tolist() == [n] * 3
+        return (other.recv(1) + answer.recv(1)).decode()
+
+
+def test_a_child_keeps_the_sockets_that_are_not_of_a_group() -> None:
+    assert run_ranks(2, forks_and_goes_on, env=hosts(2)) == ["ab", "ab"]
 
 
 # ---------------------------------------------------------------- collectives

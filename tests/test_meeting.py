@@ -69,7 +69,7 @@ def meets_with_few_files(rank: int, n: int, victim: int, left: int) -> tuple[str
     return meets(rank, n), os.getpid()
 
 
-# Needed are one to knock (not to be knocked at), one for the memory that is handed over, and one to keep the connection.
+# Needed are one to knock (not to be knocked at), one for the memory that comes, and one to keep the connection.
 @pytest.mark.parametrize(("victim", "left"), [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)])
 def test_a_process_without_descriptors_says_so_and_is_named_by_the_others(victim: int, left: int) -> None:
     outcomes = run_ranks_raw(2, meets_with_few_files, victim, left, timeout=40)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import process_group, run_ranks
+from ranks import process_group, run_ranks, run_ranks_raw
 from test_collectives import KINDS, Case, check, place, values
 
 import distlib
@@ -217,6 +219,50 @@ def test_shares_cover_every_element_once(count: int, rails: int, hosts: int) -> 
     ends = [shares.of(r) for r in range(rails + 2)]
     assert [i for b, e in ends for i in range(b, e)] == list(range(count))
     assert shares.share * rails >= count and shares.share == shares.part * hosts
+
+
+def rail_fails(rank: int, n: int) -> str:
+    """The network between ranks 0 and 2 fails at the limit; their neighbours, whose rail works, wait for them."""
+    with process_group(rank, n, timeout=2):
+        group = Group.of()
+        group.all_reduce(torch.ones(8))
+        channel: Any = group.cpu_channel
+
+        def fail(*_: Any) -> None:
+            time.sleep(2.5)
+            raise RuntimeError("Timed out waiting 2000ms for recv operation to complete")
+
+        if rank in (0, 2):
+            channel._sum_between = fail
+        with pytest.raises(CollectiveError) as caught:
+            group.all_reduce(torch.ones(8))
+        return str(caught.value)
+
+
+@NO_CORE
+def test_the_network_tells_that_it_failed_before_those_who_wait_for_it_are_named() -> None:
+    for text in run_ranks(4, rail_fails, env={"DISTLIB_NODES": "2"}):
+        assert "Timed out waiting 2000ms" in text and "ran into the timeout" not in text, text
+
+
+def stops(rank: int, n: int) -> str:
+    """Rank 1 is stopped inside an all-reduce. Rank 0 waits for it in memory, and rank 2, by the network, for rank 0."""
+    with process_group(rank, n, timeout=2):
+        group = Group.of()
+        group.all_reduce(torch.ones(8))
+        channel: Any = group.cpu_channel
+        if rank == 1:
+            channel._sum_inside = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
+        with pytest.raises(CollectiveError) as caught:
+            group.all_reduce(torch.ones(8))
+        return str(caught.value)
+
+
+@NO_CORE
+def test_who_is_stopped_inside_a_host_is_named_over_the_network() -> None:
+    outcomes = run_ranks_raw(3, stops, env={"DISTLIB_NODES": "2"})
+    assert outcomes[0].ok and outcomes[0].seconds < 10, outcomes[0]
+    assert outcomes[2].ok and "ranks that ended or do not answer: rank 1." in outcomes[2].value, outcomes[2]
 
 
 def lateness(rank: int, n: int) -> Any:

@@ -29,6 +29,7 @@ import distlib.world
 from distlib.launchers import Launch
 from distlib.rendezvous import meet
 from distlib.topology import Topology
+from distlib.world import LONGEST_TIMEOUT
 
 SECONDS = timedelta(seconds=20)
 RECORD = {"backend": "gloo", "nodes": None, "gpu": None}
@@ -247,6 +248,8 @@ def test_a_fork_after_init_is_told_so() -> None:
         ({"backend": ""}, "backend='' must name"),
         ({"timeout": 60}, "timeout=60 must be a positive timedelta"),
         ({"timeout": timedelta(0)}, "must be a positive timedelta"),
+        ({"timeout": timedelta.max}, r"timeout=datetime.timedelta\(days=999999999, .*\) must be at most 3650 days"),
+        ({"timeout": timedelta(days=99999)}, r"timeout=datetime.timedelta\(days=99999\) must be at most 3650 days"),
         ({"nodes": 0}, "nodes=0 must be a whole number"),
         ({"nodes": 2}, "nodes=2 is not possible with 1 ranks. Fix: choose 1 to 1"),
     ],
@@ -255,6 +258,20 @@ def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str, mo
     monkeypatch.delenv("DISTLIB_NODES", raising=False)
     with pytest.raises(ValueError, match=message):
         distlib.init(**arguments)
+
+
+def _waits_long(rank: int, n: int) -> float:
+    distlib.init(timeout=LONGEST_TIMEOUT)
+    x = torch.ones(3)
+    dist.all_reduce(x)
+    (dist.recv if rank else dist.send)(x, 1 - rank)
+    distlib.shutdown()
+    return x[0].item()
+
+
+@pytest.mark.parametrize("nodes", ["1", "2"])
+def test_the_longest_timeout_can_be_waited_for(nodes: str) -> None:
+    assert run_ranks(2, _waits_long, env={"DISTLIB_NODES": nodes}) == [2.0, 2.0]
 
 
 @pytest.mark.parametrize(("variable", "message"), [("x", "is no whole number"), ("3", "DISTLIB_NODES=3")])

@@ -90,7 +90,7 @@ class _Summed:
         return view.nbytes
 
     def write_tensor(self, tensor: torch.Tensor) -> None:
-        """As `torch.save` writes it. What the file raises is raised: torch says "enforce fail" of a disk that is full."""
+        """As `torch.save` does, which has words of its own for a full disk: what the file raised is raised instead."""
         try:
             torch.save(tensor, self)
         except RuntimeError as error:

@@ -28,6 +28,7 @@ from distlib.comm.channel import BETWEEN_HOSTS, SAME_HOST, Collective, Traffic
 from distlib.comm.gloo_bytes import Sent, broadcast_targets, expected_sent
 from distlib.comm.gloo_faults import PATIENCE, Account, Gone, Waiting, close, why_closed
 from distlib.comm.gloo_messages import GlooMessage, message_bytes
+from distlib.comm.inherited import not_by_children
 from distlib.comm.tensors import bytes_of, flat
 from distlib.comm.threads import Runner, Step
 from distlib.comm.watch import lookout
@@ -63,7 +64,8 @@ def process_group(
     asked = BoundedStore(store)
     try:
         asked.set(f"here/{rank}", "1")
-        return make(store, rank, size, options)
+        with not_by_children():
+            return make(store, rank, size, options)
     except RuntimeError as error:
         absent: list[int] = []
         with suppress(RuntimeError):  # the store has gone

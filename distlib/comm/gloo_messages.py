@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -57,6 +58,7 @@ class GlooMessage(Step):
     def _inside(self) -> dict[int, int]:
         """Returns the bytes that left this rank, by destination."""
         work, self._work = self._work, None
+        begin = time.monotonic()
         with Waiting(peer=self.peer, step=self).inside(self._looked_after):
             try:
                 work.wait(timedelta(seconds=self._seconds))
@@ -64,7 +66,7 @@ class GlooMessage(Step):
                 if told := self._account.aborted():
                     raise CollectiveError(told) from error
                 code = "timeout" if "imed out" in str(error) else "dead"
-                text = f"{self.what} failed within {self._seconds:.1f} s. gloo says: {error}"
+                text = f"{self.what} failed after {time.monotonic() - begin:.1f} s. gloo says: {error}"
                 raise CollectiveError(text, code) from error
         if self.what.startswith("recv"):
             self.source = work._source_rank()

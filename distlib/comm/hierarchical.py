@@ -34,6 +34,7 @@ from distlib.topology import Topology
 
 LAG = 2  # chunks whose transfers are under way beside the one that memory works on
 PAYS_FROM = 512 << 10  # bytes of the whole: measured on 2 x 2 ranks at 1 and 10 Gbit/s, even at 256 KiB, ahead at 1 MiB
+INSIDE_LONGER = 5.0  # seconds beyond the limit for the ranks of a host: who is late there may wait for the network
 _TAG = 1  # of all messages on a rail: they arrive in the order in which they were sent
 
 
@@ -110,8 +111,11 @@ def reduce_rows(out: torch.Tensor, rows: Sequence[torch.Tensor], op: str, diviso
 def run_inside(
     channel: HostChannel, kind: str, send: list[Span], recv: list[Span], like: Collective, limit: timedelta
 ) -> int:
-    """A part of a collective among the ranks of this host. Returns the bytes moved, or raises CollectiveError."""
-    operation = channel.start_reduction(kind, send, recv, like, 1, limit.total_seconds())
+    """A part of a collective among the ranks of this host. Returns the bytes moved, or raises CollectiveError.
+
+    Where the network fails, those who wait for it are to say so, before others take them for the culprits.
+    """
+    operation = channel.start_reduction(kind, send, recv, like, 1, limit.total_seconds() + INSIDE_LONGER)
     if operation.code:
         raise CollectiveError(operation.text, native.CODES[operation.code])
     return operation.peer_bytes
