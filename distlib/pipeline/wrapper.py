@@ -16,7 +16,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from distlib.comm.channel import Timeout, seconds_of
 from distlib.comm.group import Group
 from distlib.data_parallel.agreement import from_rank
-from distlib.data_parallel.naming import under_one_name
+from distlib.data_parallel.naming import Transparent, under_one_name
 from distlib.memory import KINDS, MemoryReport, replicated_report
 from distlib.optim.norm import clip_grad_norm_
 from distlib.pipeline import build, division, micro_batches
@@ -353,7 +353,8 @@ class PipelineParallel(nn.Module):
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What this rank holds, under the whole model's names."""
+        """What this rank holds, under the whole model's names: its stages only, and pieces where they are sharded.
+        `full_state_dict()` is the whole model's."""
         found: dict[str, Any] = {}
         for part in self._parts.values():
             found.update(part.state_dict(*args, **kwargs))
@@ -365,13 +366,13 @@ class PipelineParallel(nn.Module):
 
         Raises RuntimeError (strict) for names that the whole model does not have, and for own ones that are missing.
         """
-        known = {name for name, _, _ in self.division.tensors} | self.division.aliases.keys() | self.state_dict().keys()
+        held = [(part, _bare(part).state_dict().keys()) for part in self._parts.values()]
+        known = {name for name, _, _ in self.division.tensors}.union(self.division.aliases, *(own for _, own in held))
         unknown = sorted(k for k in state_dict.keys() - known if not k.endswith("_extra_state"))
         if unknown and strict:
             raise RuntimeError(f"load_state_dict: the model has no {', '.join(unknown[:8])}")
         missing: list[str] = []
-        for part in self._parts.values():
-            own = part.state_dict().keys()
+        for part, own in held:
             found = part.load_state_dict({k: v for k, v in state_dict.items() if k in own}, strict, assign)
             missing += found.missing_keys
         return _IncompatibleKeys(missing, unknown)
@@ -425,6 +426,11 @@ class PipelineParallel(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError("PipelineParallel belongs to its process group and cannot be pickled; save full_state_dict()")
+
+
+def _bare(part: nn.Module) -> nn.Module:
+    """A stage without its data-parallel wrapper."""
+    return part.module if isinstance(part, Transparent) else part
 
 
 def _copy(value: Any) -> Any:
