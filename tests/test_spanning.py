@@ -251,8 +251,13 @@ def stops(rank: int, n: int) -> str:
         group = Group.of()
         group.all_reduce(torch.ones(8))
         channel: Any = group.cpu_channel
+
+        def stop(*_: Any) -> None:
+            os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(60)  # the signal takes a moment to reach all threads
+
         if rank == 1:
-            channel._sum_inside = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
+            channel._sum_inside = stop
         with pytest.raises(CollectiveError) as caught:
             group.all_reduce(torch.ones(8))
         return str(caught.value)
