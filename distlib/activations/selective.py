@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from distlib import writes
 from distlib.activations.live import has_storage, storage_key
-from distlib.activations.origins import Operation, Origins, says_what_it_writes, tensors_in, written
+from distlib.activations.origins import Operation, Origins, Remembered, says_what_it_writes, tensors_in, written
 
 Policy = Callable[..., Any]  # policy(operation, *args, **kwargs) -> whether its result is kept
 Key = tuple[Operation, int]  # the n-th call of an operation in a block
@@ -153,13 +153,17 @@ class Selection:
     """What is kept of one forward of a block.
 
     given: tensors that the block was given. wasted: calls that are not worth keeping, learned from recomputation to
-    recomputation; shared by all forwards of the block.
+    recomputation; casts: those of its parameters. Both are shared by all forwards of the block.
     """
 
-    def __init__(self, policy: Policy, wasted: set[Key], block: nn.Module, given: Collection[torch.Tensor]) -> None:
+    def __init__(
+        self, policy: Policy, wasted: set[Key], casts: Remembered, block: nn.Module, given: Collection[torch.Tensor]
+    ) -> None:
         self.policy = policy
         self.wasted = wasted
         self.kept: dict[Key, Kept] = {}
+        self._ran = False
+        self._casts, self._constants = casts, Remembered()
         self._block = block
         self._arguments = frozenset(storage_key(tensor) for tensor in given if has_storage(tensor))
 
@@ -170,7 +174,15 @@ class Selection:
 
     def origins(self) -> Origins:
         """For a run of the block."""
-        return Origins(self._block, self._arguments)
+        return Origins(self._block, self._arguments, self._constants, self._casts)
+
+    def ran(self) -> None:
+        """The forward is complete. A recomputation before that is for a derivative within the block."""
+        self._ran = True
+
+    def take(self, key: Key) -> Kept | None:
+        """What a recomputation uses; while the forward runs, it stays for the one of the backward."""
+        return self.kept.pop(key, None) if self._ran else self.kept.get(key)
 
     def storages(self) -> dict[int, int]:
         """Bytes of what is kept, by storage."""
@@ -181,6 +193,8 @@ class Selection:
 
     def learn(self) -> int:
         """A recomputation is complete: what it left is freed, and not kept again. Returns its bytes."""
+        if not self._ran:
+            return 0
         freed = sum(self.storages().values())
         self.wasted.update(self.kept)
         self.kept.clear()
@@ -232,7 +246,7 @@ class _Watching(TorchDispatchMode, ABC):
             return result
         result = func(*args, **kwargs)
         if does == "casts":
-            self._origins.unknown(result)
+            self._origins.cast(origin, args[0], result)
             return result
         self._origins.made(origin, result)
         for tensor in written(func, args, kwargs):
@@ -293,7 +307,7 @@ class _Giving(_Watching):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _result(self, key: Key, origin: int, args: Any, kwargs: Any) -> Any:
-        kept = self._selection.kept.pop(key, None)
+        kept = self._selection.take(key)
         if kept is not None and kept.origin == origin:  # else this is another call: the forward did more, or less
             if kept.unchanged:
                 return kept.result
@@ -305,7 +319,7 @@ class _Giving(_Watching):
 def _what_it_does(operation: Operation) -> str:
     """What it "computes" may be kept. It "writes" to arguments. It "views" them: there is nothing to keep. It "casts":
     autocast remembers those of parameters from forward to forward, so that the n-th in one run is not the n-th in
-    another."""
+    another, and none is kept."""
     if operation is torch.ops.aten._to_copy.default:
         return "casts"
     schema = getattr(operation, "_schema", None)

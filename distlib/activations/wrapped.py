@@ -28,6 +28,7 @@ from distlib.activations.counting import Account, Counting, Hooks
 from distlib.activations.lending import Stay
 from distlib.activations.live import has_storage, storage_key, version
 from distlib.activations.offload import Offloader, storages_of
+from distlib.activations.origins import Remembered
 from distlib.activations.parameters import Parameters
 from distlib.activations.selective import Key, Policy, Selection
 from distlib.activations.surroundings import Draws, OwnRandom, same_attributes
@@ -121,6 +122,7 @@ class Wrapped:
         self.seen: Callable[[Wrapped, Any, Any], None] | None = None  # told of inputs, while blocks are measured
         self._own = block.__dict__.get("forward")  # a forward that somebody else has put there
         self._wasted: set[Key] = set()
+        self._casts = Remembered()
         self._draws = Draws()
         block.forward = self
 
@@ -143,7 +145,7 @@ class Wrapped:
             self.block.forward = self._own
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_wasted": set(), "_draws": Draws(), "seen": None}
+        return {**self.__dict__, "_wasted": set(), "_casts": Remembered(), "_draws": Draws(), "seen": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -197,7 +199,7 @@ class Wrapped:
         own_random = OwnRandom(self.block, leaves, self._draws)
         selection = None
         if self.kind == "selective":
-            selection = Selection(self.setting.policy, self._wasted, self.block, tensors)
+            selection = Selection(self.setting.policy, self._wasted, self._casts, self.block, tensors)
         training = self.block.training
         parameters = Parameters(self.block, self.name)
         versions = [version(tensor) for tensor in tensors]
@@ -227,6 +229,7 @@ class Wrapped:
             result = checkpoint(run, *tensors, use_reentrant=False)
         else:
             result = checkpoint(run, *tensors, use_reentrant=False, context_fn=selection.modes)
+            selection.ran()
         guard.ran()
         own_random.ran()
         parameters.ran()
