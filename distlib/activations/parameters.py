@@ -37,6 +37,15 @@ class _Slot:
     tensor: torch.Tensor
     version: int
     memory: _Memory | None
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, name: str, owner: nn.Module, key: str, tensor: torch.Tensor) -> _Slot:
+        return cls(name, owner, key, tensor, version(tensor), _memory(tensor), tensor.requires_grad)
+
+    def is_turned(self) -> bool:
+        """Whether it was frozen since, or is trained again."""
+        return self.tensor.requires_grad != self.requires_grad and self.tensor.is_leaf
 
     def is_written(self) -> bool:
         return version(self.tensor) != self.version
@@ -59,14 +68,14 @@ class Parameters:
     """What a block computes with in a forward. Make it before, call `ran()` after it; `recomputing()` is for around
     the recomputation.
 
-    name: of the block, for errors.
+    parts: the block's modules by name, itself as "". name: of the block, for errors.
     """
 
-    def __init__(self, block: nn.Module, name: str) -> None:
+    def __init__(self, parts: dict[str, nn.Module], name: str) -> None:
         self._block = name
         self._slots = [
-            _Slot(f"{path}.{key}" if path else key, owner, key, tensor, version(tensor), _memory(tensor))
-            for path, owner in block.named_modules()
+            _Slot.of(f"{path}.{key}" if path else key, owner, key, tensor)
+            for path, owner in parts.items()
             for key, tensor in owner._parameters.items()
             if tensor is not None
         ]
@@ -81,14 +90,31 @@ class Parameters:
 
     @contextlib.contextmanager
     def recomputing(self) -> Iterator[None]:
-        """A forward that writes its parameters does so again here: they must be the same after it, as where it bounds
-        them.
+        """Parameters have gradients as in the forward. A forward that writes its parameters does so again here: they
+        must be the same after it, as where it bounds them.
 
         Raises:
             RuntimeError: a parameter was written since the forward, or another tensor hangs in its place; or the
                 recomputation has changed one.
         """
         self._require_unchanged()
+        with self._turned_back(), self._writing_again():
+            yield
+
+    @contextlib.contextmanager
+    def _turned_back(self) -> Iterator[None]:
+        """Those of a discriminator, say, are frozen in the generator's forward: trained, they would save more."""
+        turned = [slot for slot in self._slots if slot.is_turned()]
+        for slot in turned:
+            slot.tensor.requires_grad_(slot.requires_grad)
+        try:
+            yield
+        finally:
+            for slot in turned:
+                slot.tensor.requires_grad_(not slot.requires_grad)
+
+    @contextlib.contextmanager
+    def _writing_again(self) -> Iterator[None]:
         if not self._written:
             yield
             return

@@ -1,11 +1,11 @@
-"""What a block's forward finds and leaves beside its arguments, parameters and buffers: attributes of its modules, and
-generators of random numbers that are not torch's default ones."""
+"""Generators of random numbers that a block's forward draws from, and that are not torch's default ones."""
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,24 +14,6 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 WATCHED = 8  # first forwards of a block, in which it is found out whether it draws from Python's and numpy's generators
-
-
-@contextmanager
-def same_attributes(module: nn.Module) -> Iterator[None]:
-    """Tensors that are put into attributes inside, as `self.aux = h.mean()`, are gone behind it, and those that hung
-    there before are back: they hold a graph, and with it memory."""
-    before = [(part, dict(part.__dict__)) for part in module.modules()]
-    try:
-        yield
-    finally:
-        for part, attributes in before:
-            for key, now in list(part.__dict__.items()):
-                if now is attributes.get(key) or not isinstance(now, torch.Tensor):
-                    continue
-                if key in attributes:
-                    part.__dict__[key] = attributes[key]
-                else:
-                    del part.__dict__[key]
 
 
 class _Python:
@@ -95,12 +77,12 @@ class OwnRandom:
     """Generators of one forward of a block: make it before, call `ran()` after it. `as_before()` is for around the
     recomputation: it draws what the forward drew, and the numbers behind it are none the wiser.
 
-    leaves: of the block's arguments.
+    parts: the block's modules. leaves: of its arguments.
     """
 
-    def __init__(self, block: nn.Module, leaves: Collection[Any], draws: Draws) -> None:
-        hung = [value for part in block.modules() for value in part.__dict__.values()]
-        own = {id(value): value for value in (*hung, *leaves) if type(value) is torch.Generator}
+    def __init__(self, parts: Iterable[nn.Module], leaves: Collection[Any], draws: Draws) -> None:
+        places = itertools.chain(leaves, *(part.__dict__.values() for part in parts))
+        own = {id(value): value for value in places if type(value) is torch.Generator}
         self._draws = draws
         with _disable_current_modes():  # their states are tensors
             self._global = {name: (its := GLOBAL[name](), its.get()) for name in draws.candidates()}

@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
+from distlib.activations.attributes import Attributes, as_now
 from distlib.activations.buffers import BufferGuard
 from distlib.activations.clock import Span
 from distlib.activations.counting import Account, Counting, Hooks
@@ -31,7 +32,7 @@ from distlib.activations.offload import Offloader, storages_of
 from distlib.activations.origins import Remembered
 from distlib.activations.parameters import Parameters
 from distlib.activations.selective import Key, Policy, Selection
-from distlib.activations.surroundings import Draws, OwnRandom, same_attributes
+from distlib.activations.surroundings import Draws, OwnRandom
 
 KINDS = ("keep", "selective", "full", "offload")
 MOST_TIMES = 1024  # forwards of a block whose seconds are known: those that have no backward end no step
@@ -195,13 +196,15 @@ class Wrapped:
         tensors = [leaves[i] for i in at]
         for i in at:
             leaves[i] = None  # torch keeps them, under version control; here they would be kept besides
+        parts = dict(self.block.named_modules())
         guard = BufferGuard(self.block)
-        own_random = OwnRandom(self.block, leaves, self._draws)
+        own_random = OwnRandom(parts.values(), leaves, self._draws)
+        leaves = [as_now(leaf) for leaf in leaves]
+        attributes = Attributes(parts, self.name)
         selection = None
         if self.kind == "selective":
             selection = Selection(self.setting.policy, self._wasted, self._casts, self.block, tensors)
-        training = self.block.training
-        parameters = Parameters(self.block, self.name)
+        parameters = Parameters(parts, self.name)
         versions = [version(tensor) for tensor in tensors]
         record, watcher = self.record, self.setting.watcher
 
@@ -209,15 +212,14 @@ class Wrapped:
             if given:
                 its_args, its_kwargs = given.pop()
                 return self._forward(its_args, its_kwargs, counts)
-            whole = list(leaves)
+            whole = [as_now(leaf) for leaf in leaves]
             for i, tensor in zip(at, tensors, strict=True):
                 whole[i] = tensor
             its_args, its_kwargs = tree_unflatten(whole, spec)
-            self._require_same_mode(training)
             span = Span(device).begin()
             watcher.backward_runs()
             try:
-                with parameters.recomputing(), guard, own_random.as_before(), same_attributes(self.block):
+                with attributes.as_before(), parameters.recomputing(), guard, own_random.as_before():
                     return self._inner(*its_args, **its_kwargs)
             finally:  # torch ends it by an exception as soon as nothing more is needed
                 record.recomputations.append(span.end())
@@ -241,15 +243,6 @@ class Wrapped:
             bytes_of = sum(selection.storages().values()) if selection is not None else 0
             record.kept += watcher.accounts()[1].add(kept, bytes_of)
         return result
-
-    def _require_same_mode(self, training: bool) -> None:
-        """The recomputation must be of what ran in forward."""
-        if self.block.training != training:
-            was, now = ("train()", "eval()") if training else ("eval()", "train()")
-            raise RuntimeError(
-                f"block {self.name!r} ran its forward under {was} and would be recomputed under {now}: call "
-                f".backward() before .{now}"
-            )
 
     def _refuse_changed_inputs(self, _: Any) -> None:
         raise RuntimeError(
