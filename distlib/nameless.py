@@ -39,7 +39,7 @@ class NamelessFile:
         """Room for `nbytes` more, at the end. Raises OSError as the constructor does; the file is then as before."""
         if not nbytes:
             return
-        free = shutil.disk_usage(self.folder).free
+        free = shutil.disk_usage(self.fileno()).free  # of the file: the folder may be gone
         if free < nbytes:  # asking the system would fill the disk for a moment, for others too
             raise self._no_room(errno.ENOSPC, free)
         try:

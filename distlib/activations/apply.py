@@ -79,7 +79,7 @@ def checkpoint_activations(
     devices = {p.device for block in found.values() for p in block.parameters()}
     if name == "offload" or folder is not None:
         offloader = Offloader(
-            Path(folder) if folder is not None else None,
+            Path(folder).absolute() if folder is not None else None,
             parse_size("window", window) if window is not None else None,
             lends=budget is None,  # a budget counts with each block's own memory
         )
@@ -150,6 +150,10 @@ def require_plain(found: Mapping[str, nn.Module]) -> None:
             raise ValueError(
                 f"block {name!r} was compiled in place, block.compile(), and would run uncompiled inside of its "
                 "wrapped forward: put torch.compile(block) into the list instead, before this call"
+            )
+        if any(nn.parameter.is_lazy(p) for p in (*block.parameters(), *block.buffers())):
+            raise ValueError(
+                f"block {name!r} has lazy parameters without shapes: run a forward of the module before this call"
             )
         if isinstance(block, torch.jit.ScriptModule):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Attributes of a block's modules, and objects among its arguments: the recomputation finds there what the forward found.
+"""Attributes of a block's modules, and objects among its arguments: the recomputation finds what the forward found.
 
     self.count += 1                  counts once
     self.state = tanh(... state)     is computed from the state before
@@ -135,7 +135,7 @@ def _take_off(attributes: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 def as_now(leaf: Any) -> Any:
     """An argument for the recomputation, as it is now: of an object that later blocks or the caller may change, a copy,
-    with copies of the lists and dicts in it. leaf: of a pytree, and so no list or dict itself, but for their subclasses.
+    with copies of the lists and dicts in it. leaf: of a pytree, so no list or dict itself, but for their subclasses.
     """
     if not _may_change(leaf):
         return leaf

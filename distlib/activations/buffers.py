@@ -1,4 +1,5 @@
-"""Buffers of a block: the recomputation sees what the forward saw, and leaves them as it found them. A forward that
+"""Buffers of a block: the recomputation sees what the forward saw, and leaves them as it found them: in the place of
+a changed one hangs a copy of what it held, which the recomputed graph may save. A forward that
 changes them, such as that of a batch norm, would do so twice without it; and others may write them before backward.
 
     self.mean.mul_(0.9)           written: the values before are kept
@@ -15,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from distlib.activations.live import version
+from distlib.activations.live import has_storage, storage_key, version
 
 SMALL = 1 << 20  # bytes: up to it, what a buffer held before is copied in every forward, in case it is written
 Hanging = list[tuple[nn.Module, dict[str, torch.Tensor | None]]]  # modules, and the buffers that hang in each
@@ -37,7 +38,11 @@ class _Before:
     def write(self, value: torch.Tensor) -> None:
         """To the graph nothing changes: what stood there before is written back at the end."""
         with torch.no_grad(), _disable_current_modes(), torch.autograd._unsafe_preserve_version_counter(self.buffer):
-            self.buffer.copy_(value)
+            into = self.buffer
+            for dim in range(into.dim() if into.layout is torch.strided else 0):
+                if into.stride(dim) == 0 and into.size(dim) > 1:  # expanded: one of them is all of them
+                    into, value = into.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
+            into.copy_(value)
 
     def differs(self) -> bool:
         """Whether it holds something else by now. To compare values on a GPU would stop it: there all small buffers
@@ -101,11 +106,23 @@ class BufferGuard:
         with _disable_current_modes():  # these are no operations of the block
             changed = [before for before in self._before if before.differs()]
             self._now = {before.name: before.buffer.detach().clone() for before in changed}
+            instead = {id(before.buffer): before.copy.clone() for before in changed if before.copy is not None}
         self._hang_now = _hanging(self._module)
-        _hang(self._hung)
+        shared = self._in_shared_memory()
+        hangs = {id(buffer) for _, store in self._hung for buffer in store.values()} - shared
+        stands = {key: copy for key, copy in instead.items() if key in hangs}
+        _hang([(part, {key: stands.get(id(b), b) for key, b in store.items()}) for part, store in self._hung])
         for before in changed:
-            if before.copy is not None:
+            if before.copy is not None and id(before.buffer) not in stands:
                 before.write(before.copy)
+
+    def _in_shared_memory(self) -> set[int]:
+        """Buffers of which others are views: a copy of one would not be a view of a copy of the other."""
+        of: dict[int, set[int]] = {}
+        for before in self._before:
+            if has_storage(before.buffer):
+                of.setdefault(storage_key(before.buffer), set()).add(id(before.buffer))
+        return {one for group in of.values() if len(group) > 1 for one in group}
 
     def __exit__(self, *_: object) -> None:
         for before in self._before:

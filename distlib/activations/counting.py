@@ -12,7 +12,7 @@ import torch
 import torch.utils.checkpoint as checkpointing
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from distlib.activations.live import has_storage, storage_key
+from distlib.activations.live import has_storage, storage_key, version
 
 TOP = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]  # of saved tensors: pack, unpack
@@ -48,14 +48,34 @@ class Staying:
         return self.tensor
 
 
+class Standing:
+    """A saved tensor that somebody else has, too: a parameter, a buffer, an input. Its version is checked, as autograd
+    does; not that of a sharded parameter, whose memory is freed and filled meanwhile."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.version = version(tensor)
+
+    def get(self) -> torch.Tensor:
+        base = self.tensor if self.tensor._base is None else self.tensor._base
+        if not takes_turns(base) and not self.tensor.is_inference():
+            require_version(self.tensor, self.version, self.tensor.dtype, self.tensor.size())
+        return self.tensor
+
+
+def takes_turns(tensor: torch.Tensor) -> bool:
+    """Whether it is a whole parameter of ShardedDataParallel, or a piece of one."""
+    return hasattr(tensor, "_distlib_comes_and_goes") or hasattr(tensor, "_distlib_shard")
+
+
 def stay(tensor: torch.Tensor) -> Any:
     """What autograd is to hold of a saved tensor that stays."""
-    return tensor if tensor.grad_fn is None else Staying(tensor)
+    return Standing(tensor) if tensor.grad_fn is None else Staying(tensor)
 
 
 def come_back(packed: Any) -> torch.Tensor:
     """The tensor that `stay` was given."""
-    return packed.get() if isinstance(packed, Staying) else packed
+    return packed.get() if isinstance(packed, Staying | Standing) else packed
 
 
 def require_version(counter: torch.Tensor, version: int, dtype: torch.dtype, size: torch.Size) -> None:

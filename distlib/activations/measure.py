@@ -25,6 +25,7 @@ from distlib.activations.buffers import BufferGuard
 from distlib.activations.clock import Span
 from distlib.activations.live import LiveBytes, has_storage, storage_key
 from distlib.activations.offload import Offloader
+from distlib.activations.surroundings import Draws, OwnRandom
 from distlib.activations.wrapped import Wrapped, on_first_gradient, same_random
 
 Loss = Callable[[Any], torch.Tensor]
@@ -116,8 +117,10 @@ def no_trace(module: nn.Module, inputs: Any) -> Iterator[None]:
     """Random numbers drawn inside are drawn again outside; buffers get back what they held."""
     tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
     guard = BufferGuard.of_any_size(module)
+    own_random = OwnRandom(list(module.modules()), tree_leaves(inputs), Draws())
+    own_random.keep_all()
     try:
-        with same_random(tensors):
+        with same_random(tensors), own_random.as_before():
             yield
     finally:
         guard.ran()
@@ -284,12 +287,11 @@ class Measurement:
 
     def _signature(self, one: Wrapped) -> Any:
         """Blocks that agree in it cost alike."""
-        state = [(name, p.shape, p.dtype, p.requires_grad) for name, p in one.block.named_parameters()]
         given = [
             (leaf.shape, leaf.dtype, leaf.requires_grad) if isinstance(leaf, torch.Tensor) else repr(leaf)
             for leaf in tree_leaves(self._captured.get(one, ()))
         ]
-        return repr((type(one.block), one.block.training, state, given, one.block.extra_repr()))
+        return repr(([(name, _settings(part)) for name, part in one.block.named_modules()], given))
 
     def _measure(self, one: Wrapped, kinds: Sequence[str], offloader: Offloader | None) -> list[Choice]:
         own = handles(one.block)
@@ -371,6 +373,19 @@ class Measurement:
                 deferred = max(0, live.live - sum(given.values()))
                 queue.run()
             return Alone(max(0, kept), forward, backward, begins[0] - start if begins else None, deferred)
+
+
+def _settings(part: nn.Module) -> list[Any]:
+    """Of a module without its parts: class, tensors, and plain attributes; functions count as themselves."""
+    tensors = [*part._parameters.items(), *part._buffers.items()]
+    found: list[Any] = [type(part), id(type(part)), part.training, part.extra_repr()]
+    found += [(name, t.shape, t.dtype, t.requires_grad) for name, t in tensors if t is not None]
+    for name, value in part.__dict__.items():
+        if isinstance(value, int | float | str | tuple | torch.dtype):
+            found.append((name, repr(value)))
+        elif callable(value) and not isinstance(value, Wrapped):
+            found.append((name, id(value)))
+    return found
 
 
 def _sink(output: Any) -> torch.Tensor | None:

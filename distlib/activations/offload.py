@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distlib.activations.counting import come_back, require_version, stay
+from distlib.activations.counting import Standing, come_back, require_version, stay
 from distlib.activations.lending import Held, Lending, Loan, Stay
 from distlib.activations.live import has_storage, storage_key
 from distlib.activations.stores import FileStore, PinnedStore, Store, Transfer
@@ -355,7 +355,7 @@ class _BlockHooks(torch.autograd.graph.saved_tensors_hooks):
         nbytes = tensor.untyped_storage().nbytes()
         key = storage_key(tensor)
         if key in self._own or _is_of_leaf(tensor):
-            return tensor
+            return Standing(tensor)
         odd = tensor.is_conj() or tensor.is_neg() or tensor.is_meta or tensor._is_zerotensor()
         if odd or nbytes < SMALLEST or tensor.nbytes * MOSTLY < nbytes:
             self.kept[key] = nbytes

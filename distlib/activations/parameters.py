@@ -11,6 +11,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
 
+from distlib.activations.counting import takes_turns
 from distlib.activations.live import has_storage, version
 
 
@@ -56,7 +57,7 @@ class _Slot:
         with whole ones, and of tensors without memory of their own."""
         store = self.owner._parameters
         now = store[self.key] if self.key in store else None
-        if now is None or now is self.tensor or _takes_turns(now) or _takes_turns(self.tensor):
+        if now is None or now is self.tensor or takes_turns(now) or takes_turns(self.tensor):
             return False
         memory = _memory(now)
         if memory is None or self.memory is None:
@@ -165,8 +166,3 @@ def _memory(tensor: torch.Tensor) -> _Memory | None:
 
 def _memory_is_told(tensor: torch.Tensor) -> bool:
     return type(tensor) in (torch.Tensor, nn.Parameter) and has_storage(tensor)
-
-
-def _takes_turns(tensor: torch.Tensor) -> bool:
-    """Whether it is a whole parameter of ShardedDataParallel, or a piece of one."""
-    return hasattr(tensor, "_distlib_comes_and_goes") or hasattr(tensor, "_distlib_shard")

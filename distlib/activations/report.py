@@ -132,7 +132,9 @@ class ActivationReport(Shown):
         self.measured_peak = live.peak
 
     def remove(self) -> None:
-        """Gives all blocks their forwards back."""
+        """Gives all blocks their forwards back. RuntimeError where one was wrapped again; nothing is changed then."""
+        for one in self._wrapped:
+            one.require_outermost()
         for one in self._wrapped:
             one.remove()
         for hook in self._hooks:

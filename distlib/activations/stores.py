@@ -59,8 +59,10 @@ class _Job:
         self._future = future
 
     def wait(self) -> None:
-        if not self._future.cancelled():
-            self._future.result()
+        error = None if self._future.cancelled() else self._future.exception()
+        if error is not None:  # anew: its traceback would hold the graph, which holds it, for ever
+            cause = error.__cause__ and error.__cause__.with_traceback(None)
+            raise RuntimeError(str(error) if isinstance(error, RuntimeError) else repr(error)) from cause
 
     def cancel(self) -> bool:
         return self._future.cancel()

@@ -30,11 +30,17 @@ class _Numpy:
     """numpy's, as `numpy.random` uses it."""
 
     def get(self) -> Any:
-        kind, keys, *rest = sys.modules["numpy"].random.get_state()
+        state = sys.modules["numpy"].random.get_state()
+        if isinstance(state, dict):  # of another generator than the default one
+            return state
+        kind, keys, *rest = state
         return kind, keys.tobytes(), *rest
 
     def set(self, state: Any) -> None:
         numpy = sys.modules["numpy"]
+        if isinstance(state, dict):
+            numpy.random.set_state(state)
+            return
         kind, keys, *rest = state
         numpy.random.set_state((kind, numpy.frombuffer(keys, dtype=numpy.uint32), *rest))
 
@@ -87,6 +93,11 @@ class OwnRandom:
         with _disable_current_modes():  # their states are tensors
             self._global = {name: (its := GLOBAL[name](), its.get()) for name in draws.candidates()}
             self._before = [(its := _Torch(generator), its.get()) for generator in own.values()]
+
+    def keep_all(self) -> None:
+        """For a trial: it does not matter who draws."""
+        self._before.extend(self._global.values())
+        self._global = {}
 
     def ran(self) -> None:
         """Forgets those that the forward did not draw from."""

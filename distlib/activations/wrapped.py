@@ -135,12 +135,16 @@ class Wrapped:
     def kind(self, kind: str) -> None:
         self.record.kind = kind
 
-    def remove(self) -> None:
-        """The block's forward is as it was."""
+    def require_outermost(self) -> None:
+        """Raises RuntimeError where the block's forward is not this one."""
         if self.block.__dict__.get("forward") is not self:
             raise RuntimeError(
                 f"block {self.name!r}: its forward was wrapped again since: undo that first, or it would be lost"
             )
+
+    def remove(self) -> None:
+        """The block's forward is as it was."""
+        self.require_outermost()
         del self.block.__dict__["forward"]
         if self._own is not None:
             self.block.forward = self._own
