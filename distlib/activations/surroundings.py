@@ -30,19 +30,18 @@ class _Numpy:
     """numpy's, as `numpy.random` uses it."""
 
     def get(self) -> Any:
-        state = sys.modules["numpy"].random.get_state()
-        if isinstance(state, dict):  # of another generator than the default one
+        state = sys.modules["numpy"].random.get_state(legacy=False)
+        inner = state["state"]
+        if "key" not in inner:  # another generator than the default one: plain numbers
             return state
-        kind, keys, *rest = state
-        return kind, keys.tobytes(), *rest
+        return {**state, "state": {**inner, "key": inner["key"].tobytes()}}  # so that states can be compared
 
     def set(self, state: Any) -> None:
         numpy = sys.modules["numpy"]
-        if isinstance(state, dict):
-            numpy.random.set_state(state)
-            return
-        kind, keys, *rest = state
-        numpy.random.set_state((kind, numpy.frombuffer(keys, dtype=numpy.uint32), *rest))
+        inner = state["state"]
+        if "key" in inner:
+            inner = {**inner, "key": numpy.frombuffer(inner["key"], dtype=numpy.uint32)}
+        numpy.random.set_state({**state, "state": inner})
 
 
 class _Torch:
