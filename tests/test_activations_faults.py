@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -235,14 +236,119 @@ def test_remove_takes_back_all_blocks_or_none() -> None:
     assert not any("forward" in block.__dict__ for block in model)
 
 
-def test_numpy_with_another_generator() -> None:
-    state = np.random.get_state(legacy=False)
+@pytest.mark.parametrize("operation", ["MT19937", "PCG64", "Philox", "SFC64"])
+def test_numbers_of_any_generator_of_numpy(operation: str) -> None:
     bits = np.random.get_bit_generator()
+    values = []
     try:
-        np.random.set_bit_generator(np.random.PCG64(3))
-        model = nn.Sequential(Draws(), Draws())
-        distlib.checkpoint_activations(model, "full")
-        step(model, X)
+        for treated in (False, True):
+            np.random.set_bit_generator(getattr(np.random, operation)(3))
+            torch.manual_seed(0)
+            random.seed(1)
+            model = nn.Sequential(Draws(), Draws())
+            if treated:
+                distlib.checkpoint_activations(model, "full")
+            values.append([*step(model, X), torch.tensor(np.random.rand())])
     finally:
         np.random.set_bit_generator(bits)
-        np.random.set_state(state)
+    assert same(*values)
+
+
+aten = torch.ops.aten
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policy": aten.addmm.default}, r"policy=<OpOverload.*> is no collection: pass a set, {torch.ops"),
+        ({"policy": aten.addmm}, "is no collection"),
+        ({"policy": nn.Linear}, "is no collection"),
+        ({"policy": {aten.tanh_.default}}, "policy has aten.tanh_.default, which writes to its arguments"),
+        ({"policy": {aten.view.default}}, "policy has aten.view.default, which returns a view"),
+        ({"policy": {aten._to_copy.default}}, "policy has aten._to_copy.default, which casts or copies"),
+        ({"policy": {aten.matmul.default}}, "policy has aten.matmul.default, which is made of other operations"),
+        ({"blocks": Layer}, r"blocks=<class .*Layer'>: must be a list of module classes, as blocks=\[MyBlock\]"),
+        ({"blocks": None}, "blocks=None: must be a list of module classes"),
+        ({"policy": "offload", "folder": ".", "resident": "1"}, "resident='1': a number of blocks"),
+        ({"policy": "offload", "folder": ".", "resident": 0.5}, "resident=0.5: a number of blocks"),
+        ({"budget": 0.5, "example_inputs": X, "loss": lambda y: None}, "loss= returns None: it must be one number"),
+        ({"budget": 0.5, "example_inputs": X, "loss": lambda y: 1.5}, "loss= returns 1.5: it must be one number"),
+        ({"budget": 0.5, "example_inputs": X, "loss": lambda y: y}, r"loss= returns a tensor of shape \[8, 64\]"),
+    ],
+)
+def test_options_that_are_no_such_thing_are_refused(options: dict[str, Any], message: str) -> None:
+    model = layers()
+    with pytest.raises(ValueError, match=message):
+        distlib.checkpoint_activations(model, **options)
+    assert not any("forward" in block.__dict__ for block in model)
+
+
+# ---------------------------------------------------------------- outputs that are no tensors
+
+
+def test_copies_of_buffers_count_as_kept() -> None:
+    """Of an input and a buffer of one row, in each of three blocks."""
+    model = layers()
+    report = distlib.checkpoint_activations(model, "full")
+    step(model, X)
+    assert report.kept_bytes == 3 * (X.nbytes + model[0].by.nbytes)
+
+
+def test_a_frozen_module_with_example_inputs_is_refused() -> None:
+    with pytest.raises(ValueError, match="example_inputs: no block has a parameter or an input with a gradient"):
+        distlib.checkpoint_activations(layers().requires_grad_(False), example_inputs=X)
+
+
+@dataclass
+class Hidden:
+    h: Tensor
+    extra: object = None
+
+
+class Wraps(nn.Module):
+    """Gets and returns a dataclass, a subclass of dict, or a tensor."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.kind = kind
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, state: Any) -> Any:
+        h = state if isinstance(state, Tensor) else state["h"] if isinstance(state, dict) else state.h
+        return self.kind(h + self.down(self.up(h).tanh()))
+
+
+class Bag(dict):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Hidden, lambda h: Bag(h=h)])
+def test_bytes_of_blocks_that_return_objects(kind: Any) -> None:
+    saved = []
+    for made in (kind, lambda h: h):
+        blocks = nn.ModuleList(Wraps(made) for _ in range(3))
+        report = distlib.checkpoint_activations(blocks, "full")
+        state = made(X.clone().requires_grad_())
+        for block in blocks:
+            state = block(state)
+        loss = state["h"] if isinstance(state, dict) else getattr(state, "h", state)
+        loss.square().mean().backward()
+        saved.append(report.baseline_bytes)
+    assert saved[0] == saved[1] > 0
+
+
+class Threaded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Wraps(Hidden) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = Hidden(x)
+        for block in self.blocks:
+            state = block(state)
+        return state.h
+
+
+def test_a_budget_for_blocks_that_are_given_objects_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"block 'blocks.0' is given tensors in a dataclass or mapping.*policy="):
+        distlib.checkpoint_activations(Threaded(), budget=0.5, example_inputs=X)

@@ -191,6 +191,7 @@ def test_a_folder_in_memory_is_warned_of() -> None:
 
 
 def _steps_of_a_fork(model: nn.Module, plain: nn.Module, queue: Any) -> None:
+    torch.set_num_threads(1)  # those of OpenMP are not there after a fork, and it would wait for them
     try:
         queue.put([same(step(plain, X, seed), step(model, X, seed)) for seed in range(4)])
     except RuntimeError as error:

@@ -133,7 +133,8 @@ def _require_consistent(
         raise ValueError("folder='' names no folder: pass one on a disk")
     if folder is not None and not offloads and budget is None:
         raise ValueError(f'folder={str(folder)!r} has no effect without policy="offload" or budget=')
-    if resident is not None and (not offloads or isinstance(resident, bool) or resident < 0):
+    number = isinstance(resident, Integral) and not isinstance(resident, bool)
+    if resident is not None and (not offloads or not number or resident < 0):
         raise ValueError(f'resident={resident!r}: a number of blocks from 0, for policy="offload"')
     if window is not None and not offloads and folder is None:
         raise ValueError(f'window={window!r} has no effect without policy="offload", or budget= with folder=')
@@ -166,6 +167,11 @@ def _count(module: nn.Module, report: ActivationReport, inputs: tuple[tuple, dic
     args, kwargs = inputs
     with no_trace(module, inputs), torch.enable_grad():
         module(*args, **kwargs)
+    if not report.has_counted:
+        raise ValueError(
+            "example_inputs: no block has a parameter or an input with a gradient there, so there is nothing to save: "
+            "train some parameter, or leave the setting out"
+        )
     message = report.saves_nothing()
     if message:
         raise ValueError(message)

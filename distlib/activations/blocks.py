@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
@@ -28,6 +28,8 @@ def find_blocks(module: nn.Module, blocks: str | Sequence[type[nn.Module]]) -> d
                 f"{type(module).__name__} has no repeated blocks (two children of one class in a ModuleList or "
                 "Sequential), so nothing would be saved: name the classes to treat, blocks=[MyBlock]"
             )
+    elif isinstance(blocks, type) or not isinstance(blocks, Iterable):
+        raise ValueError(f'blocks={blocks!r}: must be a list of module classes, as blocks=[MyBlock], or "auto"')
     else:
         found = dict(_of_classes(module, tuple(blocks)))
     seen: set[int] = set()

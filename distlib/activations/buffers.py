@@ -38,11 +38,7 @@ class _Before:
     def write(self, value: torch.Tensor) -> None:
         """To the graph nothing changes: what stood there before is written back at the end."""
         with torch.no_grad(), _disable_current_modes(), torch.autograd._unsafe_preserve_version_counter(self.buffer):
-            into = self.buffer
-            for dim in range(into.dim() if into.layout is torch.strided else 0):
-                if into.stride(dim) == 0 and into.size(dim) > 1:  # expanded: one of them is all of them
-                    into, value = into.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
-            into.copy_(value)
+            _in_memory(self.buffer).copy_(_in_memory(value))
 
     def differs(self) -> bool:
         """Whether it holds something else by now. To compare values on a GPU would stop it: there all small buffers
@@ -67,13 +63,18 @@ class BufferGuard:
         self._now: dict[str, torch.Tensor] = {}
         self._before = []
         for name, buffer in module.named_buffers():
-            copy = buffer.detach().clone() if _nbytes(buffer) <= most and not buffer.is_inference() else None
+            copy = _copied(buffer) if _nbytes(buffer) <= most and not buffer.is_inference() else None
             self._before.append(_Before(name, buffer, version(buffer), copy))
 
     @classmethod
     def of_any_size(cls, module: nn.Module) -> BufferGuard:
         """Copies all buffers: for a trial, once."""
         return cls(module, math.inf)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the copies."""
+        return sum(_nbytes(_in_memory(before.copy)) for before in self._before if before.copy is not None)
 
     def ran(self) -> None:
         """Raises:
@@ -105,8 +106,8 @@ class BufferGuard:
                 )
         with _disable_current_modes():  # these are no operations of the block
             changed = [before for before in self._before if before.differs()]
-            self._now = {before.name: before.buffer.detach().clone() for before in changed}
-            instead = {id(before.buffer): before.copy.clone() for before in changed if before.copy is not None}
+            self._now = {before.name: _copied(before.buffer) for before in changed}
+            instead = {id(before.buffer): _copied(before.copy) for before in changed if before.copy is not None}
         self._hang_now = _hanging(self._module)
         shared = self._in_shared_memory()
         hangs = {id(buffer) for _, store in self._hung for buffer in store.values()} - shared
@@ -135,6 +136,20 @@ class BufferGuard:
 
 def _nbytes(buffer: torch.Tensor) -> int:
     return buffer.numel() * buffer.element_size()
+
+
+def _in_memory(buffer: torch.Tensor) -> torch.Tensor:
+    """Without what is expanded: one of them is all of them."""
+    for dim in range(buffer.dim() if buffer.layout is torch.strided else 0):
+        if buffer.stride(dim) == 0 and buffer.size(dim) > 1:
+            buffer = buffer.narrow(dim, 0, 1)
+    return buffer
+
+
+def _copied(buffer: torch.Tensor) -> torch.Tensor:
+    """Expanded as it is."""
+    inner = _in_memory(buffer.detach())
+    return inner.clone() if inner.size() == buffer.size() else inner.clone().expand(buffer.size())
 
 
 def _hanging(module: nn.Module) -> Hanging:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -27,6 +28,17 @@ def has_storage(leaf: Any) -> bool:
         and not leaf.is_meta
         and not torch._C._functorch.is_functorch_wrapped_tensor(leaf)
     )
+
+
+def tensors_of(tree: Any) -> Iterator[torch.Tensor]:
+    """Those of a pytree, and of dataclasses and mappings in it."""
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif isinstance(leaf, Mapping):
+            yield from tensors_of(list(leaf.values()))
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from tensors_of([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
 
 
 def version(tensor: torch.Tensor) -> int:

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from distlib.activations.budget import Chain, Choice
 from distlib.activations.buffers import BufferGuard
 from distlib.activations.clock import Span
-from distlib.activations.live import LiveBytes, has_storage, storage_key
+from distlib.activations.live import LiveBytes, has_storage, storage_key, tensors_of
 from distlib.activations.offload import Offloader
 from distlib.activations.surroundings import Draws, OwnRandom
 from distlib.activations.wrapped import Wrapped, on_first_gradient, same_random
@@ -266,6 +266,12 @@ class Measurement:
 
     def _capture(self, one: Wrapped, args: Any, kwargs: Any) -> None:
         """Its inputs, to run it alone on; of equal blocks, one is measured."""
+        plain = sum(isinstance(leaf, torch.Tensor) for leaf in tree_leaves((args, kwargs)))
+        if len(list(tensors_of((args, kwargs)))) > plain:
+            raise ValueError(
+                f"block {one.name!r} is given tensors in a dataclass or mapping: a budget measures blocks alone, on "
+                'tensors, lists and dicts. Use policy="full" or "selective", or name other blocks (blocks=)'
+            )
         if one not in self._captured:
             known = {self._signature(other) for other in self._captured}
             self._captured[one] = tree_map(_shape_of, (args, kwargs))
@@ -274,7 +280,11 @@ class Measurement:
 
     def _run(self, own: dict[str, torch.Tensor]) -> None:
         args, kwargs = tree_map(_leaf, self._inputs)
-        self._loss(call_with(own, self._module, args, kwargs)).backward()
+        loss = self._loss(call_with(own, self._module, args, kwargs))
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            shape = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
+            raise ValueError(f"loss= returns {shape}: it must be one number with a gradient, as in training")
+        loss.backward()
 
     def _timed(self, call: Callable[[], None]) -> float:
         span = Span(self._device).begin()
@@ -396,7 +406,7 @@ def _sink(output: Any) -> torch.Tensor | None:
 
 
 def _with_gradient(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None]
+    return [tensor for tensor in tensors_of(tree) if tensor.grad_fn is not None]
 
 
 def _copy(leaf: Any) -> Any:

@@ -241,6 +241,11 @@ class ActivationReport(Shown):
     def accounts(self) -> tuple[Account, Account]:
         return self._accounts
 
+    @property
+    def has_counted(self) -> bool:
+        """Whether there was a forward with gradients to count bytes in."""
+        return self._counted
+
     def saves_nothing(self) -> str:
         """The message that says so, with numbers; empty where something is saved."""
         if self.saved_bytes > 0 or set(self.choices.values()) <= {"keep"}:

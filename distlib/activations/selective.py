@@ -68,8 +68,11 @@ def make_policy(chosen: Collection[Operation] | Policy | None) -> Policy:
     """A policy from a collection of operations, from a callable (as it is), or (None) from MATMUL_LIKE.
 
     Raises:
-        ValueError: an element that is not one overload of an operation, or one that always draws random numbers.
+        ValueError: an element that is not one overload of an operation, or one that always draws random numbers; or
+            only operations that write, view, cast, or are made of others, of which nothing would be kept.
     """
+    if isinstance(chosen, torch._ops.OpOverload | torch._ops.OpOverloadPacket | type):
+        raise ValueError(f"policy={chosen!r} is no collection: pass a set, {{torch.ops.aten.mm.default, ...}}")
     if callable(chosen):
         return chosen
     operations = MATMUL_LIKE if chosen is None else frozenset(chosen)
@@ -88,7 +91,26 @@ def make_policy(chosen: Collection[Operation] | Policy | None) -> Policy:
                 f"policy has {operation}, which draws random numbers: its result cannot be kept, or the draws "
                 "behind it would differ in the recomputation. Leave it out"
             )
+    in_vain = {str(operation): _never_kept(operation) for operation in operations}
+    if all(in_vain.values()):
+        operation, does = next(iter(in_vain.items()))
+        raise ValueError(
+            f"policy has {operation}, which {does}: nothing would be kept. Name others, as aten.mm.default"
+        )
     return _Among(operations)
+
+
+def _never_kept(operation: Operation) -> str | None:
+    """What such an operation does, of whose calls no result is kept; None of others."""
+    if operation is torch.ops.aten._to_copy.default:
+        return "casts or copies, which is always recomputed"
+    if operation._schema.is_mutable:
+        return "writes to its arguments"
+    if any(value.alias_info for value in operation._schema.returns):
+        return "returns a view, or what it was given"
+    if torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), "CompositeImplicitAutograd"):
+        return "is made of other operations (a matmul of mm or bmm), which may be named instead"
+    return None
 
 
 class _Among:

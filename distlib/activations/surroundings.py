@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import random
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -30,18 +31,12 @@ class _Numpy:
     """numpy's, as `numpy.random` uses it."""
 
     def get(self) -> Any:
-        state = sys.modules["numpy"].random.get_state(legacy=False)
-        inner = state["state"]
-        if "key" not in inner:  # another generator than the default one: plain numbers
-            return state
-        return {**state, "state": {**inner, "key": inner["key"].tobytes()}}  # so that states can be compared
+        return pickle.dumps(
+            sys.modules["numpy"].random.get_state(legacy=False)
+        )  # has arrays, and bytes can be compared
 
     def set(self, state: Any) -> None:
-        numpy = sys.modules["numpy"]
-        inner = state["state"]
-        if "key" in inner:
-            inner = {**inner, "key": numpy.frombuffer(inner["key"], dtype=numpy.uint32)}
-        numpy.random.set_state({**state, "state": inner})
+        sys.modules["numpy"].random.set_state(pickle.loads(state))
 
 
 class _Torch:

@@ -27,7 +27,7 @@ from distlib.activations.buffers import BufferGuard
 from distlib.activations.clock import Span
 from distlib.activations.counting import Account, Counting, Hooks
 from distlib.activations.lending import Stay
-from distlib.activations.live import has_storage, storage_key, version
+from distlib.activations.live import has_storage, storage_key, tensors_of, version
 from distlib.activations.offload import Offloader, storages_of
 from distlib.activations.origins import Remembered
 from distlib.activations.parameters import Parameters
@@ -245,7 +245,7 @@ class Wrapped:
             own = storages_of(self.block)
             kept = {storage_key(t): t for t in tensors if has_storage(t) and storage_key(t) not in own}
             bytes_of = sum(selection.storages().values()) if selection is not None else 0
-            record.kept += watcher.accounts()[1].add(kept, bytes_of)
+            record.kept += watcher.accounts()[1].add(kept, bytes_of + guard.nbytes)
         return result
 
     def _refuse_changed_inputs(self, _: Any) -> None:
@@ -334,9 +334,9 @@ def on_first_gradient(tree: Any, call: Callable[[Any], None]) -> None:
             called = True
             call(gradient)
 
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None:
-            leaf.register_hook(hook)
+    for tensor in tensors_of(tree):
+        if tensor.grad_fn is not None:
+            tensor.register_hook(hook)
 
 
 @contextlib.contextmanager
