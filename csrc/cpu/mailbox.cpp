@@ -232,7 +232,7 @@ bool Mailbox::progress(bool last_look) {
     fail_open(s);
     return true;
   }
-  // Whether processes live is a question to the kernel, which takes longer than a message: asked as often as waits wake.
+  // To ask the kernel whether processes live takes longer than a message: asked as often as waits wake.
   int64_t now = now_ns();
   const bool look = last_look || now - looked_ >= SLICE_NS;
   if (look) looked_ = now;

@@ -1,6 +1,6 @@
-"""Buffers of a block: the recomputation sees what the forward saw, and leaves them as it found them: in the place of
-a changed one hangs a copy of what it held, which the recomputed graph may save. A forward that
-changes them, such as that of a batch norm, would do so twice without it; and others may write them before backward.
+"""Buffers of a block: the recomputation sees what the forward saw, and leaves them as it found them. In the place of a
+changed one hangs a copy of what it held, which the recomputed graph may save. A forward that changes them, such as that
+of a batch norm, would do so twice without it; and others may write them before backward.
 
     self.mean.mul_(0.9)           written: the values before are kept
     self.mean = 0.9 * self.mean   replaced: the tensor that hung there before is kept

@@ -31,9 +31,8 @@ class _Numpy:
     """numpy's, as `numpy.random` uses it."""
 
     def get(self) -> Any:
-        return pickle.dumps(
-            sys.modules["numpy"].random.get_state(legacy=False)
-        )  # has arrays, and bytes can be compared
+        state = sys.modules["numpy"].random.get_state(legacy=False)
+        return pickle.dumps(state)  # it has arrays; bytes can be compared
 
     def set(self, state: Any) -> None:
         sys.modules["numpy"].random.set_state(pickle.loads(state))
