@@ -87,24 +87,26 @@ def from_first(ranks: dist.ProcessGroup | None, find: Callable[[], Any]) -> Any:
 def from_rank(root: int, ranks: dist.ProcessGroup | None, find: Callable[[], Any]) -> Any:
     """The same of what the global rank `root` finds. Where it cannot be sent, that fails on all, too."""
     group = Group.of(ranks)
-    found: list[Any] = [None]
+    found: Any = None
+    sent: list[Any] = [None]  # bytes, or the error
     own: BaseException | None = None
     if group.ranks[group.rank] == root:
         try:
-            found = [find()]
+            found = find()
             if group.size > 1:
-                pickle.dumps(found)
+                sent = [pickle.dumps(found)]
         except BaseException as error:  # an interrupt, too: the others wait
             if group.size == 1:
                 raise
-            own, found = error, [_portable(error)]
-    if group.size > 1:
-        dist.broadcast_object_list(found, src=root, group=ranks)
+            own, sent = error, [_portable(error)]
+    if group.size == 1:
+        return found
+    dist.broadcast_object_list(sent, src=root, group=ranks)
     if own is not None and not isinstance(own, Exception):
         raise own
-    if isinstance(found[0], Exception):
-        raise found[0] from own
-    return found[0]
+    if isinstance(sent[0], Exception):
+        raise sent[0] from own
+    return found if group.ranks[group.rank] == root else pickle.loads(sent[0])
 
 
 def all_or_none(group: dist.ProcessGroup | None, run: Callable[[], Any]) -> Any:
